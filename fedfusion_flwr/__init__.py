@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedFusion for Flower: federated learning with data-agnostic distribution fusion."""
+
+from fedfusion_flwr.config import ConfigError, RunConfig
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.strategies import FedAvg, FedFusion
+
+__version__ = "0.1.0"
+__all__ = ["ConfigError", "FedAvg", "FedFusion", "FedFusionError", "RunConfig"]

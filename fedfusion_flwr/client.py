@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client does with a message: train, evaluate, or answer a probe query.
+
+Data and model are built once per process and reused over rounds and clients; a reply depends only on
+the message, the run config and the partition id.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
+from torch import nn
+
+from fedfusion_flwr import protocol
+from fedfusion_flwr.config import ConfigError, RunConfig
+from fedfusion_flwr.data import LocalData, load_data, local_data, on_device
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
+from fedfusion_flwr.models import build_model
+from fedfusion_flwr.randomness import torch_generator
+from fedfusion_flwr.training import EVALUATION_BATCH, choose_device, evaluate, train
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A message made ready: config, partition, data and a model that holds the sent parameters."""
+
+    config: RunConfig
+    partition_id: int
+    server_round: int
+    model: nn.Module
+    data: LocalData
+
+
+def handle_train(message: Message, context: Context) -> Message:
+    """Train on local data; reply with state dict, normalization record and metrics."""
+    return _answer(message, context, _train)
+
+
+def handle_evaluate(message: Message, context: Context) -> Message:
+    """Reply with the received model's loss and accuracy on the client's validation part."""
+    return _answer(message, context, _evaluate)
+
+
+def handle_query(message: Message, context: Context) -> Message:
+    """Reply with the moments of the client's data under the received model, without training."""
+    return _answer(message, context, _query)
+
+
+def _train(work: _Work) -> RecordDict:
+    config, data = work.config, work.data
+    started, clock = time.time(), time.perf_counter()
+    probed = _probe(work) if config.statistics_source == "probe" else None
+    has_validation = len(data.x_validation) > 0
+    x_check = data.x_validation if has_validation else data.x
+    y_check = data.y_validation if has_validation else data.y
+    loss_before, _ = evaluate(work.model, x_check, y_check)
+    loss = train(
+        work.model,
+        data.x,
+        data.y,
+        epochs=config.local_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        generator=torch_generator(config.seed, "training", work.server_round, work.partition_id),
+        fused_normalization=config.local_normalization == "fused"
+        and work.server_round >= config.fused_from_round,
+    )
+    loss_after, _ = evaluate(work.model, x_check, y_check)
+    state = work.model.state_dict()
+    content = RecordDict({protocol.ARRAYS: protocol.record_from_state(state)})
+    try:
+        statistics = probed or NormalizationStatistics.from_state_dict(
+            state, layers=_layers(config)
+        )
+        content[protocol.NORMALIZATION] = protocol.record_from_statistics(statistics)
+    except StatisticsError:
+        pass  # no running statistics: only a strategy that needs them may object
+    content[protocol.METRICS] = MetricRecord(
+        {
+            protocol.NUM_EXAMPLES: len(work.data.x),
+            protocol.TRAIN_LOSS: loss,
+            "loss-before": loss_before,
+            "loss-after": loss_after,
+            protocol.TRAIN_STARTED: started,
+            protocol.TRAIN_SECONDS: time.perf_counter() - clock,
+        }
+    )
+    return content
+
+
+def _evaluate(work: _Work) -> RecordDict:
+    if not len(work.data.x_validation):
+        raise FedFusionError("this client has no validation examples; raise validation-fraction")
+    loss, accuracy = evaluate(
+        work.model, work.data.x_validation, work.data.y_validation
+    )
+    metrics = {
+        protocol.NUM_EXAMPLES: len(work.data.x_validation),
+        "validation-loss": loss,
+        "validation-accuracy": accuracy,
+    }
+    return RecordDict({protocol.METRICS: MetricRecord(metrics)})
+
+
+def _query(work: _Work) -> RecordDict:
+    return RecordDict(
+        {
+            protocol.NORMALIZATION: protocol.record_from_statistics(_probe(work)),
+            protocol.METRICS: MetricRecord({protocol.NUM_EXAMPLES: len(work.data.x)}),
+        }
+    )
+
+
+def _probe(work: _Work) -> NormalizationStatistics:
+    if not len(work.data.x):
+        raise FedFusionError("this client has no examples to probe; give it data or leave it out")
+    return NormalizationStatistics.probe(
+        work.model, work.data.x.split(EVALUATION_BATCH), layers=_layers(work.config)
+    )
+
+
+def _layers(config: RunConfig) -> Literal["all", "ends"]:
+    return cast(Literal["all", "ends"], config.statistics_layers)
+
+
+def _answer(message: Message, context: Context, work: Callable[[_Work], RecordDict]) -> Message:
+    """Run one handler; what a user can act on becomes an error reply of one sentence."""
+    try:
+        ready = _prepare(message, context)
+        content = work(ready)
+    except (FedFusionError, StatisticsError) as problem:
+        return Message(
+            Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(problem)), reply_to=message
+        )
+    content[protocol.CLIENT] = ConfigRecord(
+        {protocol.SERVER_ROUND: ready.server_round, protocol.PARTITION_ID: ready.partition_id}
+    )
+    return Message(content, reply_to=message)
+
+
+def _prepare(message: Message, context: Context) -> _Work:
+    config = RunConfig.from_run_config(context.run_config)
+    torch.set_num_threads(config.threads_per_client)
+    partition_id = _partition_id(context, config)
+    device = choose_device(config.device)
+    data = on_device(local_data(config, partition_id), device)
+    model = _model(config, device.type)
+    model.load_state_dict(
+        protocol.state_from_record(message.content.array_records[protocol.ARRAYS])
+    )
+    server_round = message.content.config_records[protocol.CONFIG][protocol.SERVER_ROUND]
+    return _Work(config, partition_id, int(cast(int, server_round)), model, data)
+
+
+@functools.lru_cache(maxsize=2)
+def _model(config: RunConfig, device: str) -> nn.Module:
+    """A model to load parameters into; its own are of no account."""
+    shape = load_data(config.dataset, config.data_root)
+    return build_model(config.model, shape.input_shape, shape.num_classes, seed=0).to(device)
+
+
+def _partition_id(context: Context, config: RunConfig) -> int:
+    partition_id = context.node_config.get("partition-id")
+    if not isinstance(partition_id, int):
+        raise ConfigError(
+            "this node has no partition-id; start its SuperNode with "
+            "--node-config \"partition-id=0 num-partitions=10\", say"
+        )
+    partitions = context.node_config.get("num-partitions", config.num_clients)
+    if partitions != config.num_clients:
+        raise ConfigError(
+            f"num-clients = {config.num_clients}, but this federation has {partitions} partitions; "
+            "make num-clients and the federation's num-supernodes equal"
+        )
+    if not 0 <= partition_id < config.num_clients:
+        raise ConfigError(
+            f"partition-id = {partition_id} is not allowed: from 0 to {config.num_clients - 1}"
+        )
+    return partition_id

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets and how they are divided among clients."""
+
+from fedfusion_flwr.data.local import (
+    LocalData,
+    central_test_data,
+    local_data,
+    on_device,
+    partition,
+    partition_spec,
+)
+from fedfusion_flwr.data.partition import Partition, PartitionError, PartitionSpec, make_partition
+from fedfusion_flwr.data.sources import DataError, FederatedData, load_data
+
+__all__ = [
+    "DataError",
+    "FederatedData",
+    "LocalData",
+    "Partition",
+    "PartitionError",
+    "PartitionSpec",
+    "central_test_data",
+    "load_data",
+    "local_data",
+    "make_partition",
+    "on_device",
+    "partition",
+    "partition_spec",
+]

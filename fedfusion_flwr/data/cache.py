@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoded arrays kept on disk: every simulation actor is a new process that would decode again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+_DIGEST = "__sha256__"
+
+
+def cache_directory() -> Path:
+    """The folder of cached arrays: ``$FEDFUSION_CACHE``, or ``~/.cache/fedfusion``."""
+    return Path(os.environ.get("FEDFUSION_CACHE") or "~/.cache/fedfusion").expanduser()
+
+
+def cached_arrays(key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of ``build``, read back from disk where an earlier process left them.
+
+    A cache that is missing, unreadable, corrupt or cannot be written is never an error: the arrays
+    are built again. Several processes may build at once; the last one to finish wins.
+
+    Parameters
+    ----------
+    key : str
+        Plain file name without suffix; it must change whenever the result of ``build`` would.
+    build : Callable[[], dict[str, np.ndarray]]
+        Makes the arrays; no object arrays.
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        The arrays by name.
+    """
+    try:
+        path = cache_directory() / f"{key}.npz"
+    except RuntimeError:  # No home folder to expand.
+        return build()
+    arrays = _read(path)
+    if arrays is None:
+        arrays = build()
+        with contextlib.suppress(OSError):
+            _write(path, arrays)
+    return arrays
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {value.dtype.str} {value.shape};".encode())
+        digest.update(value.data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    # Damaged bytes surface as almost any exception: zip, zlib, header parsing, even "encrypted".
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        expected = str(arrays.pop(_DIGEST))
+    except Exception:
+        return None
+    return arrays if _digest(arrays) == expected else None
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that os.replace is atomic and a reader never sees half a file. The
+    # digest is inside the file for the same reason.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays, **{_DIGEST: np.array(_digest(arrays))})
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

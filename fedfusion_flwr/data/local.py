@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one client or the server works on: the data set cut by a run config, built once per process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.data.partition import (
+    Partition,
+    PartitionSpec,
+    local_split,
+    make_partition,
+    test_components,
+    transform_component,
+)
+from fedfusion_flwr.data.sources import load_data
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """One client's training and validation part, on the CPU."""
+
+    x: Tensor
+    y: Tensor
+    x_validation: Tensor
+    y_validation: Tensor
+
+
+def partition_spec(config: RunConfig) -> PartitionSpec:
+    """The partition that a run config asks for."""
+    return PartitionSpec(
+        kind=cast(Any, config.partition),
+        num_clients=config.num_clients,
+        seed=config.seed,
+        dirichlet_alpha=config.dirichlet_alpha,
+        min_partition_size=config.min_partition_size,
+        classes_per_client=config.classes_per_client,
+        shards_per_client=config.shards_per_client,
+        planted_components=config.planted_components,
+        component_mixing=config.component_mixing,
+        component_sizes=cast(Any, config.component_sizes),
+        component_transform=cast(Any, config.component_transform),
+    )
+
+
+def partition(config: RunConfig) -> Partition:
+    """Who holds which training example; the same on every node."""
+    return _partition(config.dataset, config.data_root, partition_spec(config))
+
+
+@functools.lru_cache(maxsize=4)
+def _partition(dataset: str, root: str, spec: PartitionSpec) -> Partition:
+    data = load_data(dataset, root)
+    return make_partition(data.y_train.numpy(), data.num_classes, spec)
+
+
+@functools.lru_cache(maxsize=1024)
+def local_data(config: RunConfig, partition_id: int) -> LocalData:
+    """The examples of one client, transformed as its components ask."""
+    data = load_data(config.dataset, config.data_root)
+    cut = partition(config)
+    indices = cut.indices[partition_id]
+    x, y = data.x_train[indices], data.y_train[indices]
+    if cut.example_components is not None:
+        x = _shown(x, cut.example_components[partition_id], config)
+    train, validation = local_split(indices, config.validation_fraction, config.seed, partition_id)
+    return LocalData(x[train], y[train], x[validation], y[validation])
+
+
+def central_test_data(config: RunConfig) -> tuple[Tensor, Tensor]:
+    """The server's test set; planted components are all shown in it."""
+    data = load_data(config.dataset, config.data_root)
+    if config.partition != "components":
+        return data.x_test, data.y_test
+    shown = test_components(data.y_test.numpy(), data.num_classes, partition_spec(config))
+    return _shown(data.x_test, shown, config), data.y_test
+
+
+def _shown(x: Tensor, components: np.ndarray, config: RunConfig) -> Tensor:
+    kind = cast(Any, config.component_transform)
+    return transform_component(x, components, config.planted_components, kind)
+
+
+def on_device(data: LocalData, device: torch.device) -> LocalData:
+    """The same data on a device; no copy where it is there already."""
+    return LocalData(
+        data.x.to(device),
+        data.y.to(device),
+        data.x_validation.to(device),
+        data.y_validation.to(device),
+    )

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference of the clients' mixtures: standardize, fit the VAE, read the posterior."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedfusion_flwr.fusion.initialization import partition_quality, starting_partition
+from fedfusion_flwr.fusion.vae import FusionVAE
+
+FEATURE_CLAMP = 5.0
+_GRADIENT_NORM = 10.0
+_STD_FLOOR = 1e-8
+_PARTITION_STEPS = 100
+_RESTART_MARGIN = 0.05
+
+
+class InferenceError(RuntimeError):
+    """The fit produced a non-finite loss or posterior; the caller falls back to example weights."""
+
+
+@dataclass(frozen=True)
+class FusionPosterior:
+    """What the server believes about the clients' data.
+
+    Attributes
+    ----------
+    assignments : Tensor
+        b, shape (K, M), float64, rows sum to 1.
+    mixture : Tensor
+        Posterior mean of pi, shape (M,), float64, sums to 1.
+    components : Tensor
+        Decoded statistics of every virtual component, shape (M, D), in the units of the input.
+    elbo : float
+        Evidence lower bound of the last step, nats per client; 0 where nothing had to be inferred.
+    """
+
+    assignments: Tensor
+    mixture: Tensor
+    components: Tensor
+    elbo: float
+
+
+class DistributionInference:
+    """Infers which virtual components the clients' data are mixtures of.
+
+    A fit from scratch starts from a hard partition of the clients (k-means from farthest-point
+    centres, with the number of groups that has the best silhouette): the encoder and the decoder
+    are first fitted to it, then the ELBO takes over. Later fits go on from the last one, unless the
+    number of clients changed or a fresh partition separates the clients clearly better.
+
+    Parameters
+    ----------
+    num_components : int
+        M, at least 1. More than the data needs is harmless: spare components stay empty.
+    seed : int
+        Seed of initialization and noise; equal seeds and inputs give equal posteriors.
+    hidden : tuple[int, ...]
+        Encoder widths; the decoder mirrors them. The published setting is (1024, 512).
+    latent : int
+        Width of a component's latent. The published setting is 128.
+    steps, refit_steps : int
+        Adam steps of a fit from scratch and of one from a warm start (published: 30).
+    learning_rate, weight_decay : float
+        Adam's; the sticks, a handful of scalars, use ten times the learning rate.
+    stick_concentration : float
+        alpha of the Beta(1, alpha) stick prior.
+    latent_kl_weight : float
+        Weight of the components' KL term; well below 1, true groups are split over components.
+    noise_variance : float
+        Observation variance of a standardized feature.
+    temperature : tuple[float, float]
+        Gumbel-softmax temperature at the first and at the last step of a fit.
+    max_features : int
+        Wider inputs pass through a fixed random projection to this width.
+    """
+
+    def __init__(
+        self,
+        num_components: int,
+        seed: int = 0,
+        *,
+        hidden: tuple[int, ...] = (128, 64),
+        latent: int = 16,
+        steps: int = 150,
+        refit_steps: int = 30,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 1e-4,
+        stick_concentration: float = 1.0,
+        latent_kl_weight: float = 1.0,
+        noise_variance: float = 1.0,
+        temperature: tuple[float, float] = (1.0, 0.3),
+        max_features: int = 1024,
+    ) -> None:
+        if num_components < 1:
+            raise ValueError(f"num_components must be at least 1, got {num_components}")
+        self.num_components = num_components
+        self.seed = seed
+        self.hidden = hidden
+        self.latent = latent
+        self.steps = steps
+        self.refit_steps = refit_steps
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.stick_concentration = stick_concentration
+        self.latent_kl_weight = latent_kl_weight
+        self.noise_variance = noise_variance
+        self.temperature = temperature
+        self.max_features = max_features
+        self.num_fits = 0
+        self._vae: FusionVAE | None = None
+        self._optimizer: torch.optim.Adam | None = None
+        self._fitted_shape = (0, 0)
+
+    def fit(self, vectors: Tensor, num_examples: Tensor) -> FusionPosterior:
+        """Infer assignments, mixture and components.
+
+        Parameters
+        ----------
+        vectors : Tensor
+            Statistics, shape (K, D), finite.
+        num_examples : Tensor
+            Training examples per client, shape (K,), positive.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit or a value is not finite.
+        InferenceError
+            If the loss or the posterior turns non-finite.
+        """
+        x = torch.as_tensor(vectors).double()
+        n = torch.as_tensor(num_examples).double()
+        if x.dim() != 2 or n.shape != x.shape[:1] or not x.numel():
+            raise ValueError(f"expected (K, D) and (K,), got {tuple(x.shape)}, {tuple(n.shape)}")
+        if not (x.isfinite().all() and n.isfinite().all() and (n > 0).all()):
+            raise ValueError("statistics must be finite and examples positive")
+        self.num_fits += 1
+        scaler = Standardizer.of(x)
+        if self.num_components == 1 or not scaler.informative.any():
+            return self._one_component(x)
+        standardized = scaler.standardize(x)
+        features = self._project(standardized)
+        vae, elbo = self._fit_vae(features, (n / n.mean()).float())
+        with torch.no_grad():
+            assignments = vae.assignments(features).double()
+            mixture = vae.mixture().double()
+            decoded = self._unproject(vae.component_features(), features, standardized)
+            components = scaler.restore(decoded.double())
+        if not all(t.isfinite().all() for t in (assignments, mixture, components)):
+            self._vae = None
+            raise InferenceError("the posterior is not finite")
+        return FusionPosterior(
+            assignments / assignments.sum(1, keepdim=True),
+            mixture / mixture.sum(),
+            components,
+            elbo,
+        )
+
+    def _one_component(self, x: Tensor) -> FusionPosterior:
+        """The answer where clients cannot differ: everybody in the first component."""
+        assignments = torch.zeros(len(x), self.num_components, dtype=torch.float64)
+        assignments[:, 0] = 1
+        components = x.mean(0).expand(self.num_components, -1).clone()
+        return FusionPosterior(assignments, assignments[0].clone(), components, 0.0)
+
+    def _fit_vae(self, x: Tensor, weights: Tensor) -> tuple[FusionVAE, float]:
+        generator = torch.Generator().manual_seed(self.seed + self.num_fits)
+        labels, quality = starting_partition(x, self.num_components)
+        vae, optimizer = self._vae, self._optimizer
+        stale = vae is None or tuple(x.shape) != self._fitted_shape
+        if vae is not None and not stale:
+            with torch.no_grad():
+                current = vae.assignments(x).argmax(1)
+            stale = quality > partition_quality(x, current) + _RESTART_MARGIN
+        if stale or vae is None or optimizer is None:
+            vae, optimizer = self._new_vae(x.shape[1])
+            _fit_partition(vae, optimizer, x, labels)
+            steps = self.steps
+        else:
+            steps = self.refit_steps
+        # Forgotten until the fit succeeds, so that a diverged network is never a warm start.
+        self._vae = None
+        elbo = self._ascend(vae, optimizer, x, weights, steps, generator)
+        self._vae, self._optimizer, self._fitted_shape = vae, optimizer, (x.shape[0], x.shape[1])
+        return vae, elbo
+
+    def _new_vae(self, num_features: int) -> tuple[FusionVAE, torch.optim.Adam]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            vae = FusionVAE(
+                num_features,
+                self.num_components,
+                hidden=self.hidden,
+                latent=self.latent,
+                alpha=self.stick_concentration,
+                noise_variance=self.noise_variance,
+            )
+        sticks = [vae.log_a, vae.log_c]
+        rest = [p for p in vae.parameters() if all(p is not s for s in sticks)]
+        optimizer = torch.optim.Adam(
+            [
+                {"params": rest, "weight_decay": self.weight_decay},
+                {"params": sticks, "lr": 10 * self.learning_rate},
+            ],
+            lr=self.learning_rate,
+        )
+        return vae, optimizer
+
+    def _ascend(
+        self,
+        vae: FusionVAE,
+        optimizer: torch.optim.Adam,
+        x: Tensor,
+        weights: Tensor,
+        steps: int,
+        generator: torch.Generator,
+    ) -> float:
+        hot, cold = self.temperature
+        elbo = 0.0
+        for step in range(steps):
+            temperature = hot * (cold / hot) ** (step / max(steps - 1, 1))
+            terms = vae.elbo(x, weights, temperature, generator)
+            objective = terms.total(self.latent_kl_weight) / len(x)
+            elbo = float(objective.detach())
+            if not math.isfinite(elbo):
+                raise InferenceError(f"the loss is not finite at step {step + 1} of {steps}")
+            optimizer.zero_grad()
+            (-objective).backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), _GRADIENT_NORM)
+            optimizer.step()
+        return elbo
+
+    def _project(self, standardized: Tensor) -> Tensor:
+        width = standardized.shape[1]
+        if width <= self.max_features:
+            return standardized
+        generator = torch.Generator().manual_seed(self.seed)
+        projection = torch.randn(width, self.max_features, generator=generator)
+        return standardized @ (projection / math.sqrt(width))
+
+    def _unproject(self, decoded: Tensor, features: Tensor, standardized: Tensor) -> Tensor:
+        if features is standardized:
+            return decoded
+        # The least-squares map back, learned from the clients themselves.
+        inverse = torch.linalg.lstsq(features.double(), standardized.double()).solution
+        return decoded.double() @ inverse
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """Per-feature location and scale over the clients; constant features map to 0."""
+
+    center: Tensor
+    unit: Tensor
+    informative: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Standardizer:
+        """Measure the clients' statistics x (K, D)."""
+        center, spread = x.mean(0), x.std(0, correction=0)
+        informative = spread > _STD_FLOOR * center.abs().clamp_min(1.0)
+        return cls(center, torch.where(informative, spread, torch.ones_like(spread)), informative)
+
+    def standardize(self, x: Tensor) -> Tensor:
+        """To zero mean and unit variance, clamped to +-5, float32."""
+        z = torch.where(self.informative, (x - self.center) / self.unit, torch.zeros_like(x))
+        return z.clamp(-FEATURE_CLAMP, FEATURE_CLAMP).float()
+
+    def restore(self, z: Tensor) -> Tensor:
+        """Back to the units of the input."""
+        return self.center + torch.where(self.informative, z * self.unit, torch.zeros_like(z))
+
+
+def align_components(posterior: FusionPosterior, reference: Tensor) -> FusionPosterior:
+    """Renumber components so that they overlap most with earlier assignments of the same clients.
+
+    Parameters
+    ----------
+    posterior : FusionPosterior
+        With assignments (K, M).
+    reference : Tensor
+        Earlier assignments (K, M); zero rows for clients that had none.
+    """
+    overlap = reference.double().T @ posterior.assignments
+    _, order = linear_sum_assignment(overlap.numpy(), maximize=True)
+    index = torch.as_tensor(order)
+    return FusionPosterior(
+        posterior.assignments[:, index],
+        posterior.mixture[index],
+        posterior.components[index],
+        posterior.elbo,
+    )
+
+
+def _fit_partition(
+    vae: FusionVAE, optimizer: torch.optim.Adam, x: Tensor, labels: Tensor
+) -> None:
+    """Teach the encoder a hard partition, and the decoder its centres."""
+    groups = int(labels.max()) + 1
+    centers = torch.stack([x[labels == m].mean(0) for m in range(groups)])
+    for _ in range(_PARTITION_STEPS):
+        loss = F.cross_entropy(vae.encoder(x), labels)
+        loss = loss + (vae.decoder(vae.component_mean[:groups]) - centers).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

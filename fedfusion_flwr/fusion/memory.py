@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server remembers of every client ever seen.
+
+Raw statistics of different rounds cannot be compared, because the global model drifts. So a client is
+remembered relative to the cohort of its own round: d_k minus the example-weighted mean of that cohort.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedfusion_flwr.fusion.inference import FusionPosterior, align_components
+
+FULL_COHORT = 4
+"""From this many clients on, the cohort's own mean is trusted as the centre."""
+
+
+@dataclass
+class ClientMemory:
+    """One client: centred statistics (D,), examples, and its smoothed assignment (M,)."""
+
+    vector: Tensor
+    num_examples: int
+    last_round: int
+    assignment: Tensor | None = None
+
+
+class StatisticsMemory:
+    """Newest centred statistics and smoothed assignments, keyed by client id.
+
+    Parameters
+    ----------
+    smoothing : float
+        In [0, 1): how much of a client's earlier assignment is kept at each inference, so that it
+        does not flicker between components. 0 takes the newest posterior as it is.
+    """
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self.smoothing = smoothing
+        self.clients: dict[int, ClientMemory] = {}
+
+    @property
+    def ids(self) -> list[int]:
+        """Known client ids, ascending: the row order of every matrix here."""
+        return sorted(self.clients)
+
+    def remember(
+        self,
+        server_round: int,
+        vectors: dict[int, Tensor],
+        num_examples: dict[int, int],
+        received: Tensor | None = None,
+    ) -> None:
+        """Store one round's statistics, centred on its cohort.
+
+        Parameters
+        ----------
+        server_round : int
+            The round the statistics belong to.
+        vectors : dict[int, Tensor]
+            Statistics (D,) by client id.
+        num_examples : dict[int, int]
+            Examples by client id.
+        received : Tensor or None
+            The statistics (D,) of the model that this cohort received. In cohorts of fewer than
+            four clients the centre is shrunk towards it: the mean of two says little.
+        """
+        if not vectors:
+            return
+        ids = sorted(vectors)
+        stacked = torch.stack([vectors[i].double() for i in ids])
+        n = torch.tensor([num_examples[i] for i in ids], dtype=torch.float64)
+        center = (n / n.sum()) @ stacked
+        if received is not None and len(ids) < FULL_COHORT:
+            trust = len(ids) / FULL_COHORT
+            center = trust * center + (1 - trust) * received.double()
+        for client, row in zip(ids, stacked - center, strict=True):
+            known = self.clients.get(client)
+            self.clients[client] = ClientMemory(
+                row, num_examples[client], server_round, known.assignment if known else None
+            )
+
+    def vectors(self) -> Tensor:
+        """Centred statistics of all known clients, (K, D), float64."""
+        return torch.stack([self.clients[i].vector for i in self.ids])
+
+    def num_examples(self) -> Tensor:
+        """Examples of all known clients, (K,), float64."""
+        return torch.tensor([self.clients[i].num_examples for i in self.ids], dtype=torch.float64)
+
+    def absorb(self, posterior: FusionPosterior) -> FusionPosterior:
+        """Align a posterior over all known clients with the past and smooth the assignments.
+
+        Returns the aligned posterior with the smoothed assignments in it.
+        """
+        width = posterior.assignments.shape[1]
+        earlier = [self.clients[i].assignment for i in self.ids]
+        zero = torch.zeros(width, dtype=torch.float64)
+        reference = torch.stack([zero if a is None else a for a in earlier])
+        aligned = align_components(posterior, reference) if reference.any() else posterior
+        for row, client in enumerate(self.ids):
+            new, old = aligned.assignments[row], earlier[row]
+            mixed = new if old is None else self.smoothing * old + (1 - self.smoothing) * new
+            self.clients[client].assignment = mixed
+        return FusionPosterior(
+            self.assignments(self.ids), aligned.mixture, aligned.components, aligned.elbo
+        )
+
+    def assignments(self, ids: list[int]) -> Tensor:
+        """Smoothed assignments of the given clients, (len(ids), M), float64.
+
+        Raises
+        ------
+        KeyError
+            If a client is unknown or has not been through an inference.
+        """
+        rows: list[Tensor] = []
+        for client in ids:
+            assignment = self.clients[client].assignment
+            if assignment is None:
+                raise KeyError(f"client {client} has no assignment yet")
+            rows.append(assignment)
+        return torch.stack(rows)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server does with an aggregate: a momentum step, and an average for serving."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedfusion_flwr.fusion.aggregation import fuse_state_dicts
+
+State = dict[str, Tensor]
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def is_parameter(key: str, value: Tensor) -> bool:
+    """Whether a state-dict entry is stepped; buffers and integers are replaced instead."""
+    return value.is_floating_point() and key.rpartition(".")[2] not in _BUFFERS
+
+
+class ServerStep:
+    """w <- w + rate * v with v <- momentum * v + (aggregate - w); Hsu et al. 2019 (FedAvgM).
+
+    Rate 1 and momentum 0 return the aggregate itself, bit for bit. Buffers are replaced.
+
+    Parameters
+    ----------
+    learning_rate : float
+        Positive.
+    momentum : float
+        In [0, 1).
+    """
+
+    def __init__(self, learning_rate: float = 1.0, momentum: float = 0.0) -> None:
+        self.learning_rate = learning_rate
+        self.momentum = momentum
+        self.velocity: State = {}
+
+    @property
+    def is_identity(self) -> bool:
+        """True where the step returns its aggregate unchanged."""
+        return self.learning_rate == 1.0 and self.momentum == 0.0
+
+    def __call__(self, current: State, aggregate: State) -> State:
+        """The next global model."""
+        if self.is_identity:
+            return aggregate
+        stepped = dict(aggregate)
+        for key, value in aggregate.items():
+            if not is_parameter(key, value):
+                continue
+            velocity = value.double() - current[key].double()
+            if key in self.velocity:
+                velocity = velocity + self.momentum * self.velocity[key]
+            self.velocity[key] = velocity
+            moved = current[key].double() + self.learning_rate * velocity
+            stepped[key] = moved.to(value.dtype)
+        return stepped
+
+
+class ServedAverage:
+    """Exponential moving average of the global models, without the bias of its start.
+
+    After t models the weight of model i is d^(t-i) (1 - d) / (1 - d^t). Normalization statistics are
+    averaged as moments.
+
+    Parameters
+    ----------
+    decay : float
+        d in [0, 1); 0 serves the newest model itself.
+    """
+
+    def __init__(self, decay: float = 0.0) -> None:
+        self.decay = decay
+        self.count = 0
+        self.state: State = {}
+
+    def update(self, model: State) -> State:
+        """Take in a new global model and return the one to serve."""
+        self.count += 1
+        if self.decay == 0.0 or self.count == 1:
+            self.state = dict(model)
+            return self.state
+        newest = (1 - self.decay) / (1 - self.decay**self.count)
+        weights = torch.tensor([1 - newest, newest], dtype=torch.float64)
+        self.state = fuse_state_dicts([self.state, model], weights)
+        return self.state
+
+
+def update_norm(current: State, proposed: State) -> tuple[float, float]:
+    """Euclidean norms of (proposed - current) and of current over the parameters."""
+    step = norm = 0.0
+    for key, value in proposed.items():
+        if is_parameter(key, value):
+            old = current[key].double()
+            step += float((value.double() - old).square().sum())
+            norm += float(old.square().sum())
+    return step**0.5, norm**0.5

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels between server and clients: record names and codecs. The only place that knows.
+
+=============  ============  =========================================================
+record         kind          content
+=============  ============  =========================================================
+arrays         ArrayRecord   the full state dict
+config         ConfigRecord  server -> client: ``server-round`` and what the strategy adds
+metrics        MetricRecord  client -> server: ``num-examples`` and numbers to average
+normalization  ArrayRecord   client -> server: ``mean std shift scale``, each (C,)
+client         ConfigRecord  client -> server: ``server-round`` echoed, ``partition-id``
+=============  ============  =========================================================
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.fusion import NormalizationStatistics
+
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+NORMALIZATION = "normalization"
+CLIENT = "client"
+
+SERVER_ROUND = "server-round"
+PARTITION_ID = "partition-id"
+NUM_EXAMPLES = "num-examples"
+TRAIN_LOSS = "train-loss"
+TRAIN_STARTED = "train-started"
+TRAIN_SECONDS = "train-seconds"
+
+STATISTICS_KEYS = ("mean", "std", "shift", "scale")
+NPY_OVERHEAD = 4096
+"""More than any plain array's .npy header; what an honest payload may exceed its data by."""
+
+# Views of received bytes are read-only by nature, and nothing here writes to them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+class ProtocolError(FedFusionError, ValueError):
+    """A record that does not decode to what it should be."""
+
+
+def array_view(array: Array) -> NDArray[np.generic]:
+    """Decode an Array without copying: a read-only view of its bytes.
+
+    The labels ``array.dtype`` and ``array.shape`` are written by the sender and not believed.
+
+    Raises
+    ------
+    ProtocolError
+        If the payload is not a plain .npy array of just the announced size.
+    """
+    if array.stype != "numpy.ndarray":
+        raise ProtocolError(f"serialized as {array.stype!r} instead of 'numpy.ndarray'")
+    stream = io.BytesIO(array.data)
+    try:
+        version = npy.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran_order, dtype = npy.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, fortran_order, dtype = npy.read_array_header_2_0(stream)
+        else:
+            raise ProtocolError(f".npy format version {version} is not accepted")
+    except ProtocolError:
+        raise
+    except Exception as error:
+        raise ProtocolError(f"not a .npy payload ({error})") from error
+    if dtype.kind not in "biuf":
+        raise ProtocolError(f"dtype {dtype} is not accepted")
+    offset = stream.tell()
+    if math.prod(shape) * dtype.itemsize != len(array.data) - offset:
+        raise ProtocolError(f"shape {shape} does not fit {len(array.data) - offset} bytes of data")
+    flat = np.frombuffer(array.data, dtype=dtype, offset=offset)
+    return flat.reshape(shape, order="F" if fortran_order else "C")
+
+
+def state_from_record(record: Mapping[str, Array]) -> dict[str, Tensor]:
+    """An ArrayRecord as a state dict whose tensors share memory with it: do not write to them."""
+    return {key: torch.from_numpy(array_view(array)) for key, array in record.items()}
+
+
+def record_from_state(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """A state dict as an ArrayRecord; integer tensors keep their type."""
+    return ArrayRecord({key: Array(value.detach().cpu().numpy()) for key, value in state.items()})
+
+
+def record_from_statistics(statistics: NormalizationStatistics) -> ArrayRecord:
+    """The ``normalization`` record: float32 vectors ``mean std shift scale``."""
+    return record_from_state({key: getattr(statistics, key).float() for key in STATISTICS_KEYS})
+
+
+def statistics_from_record(record: Mapping[str, Array]) -> NormalizationStatistics:
+    """Decode and check a ``normalization`` record.
+
+    Raises
+    ------
+    ProtocolError
+        If a vector is missing, of another type or length than the others, not finite, or a standard
+        deviation is negative.
+    """
+    if set(record) != set(STATISTICS_KEYS):
+        raise ProtocolError(f"holds {sorted(record)} instead of {list(STATISTICS_KEYS)}")
+    views = {key: array_view(record[key]) for key in STATISTICS_KEYS}
+    for key, view in views.items():
+        if view.dtype != np.float32 or view.ndim != 1:
+            raise ProtocolError(f"'{key}' is {view.dtype}{view.shape}, not a float32 vector")
+        if not np.isfinite(view).all():
+            raise ProtocolError(f"'{key}' is not finite")
+    if len({view.shape for view in views.values()}) != 1:
+        raise ProtocolError("its vectors differ in length")
+    if (views["std"] < 0).any():
+        raise ProtocolError("'std' is negative")
+    return NormalizationStatistics(**{k: torch.from_numpy(v) for k, v in views.items()})

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All randomness: generators derived of (seed, purpose, round, client), never a global one."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+
+
+def _sequence(seed: int, purpose: str, *keys: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *keys])
+
+
+def numpy_generator(seed: int, purpose: str, *keys: int) -> np.random.Generator:
+    """A NumPy generator of its own for one purpose, e.g. ``("sampling", round)``."""
+    return np.random.default_rng(_sequence(seed, purpose, *keys))
+
+
+def torch_generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
+    """The same for torch, on the CPU, so that every device draws the same numbers."""
+    state = int(_sequence(seed, purpose, *keys).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state & (2**63 - 1))

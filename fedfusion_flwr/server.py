@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from the server's side: config -> data, model, strategy -> rounds -> artifacts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from logging import INFO
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+from fedfusion_flwr import protocol
+from fedfusion_flwr.config import ConfigError, RunConfig
+from fedfusion_flwr.data import central_test_data, load_data, partition
+from fedfusion_flwr.models import build_model
+from fedfusion_flwr.rounds import RoundCallback
+from fedfusion_flwr.strategies import BaseStrategy, build_strategy
+from fedfusion_flwr.strategies.base import EvaluateFn
+from fedfusion_flwr.tracking import (
+    BestModel,
+    ComponentRecovery,
+    ConsoleLine,
+    FusionArchive,
+    RunDirectory,
+    RunLog,
+    one_line_per_round,
+    state_digest,
+)
+from fedfusion_flwr.training import choose_device, evaluate
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a finished run leaves: Flower's result, the digest of the served model, the folder."""
+
+    result: Result
+    digest: str
+    directory: Path
+
+
+def run(grid: Grid, context: Context) -> RunOutcome:
+    """Run one federation as ``context.run_config`` says.
+
+    Raises
+    ------
+    FedFusionError
+        One sentence: what is wrong in config, data or federation and what to do. Artifacts that were
+        written before stay.
+    """
+    config = RunConfig.from_run_config(context.run_config)
+    data = load_data(config.dataset, config.data_root)
+    # Refuses an infeasible partition here, before any client trains.
+    cut = partition(config)
+    model = build_model(config.model, data.input_shape, data.num_classes, config.seed)
+    directory = RunDirectory.for_config(config)
+    directory.write_json("config.json", config.to_run_config())
+
+    best = BestModel(directory)
+    callbacks: list[RoundCallback] = []
+    if cut.main_components is not None:
+        callbacks.append(ComponentRecovery(cut.main_components))
+    callbacks += [
+        RunLog(directory),
+        FusionArchive(directory),
+        best,
+        ConsoleLine(config.num_server_rounds),
+    ]
+    strategy = build_strategy(config, callbacks)
+    _check_federation(grid, strategy, config)
+    log(INFO, "Run directory: %s", directory.path)
+    try:
+        with one_line_per_round():
+            result = strategy.start(
+                grid,
+                initial_arrays=protocol.record_from_state(model.state_dict()),
+                num_rounds=config.num_server_rounds,
+                timeout=config.round_timeout,
+                evaluate_fn=central_evaluation(config),
+            )
+    finally:
+        # Also when the run is stopped: the last good model is worth keeping.
+        if strategy.average.state:
+            _save_final(directory, strategy)
+    digest = state_digest(protocol.state_from_record(result.arrays))
+    log(INFO, "Best round: %d, test accuracy %.4f", best.server_round, best.accuracy)
+    log(INFO, "Final model digest: %s", digest)
+    log(INFO, "Run directory: %s", directory.path)
+    return RunOutcome(result, digest, directory.path)
+
+
+def central_evaluation(config: RunConfig) -> EvaluateFn:
+    """A function that measures a model on the server's test set."""
+    data = load_data(config.dataset, config.data_root)
+    device = choose_device(config.device)
+    x, y = (tensor.to(device) for tensor in central_test_data(config))
+    model = build_model(config.model, data.input_shape, data.num_classes, seed=0).to(device)
+
+    def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        model.load_state_dict(protocol.state_from_record(arrays))
+        loss, accuracy = evaluate(model, x, y)
+        return MetricRecord({"global-accuracy": accuracy, "global-loss": loss})
+
+    return evaluate_global
+
+
+def _check_federation(grid: Grid, strategy: BaseStrategy, config: RunConfig) -> None:
+    connected = strategy.roster.wait_for(grid, config.num_clients, config.node_timeout)
+    if len(connected) > config.num_clients:
+        raise ConfigError(
+            f"num-clients = {config.num_clients}, but {len(connected)} clients are connected; "
+            "make num-clients and the federation's num-supernodes equal"
+        )
+
+
+def _save_final(directory: RunDirectory, strategy: BaseStrategy) -> None:
+    state = {key: torch.as_tensor(value) for key, value in strategy.average.state.items()}
+    directory.write_state(
+        "final_model.safetensors",
+        state,
+        round=strategy.server_round,
+        digest=state_digest(state),
+    )

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every strategy here shares: seeded sampling, reply checks, fusion, server step, reports.
+
+A strategy of one's own overrides `client_weights` (and perhaps `sample_clients`); the rest stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from flwr.serverapp.strategy import Result
+from torch import Tensor
+
+from fedfusion_flwr import protocol
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.fusion import (
+    ServedAverage,
+    ServerStep,
+    cap_weights,
+    fuse_state_dicts,
+)
+from fedfusion_flwr.fusion.server_step import update_norm
+from fedfusion_flwr.fusion.statistics import batchnorm_prefixes, select_layers
+from fedfusion_flwr.randomness import numpy_generator
+from fedfusion_flwr.rounds import ClientRow, RoundCallback, RoundReport, State
+from fedfusion_flwr.strategies.replies import ClientReply, ReplyJudge
+from fedfusion_flwr.strategies.roster import Roster
+from fedfusion_flwr.strategies.sampling import random_cohort
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class RunStopped(FedFusionError, AggregationError):
+    """Several rounds in a row had too few usable replies; what was written so far stays."""
+
+
+@dataclass
+class _Round:
+    """The round in progress."""
+
+    number: int
+    sent: State
+    sampled: dict[int, int] = field(default_factory=dict)
+    dispatched: float = 0.0
+
+
+class BaseStrategy(FlowerFedAvg):
+    """Federated averaging with checked replies, seeded sampling and pooled moments.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of client sampling.
+    server_learning_rate, server_momentum : float
+        The aggregate is a pseudo-gradient; 1 and 0 take the aggregate as it is.
+    average_decay : float
+        Decay of the moving average of global models that is evaluated, saved and returned; training
+        goes on from the newest model. 0 serves the newest.
+    pool_moments : bool
+        Fuse running statistics as moments of the mixture instead of averaging variances.
+    max_client_weight : float
+        Upper limit of one client's weight in the global model; 1 is no limit.
+    min_valid_replies : int
+        With fewer good replies the round keeps the old model.
+    max_failed_rounds : int
+        That many such rounds in a row end the run with `RunStopped`.
+    max_examples : int
+        Largest example count that is believed.
+    max_update_ratio : float
+        An aggregate farther from the old model than this times the old model's norm is refused.
+    node_timeout : float
+        Seconds to wait for ``min_available_nodes`` before round 1.
+    statistics_layers : {"all", "ends"}
+        Which normalization layers' statistics the clients report.
+    callbacks : Sequence[RoundCallback]
+        See every round's report.
+    **flower
+        Arguments of `flwr.serverapp.strategy.FedAvg`: ``fraction_train``, ``min_train_nodes``, ...
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        server_learning_rate: float = 1.0,
+        server_momentum: float = 0.0,
+        average_decay: float = 0.0,
+        pool_moments: bool = True,
+        max_client_weight: float = 1.0,
+        min_valid_replies: int = 1,
+        max_failed_rounds: int = 3,
+        max_examples: int = 10_000_000,
+        max_update_ratio: float = 10.0,
+        node_timeout: float = 60.0,
+        statistics_layers: str = "all",
+        callbacks: Sequence[RoundCallback] = (),
+        **flower: Any,
+    ) -> None:
+        super().__init__(**flower)
+        self.seed = seed
+        self.pool_moments = pool_moments
+        self.max_client_weight = max_client_weight
+        self.min_valid_replies = min_valid_replies
+        self.max_failed_rounds = max_failed_rounds
+        self.max_examples = max_examples
+        self.max_update_ratio = max_update_ratio
+        self.node_timeout = node_timeout
+        self.statistics_layers = statistics_layers
+        self.callbacks = list(callbacks)
+        self.step = ServerStep(server_learning_rate, server_momentum)
+        self.average = ServedAverage(average_decay)
+        self.roster = Roster()
+        self.failed_rounds = 0
+        self.report = RoundReport(0)
+        self._round = _Round(0, {})
+
+    # --- what a strategy of one's own overrides -------------------------------------------------
+
+    def client_weights(self, replies: list[ClientReply]) -> Tensor:
+        """p (K,), float64: what each reply's model counts; non-negative, sums to 1."""
+        raise NotImplementedError
+
+    def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
+        """Which of the connected clients train this round."""
+        return random_cohort(clients, size, numpy_generator(self.seed, "sampling", server_round))
+
+    def aggregate(self, replies: list[ClientReply], weights: Tensor) -> State:
+        """The fused model, before the server step."""
+        return fuse_state_dicts(
+            (reply.state for reply in replies), weights, pool_moments=self.pool_moments
+        )
+
+    # --- Flower's interface ---------------------------------------------------------------------
+
+    def start(  # the wrapped evaluate_fn is Strategy.start's only hook at the end of a round
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run the federation; see `flwr.serverapp.strategy.Strategy.start`.
+
+        ``evaluate_fn`` sees the served model (the moving average, where there is one), and
+        ``Result.arrays`` is the served model too.
+
+        Raises
+        ------
+        RunStopped
+            If ``max_failed_rounds`` rounds in a row had too few good replies.
+        NotEnoughNodes
+            If too few nodes connect before round 1.
+        """
+
+        def end_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            return self._end_round(server_round, arrays, evaluate_fn)
+
+        self._clock = time.monotonic()
+        result = super().start(
+            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, end_round
+        )
+        if self.average.state:
+            result.arrays = protocol.record_from_state(self.average.state)
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients and address the global model to them."""
+        self._clock = time.monotonic()
+        self.report = RoundReport(server_round)
+        self._round = _Round(server_round, protocol.state_from_record(arrays))
+        if self.fraction_train == 0.0:
+            return []
+        connected = self._connected(server_round, grid)
+        size = self._cohort_size(len(connected), self.fraction_train, self.min_train_nodes)
+        cohort = self.sample_clients(server_round, sorted(connected), size)
+        messages = self._messages(arrays, config, cohort, connected, MessageType.TRAIN)
+        self.report.num_sampled = len(cohort)
+        self._lap("sample")
+        self._round.dispatched = time.time()
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check the replies, fuse the good ones and take the server step."""
+        replies = list(replies)
+        self._lap("train")
+        if not self._round.sampled:
+            return None, None
+        good, bad = self._judge(with_model=True).judge(replies, with_model=True)
+        self._account(good, bad)
+        if len(good) < self.min_valid_replies:
+            return self._keep_old_model(
+                f"{len(good)} valid replies, min-valid-replies is {self.min_valid_replies}"
+            )
+        weights = cap_weights(self.client_weights(good), self.max_client_weight)
+        self._lap("infer")
+        aggregate = self.aggregate(good, weights)
+        problem = self._refuse(aggregate)
+        if problem:
+            return self._keep_old_model(problem)
+        self.failed_rounds = 0
+        model = self.step(self._round.sent, aggregate)
+        self.average.update(model)
+        self.report.clients = [
+            reply.row(weight, self.assignment_of(reply))
+            for reply, weight in zip(good, weights.tolist(), strict=True)
+        ] + self.report.clients
+        entropy = -torch.xlogy(weights, weights).sum()
+        self.report.metrics["weight-entropy"] = float(entropy)
+        self._split_train_time(good)
+        self._lap("aggregate")
+        # The client's means come last: only this record is part of Flower's history.
+        self.report.metrics.update(self._mean_metrics(good, self.train_metrics_aggr_fn))
+        return protocol.record_from_state(model), MetricRecord(dict(self.report.metrics))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Address the served model to a seeded sample of clients for local evaluation."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        served = protocol.record_from_state(self.average.state) if self.average.state else arrays
+        connected = self._connected(server_round, grid)
+        size = self._cohort_size(len(connected), self.fraction_evaluate, self.min_evaluate_nodes)
+        generator = numpy_generator(self.seed, "evaluation-sampling", server_round)
+        cohort = random_cohort(sorted(connected), size, generator)
+        return self._messages(served, config, cohort, connected, MessageType.EVALUATE)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Example-weighted means of the clients' finite evaluation metrics."""
+        if self.fraction_evaluate == 0.0 or not self._round.sampled:
+            return None
+        good, bad = self._judge(with_model=False).judge(replies, with_model=False)
+        self.report.metrics["evaluate-replies-dropped"] = float(len(bad))
+        for row in bad:
+            log(WARNING, "evaluation of client %s dropped (%s): %s", row.client, row.dropped, row.detail)
+        means = self._mean_metrics(good, self.evaluate_metrics_aggr_fn)
+        self.report.metrics.update(means)
+        self._lap("evaluate")
+        return MetricRecord(dict(means)) if means else None
+
+    def summary(self) -> None:
+        """Log the strategy's settings at the start of a run."""
+        log(INFO, "\t├──> Server step: learning rate %g, momentum %g", self.step.learning_rate, self.step.momentum)
+        log(INFO, "\t├──> Served model: average decay %g", self.average.decay)
+        log(INFO, "\t├──> Running statistics: %s", "pooled moments" if self.pool_moments else "averaged")
+        log(INFO, "\t├──> Valid replies: at least %d, give up after %d failed rounds", self.min_valid_replies, self.max_failed_rounds)
+        super().summary()
+
+    # --- for subclasses and the report ----------------------------------------------------------
+
+    @property
+    def current(self) -> State:
+        """The global model that this round's clients received. Do not write to it."""
+        return self._round.sent
+
+    @property
+    def server_round(self) -> int:
+        """The round in progress."""
+        return self._round.number
+
+    def assignment_of(self, reply: ClientReply) -> list[float] | None:
+        """The client's row of b for the report, where the strategy has one."""
+        return None
+
+    # --- plumbing -------------------------------------------------------------------------------
+
+    def _connected(self, server_round: int, grid: Grid) -> dict[int, int]:
+        if server_round == 1:
+            expected = max(self.min_available_nodes, self.min_train_nodes)
+            return self.roster.wait_for(grid, expected, self.node_timeout)
+        return self.roster.connected(grid)
+
+    @staticmethod
+    def _cohort_size(connected: int, fraction: float, minimum: int) -> int:
+        # floor, as Flower does, but exact where the product is whole but for rounding
+        return min(connected, max(int(connected * fraction + 1e-9), minimum))
+
+    def _messages(
+        self,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        cohort: list[int],
+        connected: dict[int, int],
+        message_type: str,
+    ) -> list[Message]:
+        # A copy: the caller's config is not ours to change.
+        settings = ConfigRecord({**config, protocol.SERVER_ROUND: self._round.number})
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: settings})
+        self._round.sampled = {connected[client]: client for client in cohort}
+        return [Message(record, node, message_type) for node in self._round.sampled]
+
+    def _judge(self, *, with_model: bool) -> ReplyJudge:
+        sent = self._round.sent if with_model else {}
+        prefixes = select_layers(batchnorm_prefixes(sent), self.statistics_layers)  # type: ignore[arg-type]
+        channels = sum(sent[f"{prefix}running_mean"].numel() for prefix in prefixes)
+        return ReplyJudge(
+            self._round.number,
+            self._round.sampled,
+            sent,
+            num_channels=channels or None,
+            arrays_key=self.arrayrecord_key,
+            examples_key=self.weighted_by_key,
+            max_examples=self.max_examples,
+        )
+
+    def _account(self, good: list[ClientReply], bad: list[ClientRow]) -> None:
+        metrics = self.report.metrics
+        metrics["replies-valid"] = float(len(good))
+        metrics["replies-dropped"] = float(len(bad))
+        for row in bad:
+            key = f"dropped-{row.dropped}"
+            metrics[key] = metrics.get(key, 0.0) + 1
+            log(
+                WARNING,
+                "round %d: reply of client %s (node %d) dropped (%s): %s",
+                *(self._round.number, row.client, row.node, row.dropped, row.detail),
+            )
+        self.report.clients = bad
+
+    def _keep_old_model(self, why: str) -> tuple[ArrayRecord, MetricRecord]:
+        self.failed_rounds += 1
+        self.report.metrics["round-failed"] = 1.0
+        log(WARNING, "round %d keeps the old model: %s", self._round.number, why)
+        if self.failed_rounds >= self.max_failed_rounds:
+            raise RunStopped(
+                f"stopped after {self.failed_rounds} failed rounds in a row, the last because of: "
+                f"{why}; the reasons of every dropped reply are in the log and in clients.jsonl"
+            )
+        return protocol.record_from_state(self._round.sent), MetricRecord(dict(self.report.metrics))
+
+    def _refuse(self, aggregate: State) -> str | None:
+        for key, value in aggregate.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                return f"the aggregate's '{key}' is not finite"
+        step, norm = update_norm(self._round.sent, aggregate)
+        if norm > 0 and step > self.max_update_ratio * norm:
+            return f"the aggregate moved {step / norm:.3g} times the model's norm"
+        return None
+
+    @staticmethod
+    def _mean_metrics(
+        good: list[ClientReply], mean: Callable[[list[RecordDict], str], MetricRecord]
+    ) -> dict[str, float]:
+        if not good:
+            return {}
+        # Only what every client reports can be averaged; Flower's own averaging insists on it.
+        shared = set.intersection(*(set(reply.metrics) for reply in good))
+        shared -= {protocol.TRAIN_STARTED}
+        records = [
+            RecordDict(
+                {
+                    protocol.METRICS: MetricRecord(
+                        {
+                            **{key: reply.metrics[key] for key in sorted(shared)},
+                            protocol.NUM_EXAMPLES: reply.num_examples,
+                        }
+                    )
+                }
+            )
+            for reply in good
+        ]
+        averaged = mean(records, protocol.NUM_EXAMPLES)
+        return {k: float(v) for k, v in averaged.items() if isinstance(v, int | float)}
+
+    def _end_round(
+        self, server_round: int, arrays: ArrayRecord, evaluate_fn: EvaluateFn | None
+    ) -> MetricRecord | None:
+        served = self.average.state or protocol.state_from_record(arrays)
+        self.report.model = served
+        central = None
+        if evaluate_fn is not None:
+            record = protocol.record_from_state(served) if self.average.state else arrays
+            central = evaluate_fn(server_round, record)
+        for key, value in (central or {}).items():
+            if isinstance(value, int | float):
+                self.report.metrics[key] = float(value)
+        self._lap("evaluate")
+        for callback in self.callbacks:
+            callback.on_round_end(self.report)
+        return central
+
+    def _lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.report.seconds[name] = self.report.seconds.get(name, 0.0) + now - self._clock
+        self._clock = now
+
+    def _split_train_time(self, good: list[ClientReply]) -> None:
+        """Divide the wait for replies into the time some client trained and the rest, transfer."""
+        intervals = sorted(
+            (reply.metrics[protocol.TRAIN_STARTED], reply.metrics[protocol.TRAIN_SECONDS])
+            for reply in good
+            if {protocol.TRAIN_STARTED, protocol.TRAIN_SECONDS} <= reply.metrics.keys()
+        )
+        busy, until = 0.0, 0.0
+        for begin, seconds in intervals:
+            busy += max(0.0, begin + seconds - max(begin, until))
+            until = max(until, begin + seconds)
+        waited = self.report.seconds["train"]
+        self.report.seconds["train"] = min(busy, waited) if intervals else waited
+        self.report.seconds["transfer"] = max(0.0, waited - busy) if intervals else 0.0

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedFusion (Duan et al., CVPR 2023): fuse client models by inferred virtual components.
+
+Round t:
+  1. every client reports its normalization parameters d_k
+  2. the memory centres them on the cohort and keeps the newest of every client ever seen
+  3. a VAE infers assignments b (K, M) and the mixture pi (M,)
+  4. p_k = sum_m pi_m n_k b_km / B_m over this round's clients;  w <- sum_k p_k w_k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from logging import INFO, WARNING
+from typing import Any, Literal
+
+import torch
+from flwr.common.logger import log
+from torch import Tensor
+
+from fedfusion_flwr.fusion import (
+    DistributionInference,
+    FusionPosterior,
+    InferenceError,
+    NormalizationStatistics,
+    StatisticsError,
+    StatisticsMemory,
+    balanced_mixture,
+    client_weights,
+    example_weights,
+    fuse_state_dicts,
+)
+from fedfusion_flwr.fusion.absent import AbsentComponents
+from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
+from fedfusion_flwr.randomness import numpy_generator
+from fedfusion_flwr.rounds import FusionSnapshot, State
+from fedfusion_flwr.strategies.base import BaseStrategy
+from fedfusion_flwr.strategies.replies import ClientReply
+from fedfusion_flwr.strategies.sampling import stratified_cohort
+
+ABSENT_SHARE = 1e-3
+"""A component with less than this share of a cohort's mass counts as absent from the round."""
+
+Mixture = Literal["inferred", "balanced", "counts"]
+
+
+class FedFusion(BaseStrategy):
+    """Component-weighted aggregation with server-side inference; drop-in for Flower's FedAvg.
+
+    Clients need no change: the statistics are read from the state dict they return, unless they send
+    a ``normalization`` record of their own.
+
+    Parameters
+    ----------
+    num_components : int
+        M, the most virtual components that are looked for.
+    mixture : {"inferred", "balanced", "counts"}
+        What pi is: the posterior mean; proportional to (population share)^balance_exponent; or the
+        shares of this round's examples, which is FedAvg and exists as a control.
+    balance_exponent : float
+        rho in [0, 1] of the balanced mixture.
+    sampling : {"random", "stratified"}
+        ``stratified`` draws cohorts in which components appear in proportion to pi.
+    absent : {"drop", "remember"}
+        A component without clients in a round: renormalize pi over the others, or let it contribute
+        its last pseudo-gradient (cf. FedVARP, Jhunjhunwala et al. 2022).
+    assignment_smoothing : float
+        In [0, 1): share of a client's earlier assignment that is kept at each inference.
+    vae_step : int
+        Infer every so many rounds (and whenever a new client appears).
+    inference : DistributionInference or None
+        Replaces the default inference; its number of components must be ``num_components``.
+    **base
+        Arguments of `BaseStrategy` and of Flower's FedAvg.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_components: int = 8,
+        mixture: Mixture = "balanced",
+        balance_exponent: float = 0.5,
+        sampling: Literal["random", "stratified"] = "random",
+        absent: Literal["drop", "remember"] = "drop",
+        assignment_smoothing: float = 0.5,
+        vae_step: int = 1,
+        inference: DistributionInference | None = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        self.num_components = num_components
+        self.mixture_kind = mixture
+        self.balance_exponent = balance_exponent
+        self.sampling = sampling
+        self.vae_step = vae_step
+        self.inference = inference or DistributionInference(num_components, self.seed)
+        if self.inference.num_components != num_components:
+            raise ValueError(
+                f"num_components = {num_components}, but the given inference has "
+                f"{self.inference.num_components}"
+            )
+        self.memory = StatisticsMemory(assignment_smoothing)
+        self.absent = AbsentComponents() if absent == "remember" else None
+        self.posterior: FusionPosterior | None = None
+        self.mixture = torch.full((num_components,), 1 / num_components, dtype=torch.float64)
+
+    def summary(self) -> None:
+        """Log the strategy's settings at the start of a run."""
+        log(INFO, "\t├──> Fusion: %d components, mixture %s, sampling %s", self.num_components, self._mixture_name(), self.sampling)
+        super().summary()
+
+    def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
+        """Random, or with the inferred components in proportion to the mixture."""
+        if self.sampling == "random" or self.posterior is None:
+            return super().sample_clients(server_round, clients, size)
+        known = [i for i in self.memory.ids if self.memory.clients[i].assignment is not None]
+        main = self.memory.assignments(known).argmax(1).tolist()
+        generator = numpy_generator(self.seed, "stratified-sampling", server_round)
+        return stratified_cohort(
+            clients, size, dict(zip(known, main, strict=True)), self.mixture.tolist(), generator
+        )
+
+    def client_weights(self, replies: list[ClientReply]) -> Tensor:
+        """Infer, choose the mixture and weight this round's clients; (K,), float64."""
+        ids = [reply.client for reply in replies]
+        examples = torch.tensor([reply.num_examples for reply in replies], dtype=torch.float64)
+        try:
+            self._infer(replies)
+        except InferenceError as problem:
+            log(WARNING, "round %d: inference failed (%s); example weights are used", self.server_round, problem)
+            self.report.metrics["fusion-fallback"] = 1.0
+            return example_weights(examples)
+        self.report.metrics["fusion-fallback"] = 0.0
+        assignments = self.memory.assignments(ids)
+        self.mixture = self._choose_mixture(assignments, examples)
+        weights = client_weights(
+            assignments, self.mixture, examples, negligible_share=ABSENT_SHARE
+        )
+        self._record(ids, weights)
+        return weights
+
+    def aggregate(self, replies: list[ClientReply], weights: Tensor) -> State:
+        """Fuse this round's models, with the remembered steps of absent components if asked."""
+        fell_back = bool(self.report.metrics["fusion-fallback"])
+        if self.absent is None or fell_back:
+            return super().aggregate(replies, weights)
+        assignments = self.memory.assignments([reply.client for reply in replies])
+        examples = torch.tensor([reply.num_examples for reply in replies])
+        states = [reply.state for reply in replies]
+        ghosts, ghost_weights = self.absent.recall(
+            assignments, examples, self.mixture, self.current, ABSENT_SHARE
+        )
+        self.absent.remember(states, assignments, examples, self.current, ABSENT_SHARE)
+        self.report.metrics["components-remembered"] = float(len(ghosts))
+        share = torch.tensor(ghost_weights, dtype=torch.float64)
+        all_weights = torch.cat([weights * (1 - share.sum()), share])
+
+        def chained() -> Iterator[State]:
+            yield from states
+            yield from ghosts
+
+        return fuse_state_dicts(chained(), all_weights, pool_moments=self.pool_moments)
+
+    def assignment_of(self, reply: ClientReply) -> list[float] | None:
+        """The client's smoothed assignment."""
+        known = self.memory.clients.get(reply.client)
+        if known is None or known.assignment is None:
+            return None
+        return [round(value, 6) for value in known.assignment.tolist()]
+
+    def _infer(self, replies: list[ClientReply]) -> None:
+        vectors = {reply.client: self._statistics(reply).vector(log_std=True) for reply in replies}
+        received = None
+        if batchnorm_prefixes(self.current):
+            received = self._read(self.current).vector(log_std=True)
+        widths = {len(v) for v in vectors.values()} | {
+            len(c.vector) for c in self.memory.clients.values()
+        }
+        if len(widths) > 1:
+            raise InferenceError(f"clients' statistics differ in length: {sorted(widths)}")
+        self.memory.remember(
+            self.server_round, vectors, {r.client: r.num_examples for r in replies}, received
+        )
+        newcomers = any(c.assignment is None for c in self.memory.clients.values())
+        if newcomers or self.posterior is None or (self.server_round - 1) % self.vae_step == 0:
+            posterior = self.inference.fit(self.memory.vectors(), self.memory.num_examples())
+            self.posterior = self.memory.absorb(posterior)
+            self.report.metrics["elbo"] = self.posterior.elbo
+
+    def _statistics(self, reply: ClientReply) -> NormalizationStatistics:
+        return reply.statistics or self._read(reply.state)
+
+    def _read(self, state: State) -> NormalizationStatistics:
+        try:
+            return NormalizationStatistics.from_state_dict(state, layers=self.statistics_layers)
+        except StatisticsError as problem:
+            raise StatisticsError(f"FedFusion cannot run on this model: {problem}") from problem
+
+    def _choose_mixture(self, assignments: Tensor, examples: Tensor) -> Tensor:
+        if self.mixture_kind == "inferred":
+            assert self.posterior is not None
+            return self.posterior.mixture
+        if self.mixture_kind == "counts":
+            mass = examples @ assignments
+            return mass / mass.sum()
+        population = self.memory.num_examples() @ self.memory.assignments(self.memory.ids)
+        return balanced_mixture(population, self.balance_exponent)
+
+    def _record(self, ids: list[int], weights: Tensor) -> None:
+        assert self.posterior is not None
+        known = self.memory.ids
+        everyone = torch.zeros(len(known), dtype=torch.float64)
+        everyone[[known.index(client) for client in ids]] = weights
+        self.report.fusion = FusionSnapshot(known, self.posterior, self.mixture, everyone)
+        occupied = torch.bincount(
+            self.posterior.assignments.argmax(1), minlength=self.num_components
+        )
+        self.report.metrics["components-occupied"] = float((occupied > 0).sum())
+
+    def _mixture_name(self) -> str:
+        if self.mixture_kind == "balanced":
+            return f"balanced (exponent {self.balance_exponent:g})"
+        return self.mixture_kind

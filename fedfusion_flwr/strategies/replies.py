@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judges every reply by itself against the model that was sent; never against other replies.
+
+A bad reply loses its client for the round, with a named reason; the round goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import Message, RecordDict
+from torch import Tensor
+
+from fedfusion_flwr import protocol
+from fedfusion_flwr.fusion import NormalizationStatistics
+from fedfusion_flwr.rounds import ClientRow
+
+MAX_STATISTIC = 1e6
+"""Bound on |mean|, variance, shift and scale of a normalization layer."""
+
+
+class BadReply(Exception):
+    """A reply that does not count; ``reason`` is a slug for the metrics."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ClientReply:
+    """A reply that passed every check. ``state`` shares memory with the message."""
+
+    client: int
+    node: int
+    num_examples: int
+    metrics: dict[str, float]
+    state: dict[str, Tensor] = field(default_factory=dict)
+    statistics: NormalizationStatistics | None = None
+    partition: int | None = None
+
+    def row(self, weight: float = 0.0, assignment: list[float] | None = None) -> ClientRow:
+        """This reply as a line of the round's report."""
+        return ClientRow(
+            client=self.client,
+            node=self.node,
+            partition=self.partition,
+            num_examples=self.num_examples,
+            weight=weight,
+            assignment=assignment,
+            metrics=self.metrics,
+        )
+
+
+class ReplyJudge:
+    """Checks the replies of one phase of one round.
+
+    Parameters
+    ----------
+    server_round : int
+        The round that a reply must belong to, where it says so.
+    sampled : Mapping[int, int]
+        Client id by node id: who was asked. Anybody else is a stranger.
+    sent : Mapping[str, Tensor]
+        The model that was sent; a train reply must match its keys, shapes and types.
+    num_channels : int or None
+        Length that a ``normalization`` vector must have, where it is known.
+    arrays_key, examples_key : str
+        Names of the ArrayRecord and of the example count.
+    max_examples : int
+        Largest example count that is believed.
+    """
+
+    def __init__(
+        self,
+        server_round: int,
+        sampled: Mapping[int, int],
+        sent: Mapping[str, Tensor],
+        *,
+        num_channels: int | None = None,
+        arrays_key: str = protocol.ARRAYS,
+        examples_key: str = protocol.NUM_EXAMPLES,
+        max_examples: int = 10_000_000,
+    ) -> None:
+        self.server_round = server_round
+        self.sampled = sampled
+        self.sent = sent
+        self.num_channels = num_channels
+        self.arrays_key = arrays_key
+        self.examples_key = examples_key
+        self.max_examples = max_examples
+
+    def judge(
+        self, replies: Iterable[Message], *, with_model: bool
+    ) -> tuple[list[ClientReply], list[ClientRow]]:
+        """Split replies into good ones, sorted by client id, and rows that say why one is not.
+
+        Sampled clients that never answered are among the rows, as ``missing``.
+        """
+        good: dict[int, ClientReply] = {}
+        bad: list[ClientRow] = []
+        seen: set[int] = set()
+        for message in replies:
+            node = message.metadata.src_node_id
+            client = self.sampled.get(node)
+            try:
+                if client is None:
+                    raise BadReply("stranger", "this node was not asked in this round")
+                if node in seen:
+                    raise BadReply("duplicate", "this node answered before in this round")
+                seen.add(node)
+                good[client] = self._check(message, client, with_model)
+            except BadReply as problem:
+                bad.append(ClientRow(client, node, dropped=problem.reason, detail=str(problem)))
+        for node, client in self.sampled.items():
+            if node not in seen:
+                bad.append(ClientRow(client, node, dropped="missing", detail="no reply in time"))
+        bad.sort(key=lambda row: (row.client is None, row.client, row.node))
+        return [good[client] for client in sorted(good)], bad
+
+    def _check(self, message: Message, client: int, with_model: bool) -> ClientReply:
+        if message.has_error():
+            raise BadReply("error", _first_line(message.error.reason))
+        content = message.content
+        partition = self._check_identity(content)
+        metrics = self._metrics(content)
+        examples = self._examples(metrics.pop(self.examples_key, None))
+        state: dict[str, Tensor] = {}
+        statistics = None
+        if with_model:
+            state = self._model(content)
+            statistics = self._statistics(content)
+        numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
+        return ClientReply(
+            client, message.metadata.src_node_id, examples, numbers, state, statistics, partition
+        )
+
+    def _check_identity(self, content: RecordDict) -> int | None:
+        identity = content.config_records.get(protocol.CLIENT)
+        if identity is None:
+            return None
+        echoed = identity.get(protocol.SERVER_ROUND)
+        if echoed != self.server_round:
+            raise BadReply("stale", f"answers round {echoed}, not round {self.server_round}")
+        partition = identity.get(protocol.PARTITION_ID)
+        return partition if type(partition) is int else None
+
+    def _metrics(self, content: RecordDict) -> dict[str, object]:
+        records = content.metric_records
+        if len(records) != 1:
+            raise BadReply("structure", f"holds {len(records)} MetricRecords instead of one")
+        metrics = dict(next(iter(records.values())))
+        for key, value in metrics.items():
+            values = value if isinstance(value, list) else [value]
+            if not all(math.isfinite(v) for v in values):
+                raise BadReply("nonfinite", f"metric '{key}' is not finite")
+        return dict(metrics)
+
+    def _examples(self, value: object) -> int:
+        if value is None:
+            raise BadReply("examples", f"metric '{self.examples_key}' is missing")
+        if not _is_number(value) or float(value) != int(value):  # type: ignore[call-overload, arg-type]
+            raise BadReply("examples", f"{self.examples_key} = {value} is not a whole number")
+        count = int(value)  # type: ignore[call-overload]
+        if not 1 <= count <= self.max_examples:
+            raise BadReply(
+                "examples", f"{self.examples_key} = {count} is not from 1 to {self.max_examples}"
+            )
+        return int(count)
+
+    def _model(self, content: RecordDict) -> dict[str, Tensor]:
+        others = [k for k in content.array_records if k != protocol.NORMALIZATION]
+        if others != [self.arrays_key] and len(others) != 1:
+            raise BadReply("structure", f"holds ArrayRecords {others}, not just one model")
+        record = content.array_records[others[0]]
+        if record.keys() != self.sent.keys():
+            odd = sorted(record.keys() ^ self.sent.keys())
+            raise BadReply("structure", f"its keys differ from the model's: {odd[:3]}")
+        state: dict[str, Tensor] = {}
+        for key, sent in self.sent.items():
+            if len(record[key].data) > sent.nbytes + protocol.NPY_OVERHEAD:
+                raise BadReply("size", f"'{key}' holds {len(record[key].data)} bytes")
+            try:
+                view = protocol.array_view(record[key])
+            except protocol.ProtocolError as problem:
+                raise BadReply("structure", f"'{key}': {problem}") from problem
+            if view.shape != tuple(sent.shape):
+                raise BadReply("shape", f"'{key}' is {view.shape}, not {tuple(sent.shape)}")
+            if view.dtype != sent.numpy().dtype:
+                raise BadReply("dtype", f"'{key}' is {view.dtype}, not {sent.numpy().dtype}")
+            if view.dtype.kind == "f" and not np.isfinite(view).all():
+                raise BadReply("nonfinite", f"'{key}' is not finite")
+            state[key] = torch.from_numpy(view)
+        self._check_normalization(state)
+        return state
+
+    def _check_normalization(self, state: Mapping[str, Tensor]) -> None:
+        for key, value in state.items():
+            name = key.rpartition(".")[2]
+            if name == "running_var" and bool((value < 0).any()):
+                raise BadReply("statistics", f"'{key}' is negative")
+            if name == "num_batches_tracked" and bool((value < self.sent[key]).any()):
+                raise BadReply("statistics", f"'{key}' went backwards")
+            if name in ("running_mean", "running_var") and value.numel():
+                prefix = key.removesuffix(name)
+                for part in (name, "weight", "bias"):
+                    tensor = state.get(prefix + part)
+                    if tensor is not None and float(tensor.abs().max()) > MAX_STATISTIC:
+                        raise BadReply("statistics", f"'{prefix}{part}' exceeds {MAX_STATISTIC:g}")
+
+    def _statistics(self, content: RecordDict) -> NormalizationStatistics | None:
+        record = content.array_records.get(protocol.NORMALIZATION)
+        if record is None:
+            return None
+        if self.num_channels is not None:
+            allowed = 4 * self.num_channels + protocol.NPY_OVERHEAD
+            if any(len(array.data) > allowed for array in record.values()):
+                raise BadReply("size", "its normalization record is too large")
+        try:
+            statistics = protocol.statistics_from_record(record)
+        except protocol.ProtocolError as problem:
+            raise BadReply("statistics", f"normalization record: {problem}") from problem
+        length = len(statistics.mean)
+        if self.num_channels is not None and length != self.num_channels:
+            raise BadReply("statistics", f"{length} channels instead of {self.num_channels}")
+        if float(statistics.vector().abs().max()) > MAX_STATISTIC:
+            raise BadReply("statistics", f"normalization record exceeds {MAX_STATISTIC:g}")
+        return statistics
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _first_line(text: str | None) -> str:
+    lines = (text or "no reason given").strip().splitlines()
+    return lines[0][:300] if lines else "no reason given"

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round callbacks: what a run leaves on disk and on the screen."""
+
+from fedfusion_flwr.tracking.artifacts import (
+    BestModel,
+    FusionArchive,
+    OutputError,
+    RunDirectory,
+    RunLog,
+    state_digest,
+)
+from fedfusion_flwr.tracking.console import ConsoleLine, one_line_per_round
+from fedfusion_flwr.tracking.recovery import ComponentRecovery
+
+__all__ = [
+    "BestModel",
+    "ComponentRecovery",
+    "ConsoleLine",
+    "FusionArchive",
+    "OutputError",
+    "RunDirectory",
+    "RunLog",
+    "one_line_per_round",
+    "state_digest",
+]

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One readable line a round."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from logging import INFO
+
+from flwr.common.logger import FLOWER_LOGGER, log
+
+from fedfusion_flwr.rounds import RoundReport
+
+PHASES = ("sample", "train", "transfer", "infer", "aggregate", "evaluate")
+
+
+class ConsoleLine:
+    """Logs what happened in a round; round 0 is the untrained model.
+
+    Parameters
+    ----------
+    num_rounds : int
+        The total, to show progress.
+    """
+
+    def __init__(self, num_rounds: int) -> None:
+        self.num_rounds = num_rounds
+
+    def on_round_end(self, report: RoundReport) -> None:
+        """Log the line."""
+        log(INFO, "%s", self.line(report))
+
+    def line(self, report: RoundReport) -> str:
+        """The line itself."""
+        m = report.metrics
+        parts = [f"round {report.server_round:>{len(str(self.num_rounds))}}/{self.num_rounds}"]
+        if "train-loss" in m:
+            parts.append(f"train loss {m['train-loss']:.3f}")
+        if "global-accuracy" in m:
+            parts.append(f"test acc {m['global-accuracy']:.4f} loss {m['global-loss']:.3f}")
+        if report.fusion is not None:
+            largest = sorted(report.fusion.mixture.tolist(), reverse=True)
+            shown = " ".join(f"{value:.2f}" for value in largest if value >= 0.005)
+            parts.append(f"components {m['components-occupied']:.0f} [{shown}]")
+        if "adjusted-rand-index" in m:
+            parts.append(f"ARI {m['adjusted-rand-index']:.2f}")
+        if report.server_round > 0:
+            parts.append(f"dropped {m.get('replies-dropped', 0):.0f}/{report.num_sampled}")
+            if m.get("round-failed"):
+                parts.append("KEPT OLD MODEL")
+            if m.get("fusion-fallback"):
+                parts.append("INFERENCE FELL BACK")
+            seconds = report.seconds
+            shown = " ".join(f"{name} {seconds[name]:.1f}" for name in PHASES if name in seconds)
+            parts.append(f"{shown} s")
+        return " | ".join(parts)
+
+
+@contextlib.contextmanager
+def one_line_per_round() -> Iterator[None]:
+    """Silence the several lines a round that Flower's own loop logs; warnings stay."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (
+            record.levelno == INFO and record.module == "strategy" and record.funcName == "start"
+        )
+
+    FLOWER_LOGGER.addFilter(keep)
+    try:
+        yield
+    finally:
+        FLOWER_LOGGER.removeFilter(keep)

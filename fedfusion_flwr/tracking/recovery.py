@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well the inferred components match planted ones; for the `components` partition only."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.metrics import adjusted_rand_score
+
+from fedfusion_flwr.rounds import RoundReport
+
+
+class ComponentRecovery:
+    """Adds ``adjusted-rand-index`` to the round's metrics; stands before the callbacks that write.
+
+    Parameters
+    ----------
+    main_components : numpy.ndarray
+        The planted main component of every partition, shape (K,).
+    """
+
+    def __init__(self, main_components: np.ndarray) -> None:
+        self.main_components = main_components
+        self.partition_of: dict[int, int] = {}
+
+    def on_round_end(self, report: RoundReport) -> None:
+        """Score the clients whose partition is known."""
+        for row in report.clients:
+            if row.client is not None and row.partition is not None:
+                self.partition_of[row.client] = row.partition
+        if report.fusion is None:
+            return
+        inferred = report.fusion.posterior.assignments.argmax(1).tolist()
+        pairs = [
+            (self.main_components[self.partition_of[client]], component)
+            for client, component in zip(report.fusion.clients, inferred, strict=True)
+            if client in self.partition_of
+        ]
+        if len(pairs) > 1:
+            planted, found = zip(*pairs, strict=True)
+            report.metrics["adjusted-rand-index"] = float(adjusted_rand_score(planted, found))

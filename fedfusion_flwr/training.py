@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local training and evaluation on tensors that already lie in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.fusion.statistics import collected_moments
+
+EVALUATION_BATCH = 512
+
+
+class TrainingError(FedFusionError, RuntimeError):
+    """Local training that cannot start or went wrong; the client's reply says why."""
+
+
+def train(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    generator: torch.Generator,
+    fused_normalization: bool = False,
+) -> float:
+    """Minimize the cross-entropy by SGD with momentum, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained in place; in train mode afterwards.
+    x, y : Tensor
+        Inputs (N, ...) and labels (N,), on the model's device.
+    epochs, batch_size, learning_rate, momentum, weight_decay
+        As usual; a last batch of one example joins the one before.
+    generator : torch.Generator
+        Source of the shuffles, on the CPU.
+    fused_normalization : bool
+        Normalize with the received running statistics instead of those of the batch; affine
+        parameters are trained all the same. Afterwards the running statistics are measured on x.
+
+    Returns
+    -------
+    float
+        Mean loss over the last epoch's examples.
+
+    Raises
+    ------
+    TrainingError
+        If there are fewer than two examples, or the loss turns non-finite.
+    """
+    if len(x) == 0:
+        raise TrainingError("this client has no training examples; give it data or leave it out")
+    batchnorms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if len(x) == 1 and batchnorms and not fused_normalization:
+        raise TrainingError(
+            "this client has one training example, and BatchNorm needs at least two; "
+            "raise min-partition-size or lower validation-fraction"
+        )
+    model.train()
+    if fused_normalization:
+        for module in batchnorms:
+            module.eval()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+    )
+    mean_loss = math.nan
+    for epoch in range(epochs):
+        total = torch.zeros((), dtype=torch.float64)
+        for index in shuffled_batches(len(x), batch_size, generator):
+            rows = index.to(x.device)
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            total += loss.detach().double().cpu() * len(index)
+        mean_loss = float(total) / len(x)
+        if not math.isfinite(mean_loss):
+            raise TrainingError(
+                f"the training loss turned non-finite in local epoch {epoch + 1}; "
+                "lower learning-rate or check the data for bad values"
+            )
+    if fused_normalization:
+        measure_running_statistics(model, x)
+    return mean_loss
+
+
+def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches of one shuffled epoch; a trailing single index joins the batch before."""
+    order = torch.randperm(count, generator=generator)
+    start = 0
+    while start < count:
+        end = start + batch_size
+        if count - end == 1:
+            end = count
+        yield order[start:end]
+        start = end
+
+
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in [0, 1], in eval mode; the mode is left at eval."""
+    model.eval()
+    loss, correct = 0.0, 0
+    with torch.inference_mode():
+        for rows, labels in zip(x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True):
+            logits = model(rows)
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            correct += int((logits.argmax(1) == labels).sum())
+    return loss / len(x), correct / len(x)
+
+
+def measure_running_statistics(model: nn.Module, x: Tensor) -> None:
+    """Set every BatchNorm's running statistics to the moments of its input on x.
+
+    The layers normalize with their old statistics while being measured, as they did in training.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    model.eval()
+    with collected_moments(layers) as moments, torch.no_grad():
+        for rows in x.split(EVALUATION_BATCH):
+            model(rows)
+    for name, layer in layers.items():
+        mean, variance = moments[name].result()
+        unbiased = moments[name].count / max(moments[name].count - 1, 1)
+        if isinstance(layer.running_mean, Tensor) and isinstance(layer.running_var, Tensor):
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(variance * unbiased)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises
+    ------
+    TrainingError
+        If ``cuda`` is asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("device = 'cuda', but no GPU is visible here; use device = 'auto'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

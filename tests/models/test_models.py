@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedfusion_flwr.models import MODELS, LeNet, ModelError, build_model
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize(
+    ("input_shape", "num_classes"), [((1, 28, 28), 10), ((3, 32, 32), 7), ((2, 8, 11), 2)]
+)
+def test_logits(name: str, input_shape: tuple[int, int, int], num_classes: int) -> None:
+    model = build_model(name, input_shape, num_classes, seed=0)
+    logits = model(torch.randn(2, *input_shape))
+    assert logits.shape == (2, num_classes)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_seed_decides_the_weights(name: str) -> None:
+    first, again, other = (
+        build_model(name, (1, 28, 28), 10, seed).state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    weights = [key for key in first if first[key].dim() > 1]
+    assert weights
+    assert all(not torch.equal(first[key], other[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_global_random_state_is_untouched(name: str) -> None:
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    model = build_model(name, (1, 28, 28), 10, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = build_model(name, (1, 28, 28), 10, seed=1)
+    assert torch.equal(
+        nn.utils.parameters_to_vector(model.parameters()),
+        nn.utils.parameters_to_vector(again.parameters()),
+    )
+
+
+def test_lenet_layers() -> None:
+    model = build_model("lenet", (1, 28, 28), 10, seed=0)
+    assert isinstance(model, LeNet)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert sum(norm.num_features for norm in norms) == 48
+    assert all(m.bias is None for m in model.modules() if isinstance(m, nn.Conv2d))
+    # 1*16*25 + 16*32*25 convolutions, 2*48 norms, (32*7*7)*60 + 60 and 60*10 + 10 head
+    assert sum(p.numel() for p in model.parameters()) == 400 + 12800 + 96 + 94140 + 610
+
+
+def test_resnet18_keeps_small_images() -> None:
+    model = build_model("resnet18", (3, 32, 32), 10, seed=0)
+    shapes: list[torch.Size] = []
+    first_stage = model.get_submodule("layer1")
+    first_stage.register_forward_hook(lambda _module, _args, output: shapes.append(output.shape))
+    model.eval()(torch.randn(1, 3, 32, 32))
+    assert shapes == [(1, 64, 32, 32)]
+
+
+def test_unknown_name_lists_the_known() -> None:
+    with pytest.raises(ModelError, match=r"`model` is 'lenet5'; known models: lenet, resnet18"):
+        build_model("lenet5", (1, 28, 28), 10, seed=0)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("input_shape", [(1, 7, 28), (1, 28, 7), (0, 28, 28)])
+def test_unfit_images_are_refused(name: str, input_shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ModelError, match="at least 8x8 pixels"):
+        build_model(name, input_shape, 10, seed=0)
+
+
+def test_no_classes_are_refused() -> None:
+    with pytest.raises(ModelError, match="at least one class, got 0"):
+        build_model("lenet", (1, 28, 28), 0, seed=0)
