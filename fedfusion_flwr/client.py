@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a client does with a message: train, evaluate, or answer a probe query.
 
-Data and model are built once per process and reused over rounds and clients; a reply depends only on
-the message, the run config and the partition id.
+Data and model are built once per process and reused over rounds and clients; a reply depends only
+on the message, the run config and the partition id.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.randomness import torch_generator
-from fedfusion_flwr.training import EVALUATION_BATCH, choose_device, evaluate, train
+from fedfusion_flwr.training import (
+    EVALUATION_BATCH,
+    choose_device,
+    evaluate,
+    place_model,
+    train,
+)
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,15 @@ def _train(work: _Work) -> RecordDict:
 def _evaluate(work: _Work) -> RecordDict:
     if not len(work.data.x_validation):
         raise FedFusionError("this client has no validation examples; raise validation-fraction")
-    loss, accuracy = evaluate(
-        work.model, work.data.x_validation, work.data.y_validation
+    loss, accuracy = evaluate(work.model, work.data.x_validation, work.data.y_validation)
+    metrics = MetricRecord(
+        {
+            protocol.NUM_EXAMPLES: len(work.data.x_validation),
+            "validation-loss": loss,
+            "validation-accuracy": accuracy,
+        }
     )
-    metrics = {
-        protocol.NUM_EXAMPLES: len(work.data.x_validation),
-        "validation-loss": loss,
-        "validation-accuracy": accuracy,
-    }
-    return RecordDict({protocol.METRICS: MetricRecord(metrics)})
+    return RecordDict({protocol.METRICS: metrics})
 
 
 def _query(work: _Work) -> RecordDict:
@@ -125,7 +131,7 @@ def _probe(work: _Work) -> NormalizationStatistics:
     if not len(work.data.x):
         raise FedFusionError("this client has no examples to probe; give it data or leave it out")
     return NormalizationStatistics.probe(
-        work.model, work.data.x.split(EVALUATION_BATCH), layers=_layers(work.config)
+        work.model, torch.split(work.data.x, EVALUATION_BATCH), layers=_layers(work.config)
     )
 
 
@@ -139,9 +145,7 @@ def _answer(message: Message, context: Context, work: Callable[[_Work], RecordDi
         ready = _prepare(message, context)
         content = work(ready)
     except (FedFusionError, StatisticsError) as problem:
-        return Message(
-            Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(problem)), reply_to=message
-        )
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(problem)), reply_to=message)
     content[protocol.CLIENT] = ConfigRecord(
         {protocol.SERVER_ROUND: ready.server_round, protocol.PARTITION_ID: ready.partition_id}
     )
@@ -166,7 +170,8 @@ def _prepare(message: Message, context: Context) -> _Work:
 def _model(config: RunConfig, device: str) -> nn.Module:
     """A model to load parameters into; its own are of no account."""
     shape = load_data(config.dataset, config.data_root)
-    return build_model(config.model, shape.input_shape, shape.num_classes, seed=0).to(device)
+    model = build_model(config.model, shape.input_shape, shape.num_classes, seed=0)
+    return place_model(model, torch.device(device))
 
 
 def _partition_id(context: Context, config: RunConfig) -> int:
@@ -174,7 +179,7 @@ def _partition_id(context: Context, config: RunConfig) -> int:
     if not isinstance(partition_id, int):
         raise ConfigError(
             "this node has no partition-id; start its SuperNode with "
-            "--node-config \"partition-id=0 num-partitions=10\", say"
+            '--node-config "partition-id=0 num-partitions=10", say'
         )
     partitions = context.node_config.get("num-partitions", config.num_clients)
     if partitions != config.num_clients:

@@ -87,7 +87,7 @@ class RunConfig:
     model: str = _key("lenet", _one_of(*MODELS))
     local_epochs: int = _key(1, _at_least(1))
     batch_size: int = _key(32, _at_least(2))
-    learning_rate: float = _key(0.05, _above(0))
+    learning_rate: float = _key(0.02, _above(0))
     momentum: float = _key(0.9, _DECAY)
     weight_decay: float = _key(1e-4, _at_least(0))
     local_normalization: str = _key("batch", _one_of("batch", "fused"))
@@ -102,7 +102,7 @@ class RunConfig:
     num_components: int = _key(8, _at_least(1))
     mixture: str = _key("balanced", _one_of("inferred", "balanced", "counts"))
     balance_exponent: float = _key(0.5, _between(0, 1))
-    statistics_source: str = _key("probe", _one_of("local", "probe"))
+    statistics_source: str = _key("local", _one_of("local", "probe"))
     statistics_layers: str = _key("all", _one_of("all", "ends"))
     assignment_smoothing: float = _key(0.5, _DECAY)
     absent: str = _key("drop", _one_of("drop", "remember"))
@@ -194,7 +194,12 @@ def _typed(key: str, value: object, type_name: str) -> Value:
     if type_name == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value).__name__ != type_name:
-        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
+        wanted = {
+            "int": "a whole number",
+            "float": "a number",
+            "bool": "true or false",
+            "str": "a string",
+        }
         raise ConfigError(f"{_shown(key, value)} is not allowed: it must be {wanted[type_name]}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{_shown(key, value)} is not allowed: it must be finite")

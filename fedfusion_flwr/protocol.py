@@ -122,6 +122,6 @@ def statistics_from_record(record: Mapping[str, Array]) -> NormalizationStatisti
             raise ProtocolError(f"'{key}' is not finite")
     if len({view.shape for view in views.values()}) != 1:
         raise ProtocolError("its vectors differ in length")
-    if (views["std"] < 0).any():
+    if float(views["std"].min(initial=0)) < 0:
         raise ProtocolError("'std' is negative")
     return NormalizationStatistics(**{k: torch.from_numpy(v) for k, v in views.items()})

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data import central_test_data, load_data, partition
+from fedfusion_flwr.data import central_test_data, load_data, partition_for
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.rounds import RoundCallback
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy
@@ -30,7 +30,7 @@ from fedfusion_flwr.tracking import (
     one_line_per_round,
     state_digest,
 )
-from fedfusion_flwr.training import choose_device, evaluate
+from fedfusion_flwr.training import choose_device, evaluate, place_model
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     Raises
     ------
     FedFusionError
-        One sentence: what is wrong in config, data or federation and what to do. Artifacts that were
-        written before stay.
+        One sentence: what is wrong in config, data or federation and what to do. Artifacts that
+        were written before stay.
     """
     config = RunConfig.from_run_config(context.run_config)
     data = load_data(config.dataset, config.data_root)
     # Refuses an infeasible partition here, before any client trains.
-    cut = partition(config)
+    cut = partition_for(config)
     model = build_model(config.model, data.input_shape, data.num_classes, config.seed)
     directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
@@ -97,7 +97,8 @@ def central_evaluation(config: RunConfig) -> EvaluateFn:
     data = load_data(config.dataset, config.data_root)
     device = choose_device(config.device)
     x, y = (tensor.to(device) for tensor in central_test_data(config))
-    model = build_model(config.model, data.input_shape, data.num_classes, seed=0).to(device)
+    model = build_model(config.model, data.input_shape, data.num_classes, seed=0)
+    model = place_model(model, device)
 
     def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(protocol.state_from_record(arrays))

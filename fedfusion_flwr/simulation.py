@@ -133,7 +133,7 @@ class InProcessGrid(Grid):
         """Push, answer and pull; ``timeout`` has no meaning here."""
         replies = list(self.pull_messages(self.push_messages(messages)))
         if self._shuffle:
-            self._generator.shuffle(replies)  # type: ignore[arg-type]
+            self._generator.shuffle(replies)
         return replies
 
     def _answer(self, message: Message) -> Message | None:

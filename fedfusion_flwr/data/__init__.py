@@ -6,7 +6,7 @@ from fedfusion_flwr.data.local import (
     central_test_data,
     local_data,
     on_device,
-    partition,
+    partition_for,
     partition_spec,
 )
 from fedfusion_flwr.data.partition import Partition, PartitionError, PartitionSpec, make_partition
@@ -24,6 +24,6 @@ __all__ = [
     "local_data",
     "make_partition",
     "on_device",
-    "partition",
+    "partition_for",
     "partition_spec",
 ]

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedfusion_flwr.errors import FedFusionError
+
 if TYPE_CHECKING:
     from fedfusion_flwr.data.partition import PartitionSpec
 
@@ -19,7 +21,7 @@ ComponentSizes = Literal["balanced", "long-tailed"]
 ComponentTransform = Literal["none", "rotate"]
 
 
-class PartitionError(ValueError):
+class PartitionError(FedFusionError, ValueError):
     """A partition that cannot be made of the data; names the key and what is allowed."""
 
 
@@ -57,7 +59,7 @@ def plant(
     return indices, mixtures, components
 
 
-def test_components(labels: np.ndarray, num_classes: int, spec: PartitionSpec) -> np.ndarray:
+def central_components(labels: np.ndarray, num_classes: int, spec: PartitionSpec) -> np.ndarray:
     """The planted component that each central test example is shown under.
 
     Parameters

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one client or the server works on: the data set cut by a run config, built once per process."""
+"""What one client or the server works on; built once per process."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.partition import (
     Partition,
     PartitionSpec,
+    central_components,
     local_split,
     make_partition,
-    test_components,
     transform_component,
 )
 from fedfusion_flwr.data.sources import load_data
@@ -50,7 +50,7 @@ def partition_spec(config: RunConfig) -> PartitionSpec:
     )
 
 
-def partition(config: RunConfig) -> Partition:
+def partition_for(config: RunConfig) -> Partition:
     """Who holds which training example; the same on every node."""
     return _partition(config.dataset, config.data_root, partition_spec(config))
 
@@ -65,7 +65,7 @@ def _partition(dataset: str, root: str, spec: PartitionSpec) -> Partition:
 def local_data(config: RunConfig, partition_id: int) -> LocalData:
     """The examples of one client, transformed as its components ask."""
     data = load_data(config.dataset, config.data_root)
-    cut = partition(config)
+    cut = partition_for(config)
     indices = cut.indices[partition_id]
     x, y = data.x_train[indices], data.y_train[indices]
     if cut.example_components is not None:
@@ -79,7 +79,7 @@ def central_test_data(config: RunConfig) -> tuple[Tensor, Tensor]:
     data = load_data(config.dataset, config.data_root)
     if config.partition != "components":
         return data.x_test, data.y_test
-    shown = test_components(data.y_test.numpy(), data.num_classes, partition_spec(config))
+    shown = central_components(data.y_test.numpy(), data.num_classes, partition_spec(config))
     return _shown(data.x_test, shown, config), data.y_test
 
 

@@ -17,9 +17,9 @@ from fedfusion_flwr.data.components import (
     ComponentSizes,
     ComponentTransform,
     PartitionError,
+    central_components,
     plant,
     seeded,
-    test_components,
     transform_component,
 )
 
@@ -30,9 +30,9 @@ __all__ = [
     "Partition",
     "PartitionError",
     "PartitionSpec",
+    "central_components",
     "local_split",
     "make_partition",
-    "test_components",
     "transform_component",
 ]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedfusion_flwr.data.cache import cached_arrays
+from fedfusion_flwr.errors import FedFusionError
 
 MNIST_MEAN = 0.1307
 MNIST_STD = 0.3081
@@ -20,7 +21,7 @@ MNIST_STD = 0.3081
 _IMAGE_DIMENSIONS = 4
 
 
-class DataError(ValueError):
+class DataError(FedFusionError, ValueError):
     """An unknown data set, or arrays that are not what a data set must hold."""
 
 
@@ -118,7 +119,7 @@ def _mnist_5k(_root: str) -> FederatedData:
     pixels = torch.from_numpy(arrays["pixels"]).float().div_(255)
     x = pixels.sub_(MNIST_MEAN).div_(MNIST_STD).unsqueeze(1)
     y = torch.from_numpy(arrays["labels"].astype(np.int64))
-    held_out = torch.arange(len(y)) % 5 == 4  # noqa: PLR2004
+    held_out = torch.arange(len(y)) % 5 == 4
     return FederatedData(
         name="mnist-5k",
         x_train=x[~held_out],

@@ -91,7 +91,9 @@ def cap_weights(weights: Tensor, cap: float) -> Tensor:
         capped = capped | (p > cap)
         free = p[~capped].sum()
         target = 1 - cap * int(capped.sum())
-        scaled = p * (target / free) if free > 0 else torch.full_like(p, target / int((~capped).sum()))
+        scaled = (
+            p * (target / free) if free > 0 else torch.full_like(p, target / int((~capped).sum()))
+        )
         p = torch.where(capped, torch.full_like(p, cap), scaled)
         if not (p > cap * (1 + 1e-12)).any():
             return p
@@ -184,9 +186,7 @@ class _Accumulator:
     def _add_one(self, key: str, value: Tensor, state: Mapping[str, Tensor], weight: float) -> None:
         known = self.sums.get(key)
         if known is not None and known.shape != value.shape:
-            raise ValueError(
-                f"{key}: shape {tuple(value.shape)} differs from {tuple(known.shape)}"
-            )
+            raise ValueError(f"{key}: shape {tuple(value.shape)} differs from {tuple(known.shape)}")
         if not value.is_floating_point():
             self.sums[key] = value.clone() if known is None else torch.maximum(known, value)
             return

@@ -11,14 +11,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedfusion_flwr.fusion.initialization import partition_quality, starting_partition
+from fedfusion_flwr.fusion.initialization import agreement, starting_partition
 from fedfusion_flwr.fusion.vae import FusionVAE
 
 FEATURE_CLAMP = 5.0
 _GRADIENT_NORM = 10.0
 _STD_FLOOR = 1e-8
 _PARTITION_STEPS = 100
-_RESTART_MARGIN = 0.05
+_WARM_AGREEMENT = 0.9
 
 
 class InferenceError(RuntimeError):
@@ -50,10 +50,10 @@ class FusionPosterior:
 class DistributionInference:
     """Infers which virtual components the clients' data are mixtures of.
 
-    A fit from scratch starts from a hard partition of the clients (k-means from farthest-point
-    centres, with the number of groups that has the best silhouette): the encoder and the decoder
-    are first fitted to it, then the ELBO takes over. Later fits go on from the last one, unless the
-    number of clients changed or a fresh partition separates the clients clearly better.
+    A fit from scratch starts from a hard partition of the clients (k-means with the number of
+    groups chosen by silhouette): the encoder and the decoder are first fitted to it, then the ELBO
+    takes over. Later fits go on from the last one, unless the number of clients changed or a fresh
+    partition contradicts it.
 
     Parameters
     ----------
@@ -172,13 +172,13 @@ class DistributionInference:
 
     def _fit_vae(self, x: Tensor, weights: Tensor) -> tuple[FusionVAE, float]:
         generator = torch.Generator().manual_seed(self.seed + self.num_fits)
-        labels, quality = starting_partition(x, self.num_components)
+        labels = starting_partition(x, self.num_components)
         vae, optimizer = self._vae, self._optimizer
         stale = vae is None or tuple(x.shape) != self._fitted_shape
         if vae is not None and not stale:
             with torch.no_grad():
                 current = vae.assignments(x).argmax(1)
-            stale = quality > partition_quality(x, current) + _RESTART_MARGIN
+            stale = agreement(labels, current) < _WARM_AGREEMENT
         if stale or vae is None or optimizer is None:
             vae, optimizer = self._new_vae(x.shape[1])
             _fit_partition(vae, optimizer, x, labels)
@@ -232,7 +232,7 @@ class DistributionInference:
             if not math.isfinite(elbo):
                 raise InferenceError(f"the loss is not finite at step {step + 1} of {steps}")
             optimizer.zero_grad()
-            (-objective).backward()
+            (-objective).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(vae.parameters(), _GRADIENT_NORM)
             optimizer.step()
         return elbo
@@ -250,7 +250,8 @@ class DistributionInference:
             return decoded
         # The least-squares map back, learned from the clients themselves.
         inverse = torch.linalg.lstsq(features.double(), standardized.double()).solution
-        return decoded.double() @ inverse
+        restored: Tensor = decoded.double() @ inverse
+        return restored
 
 
 @dataclass(frozen=True)
@@ -299,9 +300,7 @@ def align_components(posterior: FusionPosterior, reference: Tensor) -> FusionPos
     )
 
 
-def _fit_partition(
-    vae: FusionVAE, optimizer: torch.optim.Adam, x: Tensor, labels: Tensor
-) -> None:
+def _fit_partition(vae: FusionVAE, optimizer: torch.optim.Adam, x: Tensor, labels: Tensor) -> None:
     """Teach the encoder a hard partition, and the decoder its centres."""
     groups = int(labels.max()) + 1
     centers = torch.stack([x[labels == m].mean(0) for m in range(groups)])

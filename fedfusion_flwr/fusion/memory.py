@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the server remembers of every client ever seen.
 
-Raw statistics of different rounds cannot be compared, because the global model drifts. So a client is
-remembered relative to the cohort of its own round: d_k minus the example-weighted mean of that cohort.
+Raw statistics of different rounds cannot be compared, because the global model drifts: a client's
+statistics are the round's level plus the client's own deviation, d_kt = level_t + v_k. The level is
+the example-weighted mean of the cohort; but a cohort in which one component happens to be frequent
+has a shifted mean, so what is known of its clients' deviations is taken off first.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ FULL_COHORT = 4
 
 @dataclass
 class ClientMemory:
-    """One client: centred statistics (D,), examples, and its smoothed assignment (M,)."""
+    """One client: its deviation v_k (D,), examples, and its smoothed assignment (M,)."""
 
     vector: Tensor
     num_examples: int
@@ -29,17 +31,20 @@ class ClientMemory:
 
 
 class StatisticsMemory:
-    """Newest centred statistics and smoothed assignments, keyed by client id.
+    """Centred statistics and smoothed assignments, keyed by client id.
 
     Parameters
     ----------
+    update_rate : float
+        In (0, 1]: share of the newest deviation in the remembered one; 1 keeps only the newest.
     smoothing : float
         In [0, 1): how much of a client's earlier assignment is kept at each inference, so that it
         does not flicker between components. 0 takes the newest posterior as it is.
     """
 
-    def __init__(self, smoothing: float = 0.0) -> None:
+    def __init__(self, smoothing: float = 0.0, update_rate: float = 0.5) -> None:
         self.smoothing = smoothing
+        self.update_rate = update_rate
         self.clients: dict[int, ClientMemory] = {}
 
     @property
@@ -73,15 +78,20 @@ class StatisticsMemory:
         ids = sorted(vectors)
         stacked = torch.stack([vectors[i].double() for i in ids])
         n = torch.tensor([num_examples[i] for i in ids], dtype=torch.float64)
-        center = (n / n.sum()) @ stacked
+        unseen = torch.zeros_like(stacked[0])
+        earlier = [self.clients[i].vector if i in self.clients else unseen for i in ids]
+        center = (n / n.sum()) @ (stacked - torch.stack(earlier))
         if received is not None and len(ids) < FULL_COHORT:
             trust = len(ids) / FULL_COHORT
             center = trust * center + (1 - trust) * received.double()
         for client, row in zip(ids, stacked - center, strict=True):
             known = self.clients.get(client)
-            self.clients[client] = ClientMemory(
-                row, num_examples[client], server_round, known.assignment if known else None
-            )
+            if known is None:
+                self.clients[client] = ClientMemory(row, num_examples[client], server_round)
+                continue
+            known.vector = known.vector + self.update_rate * (row - known.vector)
+            known.num_examples = num_examples[client]
+            known.last_round = server_round
 
     def vectors(self) -> Tensor:
         """Centred statistics of all known clients, (K, D), float64."""

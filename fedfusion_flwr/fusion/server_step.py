@@ -60,8 +60,8 @@ class ServerStep:
 class ServedAverage:
     """Exponential moving average of the global models, without the bias of its start.
 
-    After t models the weight of model i is d^(t-i) (1 - d) / (1 - d^t). Normalization statistics are
-    averaged as moments.
+    After t models the weight of model i is d^(t-i) (1 - d) / (1 - d^t). Normalization statistics
+    are averaged as moments.
 
     Parameters
     ----------

@@ -15,6 +15,7 @@ v_m by a Kumaraswamy (Nalisnick & Smyth 2017), z_m by a diagonal Gaussian.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ def sample_gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def sample_kumaraswamy(a: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
-    """v = (1 - u^(1/c))^(1/a), u ~ Uniform(0, 1): differentiable in a and c, in (0, 1)."""
+    """V = (1 - u^(1/c))^(1/a), u ~ Uniform(0, 1): differentiable in a and c, in (0, 1)."""
     u = torch.rand(a.shape, generator=generator).clamp(_TINY, 1 - _TINY)
     return (1 - u.pow(1 / c)).clamp(_TINY, 1 - _TINY).pow(1 / a).clamp(_TINY, 1 - _TINY)
 
@@ -65,9 +66,13 @@ def stick_breaking(v: Tensor) -> Tensor:
     return torch.cat([v, one]) * remaining
 
 
-def categorical_kl(q: Tensor, log_pi: Tensor) -> Tensor:
-    """KL(Categorical(q_k) || Categorical(pi)) per row of q (K, M) -> (K,)."""
-    return (torch.xlogy(q, q) - q * log_pi).sum(-1)
+def categorical_kl(logits: Tensor, log_pi: Tensor) -> Tensor:
+    """KL(Categorical(softmax logits_k) || Categorical(pi)) per row of logits (K, M) -> (K,).
+
+    From logits, because the gradient of q log q is infinite where a probability underflows.
+    """
+    log_q = F.log_softmax(logits, -1)
+    return (log_q.exp() * (log_q - log_pi)).sum(-1)
 
 
 def _log_beta(x: Tensor, y: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ def _log_beta(x: Tensor, y: Tensor) -> Tensor:
 
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         layers.append(nn.Linear(fan_in, fan_out))
         if i < len(widths) - 2:
             layers.append(nn.ReLU())
@@ -93,7 +98,7 @@ class ElboTerms:
     stick_kl: Tensor
 
     def total(self, latent_kl_weight: float) -> Tensor:
-        """reconstruction - KL(b) - weight * KL(z) - KL(v)."""
+        """Reconstruction - KL(b) - weight * KL(z) - KL(v)."""
         return (
             self.reconstruction
             - self.assignment_kl
@@ -146,7 +151,7 @@ class FusionVAE(nn.Module):
         return self.log_a.clamp(-4, 6).exp(), self.log_c.clamp(-4, 6).exp()
 
     def mixture(self) -> Tensor:
-        """Posterior mean of pi, shape (M,): the sticks are independent, so it is the product of means."""
+        """Posterior mean of pi, shape (M,); the sticks are independent, so their means multiply."""
         return stick_breaking(kumaraswamy_mean(*self.sticks()).clamp(_TINY, 1 - _TINY))
 
     def assignments(self, x: Tensor) -> Tensor:
@@ -155,7 +160,8 @@ class FusionVAE(nn.Module):
 
     def component_features(self) -> Tensor:
         """Every component's own decoded statistics, shape (M, D), standardized units."""
-        return self.decoder(self.component_mean)
+        decoded: Tensor = self.decoder(self.component_mean)
+        return decoded
 
     def elbo(
         self, x: Tensor, weights: Tensor, temperature: float, generator: torch.Generator
@@ -183,7 +189,7 @@ class FusionVAE(nn.Module):
         error = (x - self.decoder(b @ z)).square().sum(-1)
         return ElboTerms(
             reconstruction=-(weights * error).sum() / (2 * self.noise_variance),
-            assignment_kl=(weights * categorical_kl(F.softmax(logits, -1), log_pi)).sum(),
+            assignment_kl=(weights * categorical_kl(logits, log_pi)).sum(),
             latent_kl=0.5 * (self.component_mean.square() + std.square() - 1 - 2 * std.log()).sum(),
             stick_kl=kumaraswamy_beta_kl(a, c, self.alpha).sum(),
         )

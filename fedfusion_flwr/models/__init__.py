@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.models.lenet import LeNet
 from fedfusion_flwr.models.small_image import resnet18
 
 __all__ = ["MODELS", "LeNet", "ModelEntry", "ModelError", "build_model", "resnet18"]
 
 
-class ModelError(ValueError):
+class ModelError(FedFusionError, ValueError):
     """An unknown model, or one that the data does not fit."""
 
 

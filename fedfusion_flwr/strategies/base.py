@@ -30,7 +30,7 @@ from fedfusion_flwr.fusion import (
     fuse_state_dicts,
 )
 from fedfusion_flwr.fusion.server_step import update_norm
-from fedfusion_flwr.fusion.statistics import batchnorm_prefixes, select_layers
+from fedfusion_flwr.fusion.statistics import LayerChoice, batchnorm_prefixes, select_layers
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import ClientRow, RoundCallback, RoundReport, State
 from fedfusion_flwr.strategies.replies import ClientReply, ReplyJudge
@@ -102,7 +102,7 @@ class BaseStrategy(FlowerFedAvg):
         max_examples: int = 10_000_000,
         max_update_ratio: float = 10.0,
         node_timeout: float = 60.0,
-        statistics_layers: str = "all",
+        statistics_layers: LayerChoice = "all",
         callbacks: Sequence[RoundCallback] = (),
         **flower: Any,
     ) -> None:
@@ -127,7 +127,7 @@ class BaseStrategy(FlowerFedAvg):
     # --- what a strategy of one's own overrides -------------------------------------------------
 
     def client_weights(self, replies: list[ClientReply]) -> Tensor:
-        """p (K,), float64: what each reply's model counts; non-negative, sums to 1."""
+        """P (K,), float64: what each reply's model counts; non-negative, sums to 1."""
         raise NotImplementedError
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
@@ -251,7 +251,13 @@ class BaseStrategy(FlowerFedAvg):
         good, bad = self._judge(with_model=False).judge(replies, with_model=False)
         self.report.metrics["evaluate-replies-dropped"] = float(len(bad))
         for row in bad:
-            log(WARNING, "evaluation of client %s dropped (%s): %s", row.client, row.dropped, row.detail)
+            log(
+                WARNING,
+                "evaluation of client %s dropped (%s): %s",
+                row.client,
+                row.dropped,
+                row.detail,
+            )
         means = self._mean_metrics(good, self.evaluate_metrics_aggr_fn)
         self.report.metrics.update(means)
         self._lap("evaluate")
@@ -259,10 +265,24 @@ class BaseStrategy(FlowerFedAvg):
 
     def summary(self) -> None:
         """Log the strategy's settings at the start of a run."""
-        log(INFO, "\t├──> Server step: learning rate %g, momentum %g", self.step.learning_rate, self.step.momentum)
+        log(
+            INFO,
+            "\t├──> Server step: learning rate %g, momentum %g",
+            self.step.learning_rate,
+            self.step.momentum,
+        )
         log(INFO, "\t├──> Served model: average decay %g", self.average.decay)
-        log(INFO, "\t├──> Running statistics: %s", "pooled moments" if self.pool_moments else "averaged")
-        log(INFO, "\t├──> Valid replies: at least %d, give up after %d failed rounds", self.min_valid_replies, self.max_failed_rounds)
+        log(
+            INFO,
+            "\t├──> Running statistics: %s",
+            "pooled moments" if self.pool_moments else "averaged",
+        )
+        log(
+            INFO,
+            "\t├──> Valid replies: at least %d, give up after %d failed rounds",
+            self.min_valid_replies,
+            self.max_failed_rounds,
+        )
         super().summary()
 
     # --- for subclasses and the report ----------------------------------------------------------
@@ -310,7 +330,7 @@ class BaseStrategy(FlowerFedAvg):
 
     def _judge(self, *, with_model: bool) -> ReplyJudge:
         sent = self._round.sent if with_model else {}
-        prefixes = select_layers(batchnorm_prefixes(sent), self.statistics_layers)  # type: ignore[arg-type]
+        prefixes = select_layers(batchnorm_prefixes(sent), self.statistics_layers)
         channels = sum(sent[f"{prefix}running_mean"].numel() for prefix in prefixes)
         return ReplyJudge(
             self._round.number,

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from fedfusion_flwr.fusion import example_weights
 from fedfusion_flwr.strategies.base import BaseStrategy

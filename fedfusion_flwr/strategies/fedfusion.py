@@ -106,7 +106,13 @@ class FedFusion(BaseStrategy):
 
     def summary(self) -> None:
         """Log the strategy's settings at the start of a run."""
-        log(INFO, "\t├──> Fusion: %d components, mixture %s, sampling %s", self.num_components, self._mixture_name(), self.sampling)
+        log(
+            INFO,
+            "\t├──> Fusion: %d components, mixture %s, sampling %s",
+            self.num_components,
+            self._mixture_name(),
+            self.sampling,
+        )
         super().summary()
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
@@ -127,15 +133,18 @@ class FedFusion(BaseStrategy):
         try:
             self._infer(replies)
         except InferenceError as problem:
-            log(WARNING, "round %d: inference failed (%s); example weights are used", self.server_round, problem)
+            log(
+                WARNING,
+                "round %d: inference failed (%s); example weights are used",
+                self.server_round,
+                problem,
+            )
             self.report.metrics["fusion-fallback"] = 1.0
             return example_weights(examples)
         self.report.metrics["fusion-fallback"] = 0.0
         assignments = self.memory.assignments(ids)
         self.mixture = self._choose_mixture(assignments, examples)
-        weights = client_weights(
-            assignments, self.mixture, examples, negligible_share=ABSENT_SHARE
-        )
+        weights = client_weights(assignments, self.mixture, examples, negligible_share=ABSENT_SHARE)
         self._record(ids, weights)
         return weights
 

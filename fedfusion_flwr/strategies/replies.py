@@ -44,7 +44,7 @@ class ClientReply:
     partition: int | None = None
 
     def row(self, weight: float = 0.0, assignment: list[float] | None = None) -> ClientRow:
-        """This reply as a line of the round's report."""
+        """Show the reply as a line of the round's report."""
         return ClientRow(
             client=self.client,
             node=self.node,
@@ -134,7 +134,7 @@ class ReplyJudge:
         if with_model:
             state = self._model(content)
             statistics = self._statistics(content)
-        numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         return ClientReply(
             client, message.metadata.src_node_id, examples, numbers, state, statistics, partition
         )
@@ -145,7 +145,7 @@ class ReplyJudge:
             return None
         echoed = identity.get(protocol.SERVER_ROUND)
         if echoed != self.server_round:
-            raise BadReply("stale", f"answers round {echoed}, not round {self.server_round}")
+            raise BadReply("stale", f"answers round {echoed!r}, not round {self.server_round}")
         partition = identity.get(protocol.PARTITION_ID)
         return partition if type(partition) is int else None
 
@@ -163,14 +163,14 @@ class ReplyJudge:
     def _examples(self, value: object) -> int:
         if value is None:
             raise BadReply("examples", f"metric '{self.examples_key}' is missing")
-        if not _is_number(value) or float(value) != int(value):  # type: ignore[call-overload, arg-type]
-            raise BadReply("examples", f"{self.examples_key} = {value} is not a whole number")
-        count = int(value)  # type: ignore[call-overload]
+        if not isinstance(value, int | float) or isinstance(value, bool) or value != int(value):
+            raise BadReply("examples", f"{self.examples_key} = {value!r} is not a whole number")
+        count = int(value)
         if not 1 <= count <= self.max_examples:
             raise BadReply(
                 "examples", f"{self.examples_key} = {count} is not from 1 to {self.max_examples}"
             )
-        return int(count)
+        return count
 
     def _model(self, content: RecordDict) -> dict[str, Tensor]:
         others = [k for k in content.array_records if k != protocol.NORMALIZATION]
@@ -230,10 +230,6 @@ class ReplyJudge:
         if float(statistics.vector().abs().max()) > MAX_STATISTIC:
             raise BadReply("statistics", f"normalization record exceeds {MAX_STATISTIC:g}")
         return statistics
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _first_line(text: str | None) -> str:

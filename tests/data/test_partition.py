@@ -245,26 +245,27 @@ def test_client_order_hides_the_component() -> None:
     assert (np.diff(main) < 0).any()
 
 
-def test_test_components_without_transform_are_the_owners() -> None:
-    shown = components.test_components(np.arange(10), 10, spec_of("components"))
+def test_central_components_without_transform_are_the_owners() -> None:
+    shown = components.central_components(np.arange(10), 10, spec_of("components"))
     assert shown.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     # 3 components of 10 classes: 0, 3, 6, 9, 12, ... // 10
     spec = spec_of("components", planted_components=3)
     assert (
-        components.test_components(np.arange(10), 10, spec).tolist() == [0] * 4 + [1] * 3 + [2] * 3
+        components.central_components(np.arange(10), 10, spec).tolist()
+        == [0] * 4 + [1] * 3 + [2] * 3
     )
 
 
-def test_test_components_with_transform_are_uniform() -> None:
+def test_central_components_with_transform_are_uniform() -> None:
     spec = spec_of("components", planted_components=4, component_transform="rotate")
-    shown = components.test_components(LABELS, 10, spec)
+    shown = components.central_components(LABELS, 10, spec)
     assert np.bincount(shown, minlength=4).min() > 70
-    np.testing.assert_array_equal(shown, components.test_components(LABELS, 10, spec))
+    np.testing.assert_array_equal(shown, components.central_components(LABELS, 10, spec))
 
 
-def test_test_components_need_components() -> None:
+def test_central_components_need_components() -> None:
     with pytest.raises(PartitionError, match="`partition` is 'iid'"):
-        components.test_components(LABELS, 10, spec_of("iid"))
+        components.central_components(LABELS, 10, spec_of("iid"))
 
 
 # --- transforms

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which settings should be the default? FedFusion against FedAvg with the same budget.
+
+    python benchmarks/defaults.py            # runs what is missing, two processes
+    python benchmarks/defaults.py --table    # prints the Markdown table of the stored results
+
+Every finished run is one row of ``benchmarks/results/defaults.jsonl``; a run that is there already is
+not repeated. The federation is simulated in process, without Ray: the numbers of a run are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
+SEEDS = (0, 1, 2)
+SHARED: dict[str, Any] = {
+    "learning-rate": 0.02,
+    "server-momentum": 0.5,
+    "average-decay": 0.8,
+    "statistics-source": "local",
+}
+FULL = {"num-clients": 10, "num-server-rounds": 20}
+PART = {"num-clients": 40, "fraction-train": 0.2, "num-server-rounds": 40}
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "components-unequal": {"partition": "components", "component-sizes": "long-tailed", **FULL},
+    "components-equal": {"partition": "components", **FULL},
+    "dirichlet-0.1": {"partition": "dirichlet", "dirichlet-alpha": 0.1, **FULL},
+    "iid": {"partition": "iid", **FULL},
+    "components-unequal, 8 of 40": {
+        "partition": "components",
+        "component-sizes": "long-tailed",
+        **PART,
+    },
+    "components-equal, 8 of 40": {"partition": "components", **PART},
+    "dirichlet-0.1, 8 of 40": {
+        "partition": "dirichlet",
+        "dirichlet-alpha": 0.1,
+        "min-partition-size": 4,
+        **PART,
+    },
+}
+_PLAIN = {"server-momentum": 0.0, "average-decay": 0.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "FedAvg, plain": {"strategy": "fedavg", "pool-moments": False, **_PLAIN},
+    "FedAvg": {"strategy": "fedavg"},
+    "FedFusion rho 1": {"mixture": "balanced", "balance-exponent": 1.0},
+    "FedFusion rho 0.5": {"mixture": "balanced", "balance-exponent": 0.5},
+    "FedFusion rho 0": {"mixture": "balanced", "balance-exponent": 0.0},
+    "FedFusion inferred": {"mixture": "inferred"},
+    "FedFusion rho 0.5, probe": {
+        "mixture": "balanced",
+        "balance-exponent": 0.5,
+        "statistics-source": "probe",
+    },
+    "FedFusion rho 1, stratified": {
+        "mixture": "balanced",
+        "balance-exponent": 1.0,
+        "sampling": "stratified",
+    },
+    "FedFusion rho 0.5, stratified": {
+        "mixture": "balanced",
+        "balance-exponent": 0.5,
+        "sampling": "stratified",
+    },
+}
+_FULL = ("FedAvg, plain", "FedAvg", "FedFusion rho 0.5")
+_PART = ("FedAvg", "FedFusion rho 1", "FedFusion rho 1, stratified")
+GRID: dict[str, tuple[str, ...]] = {
+    "components-unequal": (
+        *_FULL,
+        "FedFusion rho 0",
+        "FedFusion inferred",
+        "FedFusion rho 0.5, probe",
+    ),
+    "components-unequal, 8 of 40": (
+        *_PART,
+        "FedFusion rho 0.5",
+        "FedFusion rho 0.5, stratified",
+    ),
+    "dirichlet-0.1": (*_FULL, "FedFusion inferred"),
+    "dirichlet-0.1, 8 of 40": (*_PART, "FedFusion rho 0.5"),
+    "components-equal": _FULL,
+    "components-equal, 8 of 40": _PART,
+    "iid": ("FedAvg", "FedFusion rho 0.5"),
+}
+
+
+def cells() -> Iterator[tuple[str, str, int]]:
+    """Every (scenario, variant, seed) of the table."""
+    for seed in SEEDS:
+        for scenario, variants in GRID.items():
+            for variant in variants:
+                yield scenario, variant, seed
+
+
+def run_cell(scenario: str, variant: str, seed: int) -> dict[str, Any]:
+    """Run one federation in this process and return its row."""
+    import torch
+    from flwr.app import Context, RecordDict
+
+    from client_app import app
+    from fedfusion_flwr.server import run
+    from fedfusion_flwr.simulation import InProcessGrid
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = {**SHARED, **SCENARIOS[scenario], **VARIANTS[variant], "seed": seed}
+        context = Context(1, 0, {}, RecordDict(), {**config, "output-dir": folder})
+        started = time.perf_counter()
+        outcome = run(InProcessGrid(app, config["num-clients"], context.run_config), context)
+        seconds = time.perf_counter() - started
+        text = (outcome.directory / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    accuracies = [row["global-accuracy"] for row in rows[1:]]
+    return {
+        "scenario": scenario,
+        "variant": variant,
+        "seed": seed,
+        "config": config,
+        "final-accuracy": accuracies[-1],
+        "last-five-accuracy": statistics.mean(accuracies[-5:]),
+        "best-accuracy": max(accuracies),
+        "accuracy": accuracies,
+        "adjusted-rand-index": [row.get("adjusted-rand-index") for row in rows[1:]],
+        "digest": outcome.digest,
+        "seconds": round(seconds, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
+
+
+def stored() -> list[dict[str, Any]]:
+    """The rows that are there already."""
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def run_missing(workers: int) -> None:
+    """Run every cell that has no row yet, each in a process of its own."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    done = {(row["scenario"], row["variant"], row["seed"]) for row in stored()}
+    waiting = [cell for cell in cells() if cell not in done]
+    running: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while waiting or running:
+        running = [process for process in running if process.poll() is None]
+        while waiting and len(running) < workers:
+            scenario, variant, seed = waiting.pop(0)
+            print(f"{len(waiting)} left | {scenario} | {variant} | seed {seed}", flush=True)
+            arguments = ["--cell", scenario, variant, str(seed)]
+            command = [sys.executable, __file__, *arguments]
+            running.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+        time.sleep(0.5)
+
+
+def table() -> str:
+    """Markdown: mean and range over seeds of the mean accuracy of the last five rounds."""
+    rows = stored()
+    lines = [
+        "| scenario | setting | mean of last 5 rounds | lowest to highest seed | final | ARI |",
+        "|---|---|---|---|---|---|",
+    ]
+    for scenario, variants in GRID.items():
+        for variant in variants:
+            group = [r for r in rows if (r["scenario"], r["variant"]) == (scenario, variant)]
+            if not group:
+                continue
+            last = [row["last-five-accuracy"] for row in group]
+            final = statistics.mean(row["final-accuracy"] for row in group)
+            scores = [row["adjusted-rand-index"][-1] for row in group]
+            known = [score for score in scores if score is not None]
+            rand = f"{statistics.mean(known):.2f}" if known else ""
+            lines.append(
+                f"| {scenario} | {variant} | {statistics.mean(last):.3f} "
+                f"| {min(last):.3f} to {max(last):.3f} ({len(last)} seeds) | {final:.3f} | {rand} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--table", action="store_true", help="only print the stored results")
+    parser.add_argument("--workers", type=int, default=2, help="processes side by side")
+    parser.add_argument("--cell", nargs=3, metavar=("SCENARIO", "VARIANT", "SEED"))
+    arguments = parser.parse_args()
+    if arguments.cell:
+        scenario, variant, seed = arguments.cell
+        row = run_cell(scenario, variant, int(seed))
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return
+    if not arguments.table:
+        run_missing(arguments.workers)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
