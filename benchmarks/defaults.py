@@ -4,8 +4,8 @@
     python benchmarks/defaults.py            # runs what is missing, two processes
     python benchmarks/defaults.py --table    # prints the Markdown table of the stored results
 
-Every finished run is one row of ``benchmarks/results/defaults.jsonl``; a run that is there already is
-not repeated. The federation is simulated in process, without Ray: the numbers of a run are the same.
+Every finished run is one row of ``benchmarks/results/defaults.jsonl``; a run that is there already
+is not repeated. The federation is simulated in process, without Ray; a run's numbers are the same.
 """
 
 from __future__ import annotations

@@ -156,8 +156,8 @@ class RunConfig:
         trained = self.num_clients * self.fraction_train
         if trained < 1:
             raise ConfigError(
-                f"{_shown('fraction_train', self.fraction_train)} of {_shown('num_clients', self.num_clients)} "
-                f"is less than one client a round: at least {1 / self.num_clients:g} is needed"
+                f"{_shown('fraction_train', self.fraction_train)} is less than one of "
+                f"{self.num_clients} clients: at least {1 / self.num_clients:g} is allowed"
             )
         if self.min_valid_replies > self.num_train_clients:
             raise ConfigError(
@@ -182,7 +182,7 @@ class RunConfig:
 
 
 def cohort_size(population: int, fraction: float) -> int:
-    """floor(population * fraction), at least 1; exact where the product is whole but for rounding."""
+    """floor(population * fraction), at least 1; whole products survive rounding errors."""
     return max(1, math.floor(population * fraction + 1e-9))
 
 

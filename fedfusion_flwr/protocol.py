@@ -46,9 +46,6 @@ STATISTICS_KEYS = ("mean", "std", "shift", "scale")
 NPY_OVERHEAD = 4096
 """More than any plain array's .npy header; what an honest payload may exceed its data by."""
 
-# Views of received bytes are read-only by nature, and nothing here writes to them.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
 
 class ProtocolError(FedFusionError, ValueError):
     """A record that does not decode to what it should be."""
@@ -90,7 +87,14 @@ def array_view(array: Array) -> NDArray[np.generic]:
 
 def state_from_record(record: Mapping[str, Array]) -> dict[str, Tensor]:
     """An ArrayRecord as a state dict whose tensors share memory with it: do not write to them."""
-    return {key: torch.from_numpy(array_view(array)) for key, array in record.items()}
+    return {key: tensor_view(array_view(array)) for key, array in record.items()}
+
+
+def tensor_view(view: NDArray[np.generic]) -> Tensor:
+    """A tensor that shares memory with a read-only view, without torch's warning about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(view)
 
 
 def record_from_state(state: Mapping[str, Tensor]) -> ArrayRecord:
@@ -124,4 +128,4 @@ def statistics_from_record(record: Mapping[str, Array]) -> NormalizationStatisti
         raise ProtocolError("its vectors differ in length")
     if float(views["std"].min(initial=0)) < 0:
         raise ProtocolError("'std' is negative")
-    return NormalizationStatistics(**{k: torch.from_numpy(v) for k, v in views.items()})
+    return NormalizationStatistics(**{k: tensor_view(v) for k, v in views.items()})

@@ -45,8 +45,8 @@ class FusionSnapshot:
 class RoundReport:
     """Everything that is recorded of a round; filled in as the round goes on.
 
-    ``metrics`` are the numbers of the round by kebab-case name, ``seconds`` where its time went, and
-    ``model`` is the served global model after it.
+    ``metrics`` are the numbers of the round by kebab-case name, ``seconds`` where its time went,
+    and ``model`` is the served global model after it.
     """
 
     server_round: int

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Grid inside this process: calls a ClientApp directly, without Ray, threads or sockets.
 
-For tests, sweeps and debugging. Replies are what the real engine would deliver; a client that raises
-becomes an error reply.
+For tests, sweeps and debugging. Replies are what the real engine would deliver; a client that
+raises becomes an error reply.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         expected = str(arrays.pop(_DIGEST))
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever is wrong with a cache, it is rebuilt
         return None
     return arrays if _digest(arrays) == expected else None
 

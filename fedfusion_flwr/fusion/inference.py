@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedfusion_flwr.fusion.initialization import agreement, starting_partition
+from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.fusion.vae import FusionVAE
 
 FEATURE_CLAMP = 5.0
@@ -118,6 +119,7 @@ class DistributionInference:
         self._optimizer: torch.optim.Adam | None = None
         self._fitted_shape = (0, 0)
 
+    @one_thread()
     def fit(self, vectors: Tensor, num_examples: Tensor) -> FusionPosterior:
         """Infer assignments, mixture and components.
 

@@ -43,9 +43,9 @@ def starting_partition(x: Tensor, max_groups: int) -> Tensor:
         Labels (K,), int64, the largest group first: stick breaking prefers that order.
     """
     points = x.double().numpy()
+    restarts = 10 if len(points) <= _MANY_CLIENTS else 1
     candidates: list[tuple[float, np.ndarray]] = []
     for groups in range(2, min(max_groups, len(points) - 1) + 1):
-        restarts = 10 if len(points) <= _MANY_CLIENTS else 1
         labels = KMeans(groups, n_init=restarts, random_state=0).fit(points).labels_
         candidates.append((_silhouette(points, labels), labels))
     best = max((quality for quality, _ in candidates), default=0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Normalization parameters d_k = (mu, sigma, beta, gamma): what a client's data looks like to the model.
+"""Normalization parameters d_k = (mu, sigma, beta, gamma): a client's data as the model sees it.
 
 Pure torch; knows nothing of Flower. The four vectors are those of the FedFusion deck's problem
 definition: means, standard deviations, shifts (``bias``) and scales (``weight``) of the

@@ -9,8 +9,8 @@ Generative story for K clients, M virtual components and standardized statistics
     b_k ~ Categorical(pi), relaxed          assignment of client k
     x_k ~ Normal(decode(sum_m b_km z_m), noise_variance * I)
 
-Posterior family: b_k by a Gumbel-softmax of encoder logits (Jang et al. 2017, Maddison et al. 2017),
-v_m by a Kumaraswamy (Nalisnick & Smyth 2017), z_m by a diagonal Gaussian.
+Posterior family: b_k by a Gumbel-softmax of encoder logits (Jang et al. 2017; Maddison et al.
+2017), v_m by a Kumaraswamy (Nalisnick & Smyth 2017), z_m by a diagonal Gaussian.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from fedfusion_flwr.fusion import (
 )
 from fedfusion_flwr.fusion.server_step import update_norm
 from fedfusion_flwr.fusion.statistics import LayerChoice, batchnorm_prefixes, select_layers
+from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import ClientRow, RoundCallback, RoundReport, State
 from fedfusion_flwr.strategies.replies import ClientReply, ReplyJudge
@@ -208,7 +209,8 @@ class BaseStrategy(FlowerFedAvg):
             return self._keep_old_model(
                 f"{len(good)} valid replies, min-valid-replies is {self.min_valid_replies}"
             )
-        weights = cap_weights(self.client_weights(good), self.max_client_weight)
+        with one_thread():
+            weights = cap_weights(self.client_weights(good), self.max_client_weight)
         self._lap("infer")
         aggregate = self.aggregate(good, weights)
         problem = self._refuse(aggregate)

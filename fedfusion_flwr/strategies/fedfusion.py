@@ -47,8 +47,8 @@ Mixture = Literal["inferred", "balanced", "counts"]
 class FedFusion(BaseStrategy):
     """Component-weighted aggregation with server-side inference; drop-in for Flower's FedAvg.
 
-    Clients need no change: the statistics are read from the state dict they return, unless they send
-    a ``normalization`` record of their own.
+    Clients need no change: the statistics are read from the state dict they return, unless they
+    send a ``normalization`` record of their own.
 
     Parameters
     ----------

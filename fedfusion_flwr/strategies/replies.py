@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
@@ -194,7 +193,7 @@ class ReplyJudge:
                 raise BadReply("dtype", f"'{key}' is {view.dtype}, not {sent.numpy().dtype}")
             if view.dtype.kind == "f" and not np.isfinite(view).all():
                 raise BadReply("nonfinite", f"'{key}' is not finite")
-            state[key] = torch.from_numpy(view)
+            state[key] = protocol.tensor_view(view)
         self._check_normalization(state)
         return state
 

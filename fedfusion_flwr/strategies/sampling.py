@@ -61,7 +61,8 @@ def stratified_cohort(
 def largest_remainder(shares: Sequence[float], total: int, limits: Sequence[int]) -> list[int]:
     """Whole numbers in proportion to shares that sum to ``total``, none above its limit.
 
-    What a limit cuts off is divided again among the others; equal remainders favour the lower index.
+    What a limit cuts off is divided again among the others; of equal remainders the lower index
+    wins.
     """
     quotas = [0] * len(shares)
     while (left := total - sum(quotas)) > 0:

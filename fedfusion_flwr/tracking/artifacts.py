@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: written as the run goes on, so that an interruption loses one round at most."""
+"""The run directory: written as the run goes on; an interruption loses one round at most."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class RunDirectory:
     def for_config(cls, config: RunConfig) -> RunDirectory:
         """The directory that ``output-dir`` names; by default a new one under the user's home.
 
-        Relative paths are taken under ``~/fedfusion-runs``: the app runs from Flower's own folder, so
-        the user's working directory is not known here.
+        Relative paths are taken under ``~/fedfusion-runs``: the app runs from Flower's own folder,
+        so the user's working directory is not known here.
         """
         name = config.output_dir
         if not name:
@@ -176,7 +176,7 @@ class FusionArchive:
 
 
 class BestModel:
-    """``best_model.safetensors``: the served model of the round with the highest central accuracy."""
+    """``best_model.safetensors``: the served model of the most accurate round."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory

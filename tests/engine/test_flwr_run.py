@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The app through `flwr run`, Ray and all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+from safetensors.torch import load_file
+
+from client_app import app as client_app
+from fedfusion_flwr import RunConfig
+from fedfusion_flwr.server import run
+from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.tracking import state_digest
+from tests.engine.harness import ROOT, Engine, EngineRun
+
+pytestmark = pytest.mark.engine
+
+ROUNDS = 5
+CONFIG = {"num-server-rounds": ROUNDS, "partition": "components"}
+
+
+@pytest.fixture(scope="module")
+def two_actors(engine: Engine) -> EngineRun:
+    return engine.run(CONFIG, cpus_per_client=1)
+
+
+def test_run_completes_and_writes_every_artifact(two_actors: EngineRun) -> None:
+    assert two_actors.status == "finished:completed", two_actors.log[-3000:]
+    metrics = two_actors.metrics()
+    assert [row["round"] for row in metrics] == list(range(ROUNDS + 1))
+    assert all(row["replies-valid"] == 10 for row in metrics[1:])
+    assert metrics[-1]["global-accuracy"] > 0.6 > metrics[0]["global-accuracy"]
+    assert {"sample", "train", "transfer", "infer", "aggregate", "evaluate"} <= set(
+        metrics[-1]["seconds"]
+    )
+
+    clients = two_actors.clients()
+    assert len(clients) == 10 * ROUNDS
+    assert {row["partition"] for row in clients} == set(range(10))
+    last = [row["weight"] for row in clients if row["round"] == ROUNDS]
+    assert sum(last) == pytest.approx(1)
+
+    stored = json.loads((two_actors.directory / "config.json").read_text(encoding="utf-8"))
+    assert RunConfig.from_run_config(stored).num_server_rounds == ROUNDS
+    with np.load(two_actors.directory / "fusion.npz") as fusion:
+        assert fusion["assignments"].shape == (ROUNDS, 10, 8)
+        assert fusion["components"].shape == (ROUNDS, 8, 4 * 48)
+        np.testing.assert_allclose(fusion["mixture"].sum(1), 1)
+
+    final = load_file(two_actors.directory / "final_model.safetensors")
+    assert state_digest(final) == two_actors.digest
+    assert (two_actors.directory / "best_model.safetensors").exists()
+
+
+def test_planted_components_are_recovered_by_round_five(two_actors: EngineRun) -> None:
+    assert two_actors.metrics()[ROUNDS]["adjusted-rand-index"] >= 0.9
+
+
+def test_one_readable_line_a_round(two_actors: EngineRun) -> None:
+    lines = [line for line in two_actors.log.splitlines() if f"/{ROUNDS} |" in line]
+    assert len(lines) == ROUNDS + 1
+    assert "[ROUND" not in two_actors.log
+    for part in ("train loss", "test acc", "components", "dropped 0/10", "aggregate"):
+        assert part in lines[-1]
+
+
+def test_digest_is_the_same_with_one_actor_and_without_ray(
+    engine: Engine, two_actors: EngineRun, tmp_path: Path
+) -> None:
+    # An actor of two CPUs leaves room for just one on this federation's smallest machines.
+    one_actor = engine.run(CONFIG, cpus_per_client=2)
+    assert one_actor.digest == two_actors.digest
+
+    run_config = {**CONFIG, "output-dir": str(tmp_path / "run")}
+    context = Context(1, 0, {}, RecordDict(), run_config)
+    in_process = run(InProcessGrid(client_app, 10, run_config, shuffle_replies=True), context)
+    assert in_process.digest == two_actors.digest
+
+
+def test_bad_config_fails_before_training_with_one_sentence(engine: Engine) -> None:
+    refused = engine.run({"partition": "dirichlet", "dirichlet-alpha": -1.0})
+    assert refused.status == "finished:failed"
+    sentence = "dirichlet-alpha = -1.0 is not allowed: greater than 0"
+    assert sentence in refused.log
+    assert "round 0" not in refused.log
+
+
+def test_a_raising_and_a_nan_client_do_not_stop_the_others(engine: Engine, tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    app.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "server_app.py"):
+        shutil.copy(ROOT / name, app / name)
+    shutil.copytree(
+        ROOT / "fedfusion_flwr",
+        app / "fedfusion_flwr",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    (app / "client_app.py").write_text(HOSTILE_CLIENT_APP, encoding="utf-8")
+    # An IID partition: the honest eight know every class.
+    config = {"num-server-rounds": ROUNDS, "partition": "iid"}
+    mixed = engine.run(config, app=app)
+    assert mixed.status == "finished:completed", mixed.log[-3000:]
+    rows = mixed.metrics()[1:]
+    assert all(row["replies-valid"] == 8 for row in rows)
+    assert all(row["dropped-error"] == 1 and row["dropped-nonfinite"] == 1 for row in rows)
+    assert "client 3 is broken on purpose" in mixed.log
+    dropped = {row["client"]: row["dropped"] for row in mixed.clients() if "dropped" in row}
+    assert dropped == {3: "error", 4: "nonfinite"}
+
+    honest = engine.run(config)
+    difference = honest.metrics()[-1]["global-accuracy"] - rows[-1]["global-accuracy"]
+    assert difference < 0.03
+
+
+HOSTILE_CLIENT_APP = """
+from flwr.clientapp import ClientApp
+from fedfusion_flwr import protocol
+from fedfusion_flwr.client import handle_evaluate, handle_query, handle_train
+
+app = ClientApp()
+app.evaluate()(handle_evaluate)
+app.query()(handle_query)
+
+
+@app.train()
+def train(message, context):
+    partition = context.node_config["partition-id"]
+    if partition == 3:
+        raise RuntimeError("client 3 is broken on purpose")
+    reply = handle_train(message, context)
+    if partition == 4:
+        state = reply.content["arrays"].to_torch_state_dict()
+        next(iter(state.values())).view(-1)[0] = float("nan")
+        reply.content["arrays"] = protocol.record_from_state(state)
+    return reply
+"""
