@@ -62,6 +62,8 @@ def handle_query(message: Message, context: Context) -> Message:
 
 def _train(work: _Work) -> RecordDict:
     config, data = work.config, work.data
+    if not len(data.x):
+        raise FedFusionError("this client has no training examples; give it data or leave it out")
     started, clock = time.time(), time.perf_counter()
     probed = _probe(work) if config.statistics_source == "probe" else None
     has_validation = len(data.x_validation) > 0

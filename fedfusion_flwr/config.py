@@ -49,6 +49,7 @@ def _between(low: float, high: float) -> _Rule:
 
 _ANY = _Rule(lambda _: True, "")
 _FRACTION = _Rule(lambda v: 0 < v <= 1, "greater than 0 and at most 1")
+_RATE = _Rule(lambda v: 0 < v <= 1e6, "greater than 0 and at most 1000000")
 _DECAY = _Rule(lambda v: 0 <= v < 1, "at least 0 and less than 1")
 
 STRATEGIES = ("fedfusion", "fedavg")
@@ -87,7 +88,7 @@ class RunConfig:
     model: str = _key("lenet", _one_of(*MODELS))
     local_epochs: int = _key(1, _at_least(1))
     batch_size: int = _key(32, _at_least(2))
-    learning_rate: float = _key(0.02, _above(0))
+    learning_rate: float = _key(0.02, _RATE)
     momentum: float = _key(0.9, _DECAY)
     weight_decay: float = _key(1e-4, _at_least(0))
     local_normalization: str = _key("batch", _one_of("batch", "fused"))
@@ -109,10 +110,10 @@ class RunConfig:
     vae_step: int = _key(1, _at_least(1))
     vae_steps: int = _key(150, _at_least(1))
     vae_refit_steps: int = _key(30, _at_least(1))
-    vae_learning_rate: float = _key(3e-3, _above(0))
+    vae_learning_rate: float = _key(3e-3, _RATE)
 
     pool_moments: bool = _key(True, _ANY)
-    server_learning_rate: float = _key(1.0, _above(0))
+    server_learning_rate: float = _key(1.0, _RATE)
     server_momentum: float = _key(0.5, _DECAY)
     average_decay: float = _key(0.8, _DECAY)
     max_client_weight: float = _key(1.0, _FRACTION)
@@ -154,10 +155,11 @@ class RunConfig:
 
     def _check_together(self) -> None:
         trained = self.num_clients * self.fraction_train
-        if trained < 1:
+        if trained < 1 - 1e-9:
             raise ConfigError(
                 f"{_shown('fraction_train', self.fraction_train)} is less than one of "
-                f"{self.num_clients} clients: at least {1 / self.num_clients:g} is allowed"
+                f"{self.num_clients} clients: at least "
+                f"{math.ceil(1e6 / self.num_clients) / 1e6} is allowed"
             )
         if self.min_valid_replies > self.num_train_clients:
             raise ConfigError(

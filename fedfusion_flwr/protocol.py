@@ -45,6 +45,7 @@ TRAIN_SECONDS = "train-seconds"
 STATISTICS_KEYS = ("mean", "std", "shift", "scale")
 NPY_OVERHEAD = 4096
 """More than any plain array's .npy header; what an honest payload may exceed its data by."""
+MAX_DIMENSIONS = 32
 
 
 class ProtocolError(FedFusionError, ValueError):
@@ -78,11 +79,17 @@ def array_view(array: Array) -> NDArray[np.generic]:
         raise ProtocolError(f"not a .npy payload ({error})") from error
     if dtype.kind not in "biuf":
         raise ProtocolError(f"dtype {dtype} is not accepted")
+    # The header is the sender's text: negative, boolean or absurdly many dimensions are possible.
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
+        raise ProtocolError(f"shape {shape!s:.60} is not accepted")
     offset = stream.tell()
     if math.prod(shape) * dtype.itemsize != len(array.data) - offset:
         raise ProtocolError(f"shape {shape} does not fit {len(array.data) - offset} bytes of data")
-    flat = np.frombuffer(array.data, dtype=dtype, offset=offset)
-    return flat.reshape(shape, order="F" if fortran_order else "C")
+    try:
+        flat = np.frombuffer(array.data, dtype=dtype, offset=offset)
+        return flat.reshape(shape, order="F" if fortran_order else "C")
+    except (ValueError, OverflowError) as error:
+        raise ProtocolError(f"shape {shape!s:.60} is not accepted ({error})") from error
 
 
 def state_from_record(record: Mapping[str, Array]) -> dict[str, Tensor]:

@@ -14,7 +14,10 @@ def _sequence(seed: int, purpose: str, *keys: int) -> np.random.SeedSequence:
 
 
 def numpy_generator(seed: int, purpose: str, *keys: int) -> np.random.Generator:
-    """A NumPy generator of its own for one purpose, e.g. ``("sampling", round)``."""
+    """A NumPy generator of its own for one purpose, e.g. ``("sampling", round)``.
+
+    A purpose must always come with the same number of keys: a trailing 0 is not told from none.
+    """
     return np.random.default_rng(_sequence(seed, purpose, *keys))
 
 

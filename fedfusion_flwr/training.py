@@ -39,7 +39,7 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        Trained in place; in train mode afterwards.
+        Trained in place.
     x, y : Tensor
         Inputs (N, ...) and labels (N,), on the model's device.
     epochs, batch_size, learning_rate, momentum, weight_decay
@@ -58,7 +58,8 @@ def train(
     Raises
     ------
     TrainingError
-        If there are fewer than two examples, or the loss turns non-finite.
+        If there are no examples, just one where BatchNorm needs two, or the loss turns
+        non-finite.
     """
     if len(x) == 0:
         raise TrainingError("this client has no training examples; give it data or leave it out")
@@ -109,7 +110,15 @@ def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) ->
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in [0, 1], in eval mode; the mode is left at eval."""
+    """Mean cross-entropy and accuracy in [0, 1], in eval mode; the mode is left at eval.
+
+    Raises
+    ------
+    TrainingError
+        If there are no examples.
+    """
+    if len(x) == 0:
+        raise TrainingError("there are no examples to evaluate on")
     model.eval()
     loss, correct = 0.0, 0
     with torch.inference_mode():

@@ -8,6 +8,7 @@ from fedfusion_flwr.fusion.aggregation import (
     component_coefficients,
     example_weights,
     fuse_state_dicts,
+    prune_assignments,
 )
 from fedfusion_flwr.fusion.inference import (
     DistributionInference,
@@ -38,4 +39,5 @@ __all__ = [
     "example_weights",
     "fuse_state_dicts",
     "pooled_moments",
+    "prune_assignments",
 ]

@@ -17,6 +17,8 @@ from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 NEGLIGIBLE_SHARE = 1e-6
 """A component with less than this share of the mass counts as absent."""
 
+HALF_A_CLIENT = 0.5
+
 
 def client_weights(
     assignments: Tensor,
@@ -97,6 +99,30 @@ def cap_weights(weights: Tensor, cap: float) -> Tensor:
         p = torch.where(capped, torch.full_like(p, cap), scaled)
         if not (p > cap * (1 + 1e-12)).any():
             return p
+
+
+def prune_assignments(assignments: Tensor) -> Tensor:
+    """Empty the components that nobody lives in, and renormalize the rows.
+
+    A soft assignment leaves a trace in every component, which must not pass for a group: a small
+    balance exponent would blow it up. A component is occupied if it is the main one of some client
+    or holds at least half a client in all.
+
+    Parameters
+    ----------
+    assignments : Tensor
+        b of the whole population, shape (K, M), rows sum to 1.
+
+    Returns
+    -------
+    Tensor
+        The same shape, float64, rows sum to 1.
+    """
+    b = assignments.double()
+    occupied = b.sum(0) >= HALF_A_CLIENT
+    occupied[b.argmax(1)] = True
+    kept = b * occupied
+    return kept / kept.sum(1, keepdim=True)
 
 
 def balanced_mixture(component_mass: Tensor, exponent: float) -> Tensor:

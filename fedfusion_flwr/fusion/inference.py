@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedfusion_flwr.fusion.initialization import agreement, starting_partition
+from fedfusion_flwr.fusion.standardizer import Standardizer
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.fusion.vae import FusionVAE
 
-FEATURE_CLAMP = 5.0
 _GRADIENT_NORM = 10.0
-_STD_FLOOR = 1e-8
 _PARTITION_STEPS = 100
 _WARM_AGREEMENT = 0.9
 
@@ -254,31 +253,6 @@ class DistributionInference:
         inverse = torch.linalg.lstsq(features.double(), standardized.double()).solution
         restored: Tensor = decoded.double() @ inverse
         return restored
-
-
-@dataclass(frozen=True)
-class Standardizer:
-    """Per-feature location and scale over the clients; constant features map to 0."""
-
-    center: Tensor
-    unit: Tensor
-    informative: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor) -> Standardizer:
-        """Measure the clients' statistics x (K, D)."""
-        center, spread = x.mean(0), x.std(0, correction=0)
-        informative = spread > _STD_FLOOR * center.abs().clamp_min(1.0)
-        return cls(center, torch.where(informative, spread, torch.ones_like(spread)), informative)
-
-    def standardize(self, x: Tensor) -> Tensor:
-        """To zero mean and unit variance, clamped to +-5, float32."""
-        z = torch.where(self.informative, (x - self.center) / self.unit, torch.zeros_like(x))
-        return z.clamp(-FEATURE_CLAMP, FEATURE_CLAMP).float()
-
-    def restore(self, z: Tensor) -> Tensor:
-        """Back to the units of the input."""
-        return self.center + torch.where(self.informative, z * self.unit, torch.zeros_like(z))
 
 
 def align_components(posterior: FusionPosterior, reference: Tensor) -> FusionPosterior:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -86,12 +88,26 @@ class ServedAverage:
         return self.state
 
 
-def update_norm(current: State, proposed: State) -> tuple[float, float]:
-    """Euclidean norms of (proposed - current) and of current over the parameters."""
+def implausible(
+    current: Mapping[str, Tensor], proposed: Mapping[str, Tensor], max_ratio: float
+) -> str | None:
+    """Why a proposed model must not replace the current one; None if it may.
+
+    Parameters
+    ----------
+    current, proposed : Mapping[str, Tensor]
+        State dicts of equal keys.
+    max_ratio : float
+        Largest allowed ||proposed - current|| / ||current|| over the parameters.
+    """
     step = norm = 0.0
     for key, value in proposed.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            return f"'{key}' is not finite"
         if is_parameter(key, value):
             old = current[key].double()
             step += float((value.double() - old).square().sum())
             norm += float(old.square().sum())
-    return step**0.5, norm**0.5
+    if norm > 0 and step > max_ratio**2 * norm:
+        return f"the model moved {(step / norm) ** 0.5:.3g} times the model's norm"
+    return None

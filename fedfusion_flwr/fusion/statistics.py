@@ -95,7 +95,8 @@ class NormalizationStatistics:
         """Moments of some data at the input of the model's normalization layers.
 
         One forward pass in eval mode; the model is left as it was. Works for BatchNorm, GroupNorm
-        and LayerNorm alike, because it looks at a layer's input and not at its buffers.
+        and LayerNorm alike, because it looks at a layer's input and not at its buffers. In a model
+        that mixes them, only BatchNorm layers count, as in `from_state_dict`.
 
         Raises
         ------
@@ -103,6 +104,10 @@ class NormalizationStatistics:
             If the model has no normalization layer or there is no data.
         """
         modules = dict(normalization_layers(model))
+        batchnorms: dict[str, nn.Module] = {
+            n: m for n, m in modules.items() if isinstance(m, _BatchNorm)
+        }
+        modules = batchnorms or modules
         with collected_moments(modules) as moments, _evaluating(model), torch.no_grad():
             for batch in batches:
                 model(batch)

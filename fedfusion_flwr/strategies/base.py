@@ -6,7 +6,6 @@ A strategy of one's own overrides `client_weights` (and perhaps `sample_clients`
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
@@ -22,6 +21,7 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedfusion_flwr import protocol
+from fedfusion_flwr.config import cohort_size
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import (
     ServedAverage,
@@ -29,16 +29,26 @@ from fedfusion_flwr.fusion import (
     cap_weights,
     fuse_state_dicts,
 )
-from fedfusion_flwr.fusion.server_step import update_norm
+from fedfusion_flwr.fusion.server_step import implausible
 from fedfusion_flwr.fusion.statistics import LayerChoice, batchnorm_prefixes, select_layers
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.rounds import ClientRow, RoundCallback, RoundReport, State
+from fedfusion_flwr.rounds import RoundCallback, RoundReport, State
+from fedfusion_flwr.strategies.bookkeeping import (
+    Stopwatch,
+    book_replies,
+    log_dropped,
+    mean_metrics,
+    split_train_time,
+)
 from fedfusion_flwr.strategies.replies import ClientReply, ReplyJudge
 from fedfusion_flwr.strategies.roster import Roster
 from fedfusion_flwr.strategies.sampling import random_cohort
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+_WHERE = "the reason of every dropped reply is in the log and in clients.jsonl"
 
 
 class RunStopped(FedFusionError, AggregationError):
@@ -52,7 +62,6 @@ class _Round:
     number: int
     sent: State
     sampled: dict[int, int] = field(default_factory=dict)
-    dispatched: float = 0.0
 
 
 class BaseStrategy(FlowerFedAvg):
@@ -124,6 +133,7 @@ class BaseStrategy(FlowerFedAvg):
         self.failed_rounds = 0
         self.report = RoundReport(0)
         self._round = _Round(0, {})
+        self._stopwatch = Stopwatch()
 
     # --- what a strategy of one's own overrides -------------------------------------------------
 
@@ -140,6 +150,9 @@ class BaseStrategy(FlowerFedAvg):
         return fuse_state_dicts(
             (reply.state for reply in replies), weights, pool_moments=self.pool_moments
         )
+
+    def accepted(self, replies: list[ClientReply], weights: Tensor) -> None:
+        """Take note that this round's aggregate became the new model."""
 
     # --- Flower's interface ---------------------------------------------------------------------
 
@@ -169,10 +182,12 @@ class BaseStrategy(FlowerFedAvg):
         def end_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             return self._end_round(server_round, arrays, evaluate_fn)
 
-        self._clock = time.monotonic()
+        self._stopwatch.restart()
         result = super().start(
             grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, end_round
         )
+        if self.failed_rounds >= num_rounds and self.fraction_train > 0:
+            raise RunStopped(f"none of {num_rounds} rounds had enough valid replies; {_WHERE}")
         if self.average.state:
             result.arrays = protocol.record_from_state(self.average.state)
         return result
@@ -181,18 +196,17 @@ class BaseStrategy(FlowerFedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample clients and address the global model to them."""
-        self._clock = time.monotonic()
+        self._stopwatch.restart()
         self.report = RoundReport(server_round)
         self._round = _Round(server_round, protocol.state_from_record(arrays))
         if self.fraction_train == 0.0:
             return []
         connected = self._connected(server_round, grid)
-        size = self._cohort_size(len(connected), self.fraction_train, self.min_train_nodes)
+        size = max(cohort_size(len(connected), self.fraction_train), self.min_train_nodes)
         cohort = self.sample_clients(server_round, sorted(connected), size)
         messages = self._messages(arrays, config, cohort, connected, MessageType.TRAIN)
         self.report.num_sampled = len(cohort)
-        self._lap("sample")
-        self._round.dispatched = time.time()
+        self._stopwatch.lap(self.report, "sample")
         return messages
 
     def aggregate_train(
@@ -200,35 +214,36 @@ class BaseStrategy(FlowerFedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, fuse the good ones and take the server step."""
         replies = list(replies)
-        self._lap("train")
-        if not self._round.sampled:
+        self._stopwatch.lap(self.report, "train")
+        if self.fraction_train == 0.0:
             return None, None
         good, bad = self._judge(with_model=True).judge(replies, with_model=True)
-        self._account(good, bad)
+        book_replies(self.report, good, bad)
         if len(good) < self.min_valid_replies:
-            return self._keep_old_model(
-                f"{len(good)} valid replies, min-valid-replies is {self.min_valid_replies}"
-            )
+            why = f"{len(good)} valid replies, min-valid-replies is {self.min_valid_replies}"
+            return self._keep_old_model(why, good)
         with one_thread():
             weights = cap_weights(self.client_weights(good), self.max_client_weight)
-        self._lap("infer")
+        self._stopwatch.lap(self.report, "infer")
         aggregate = self.aggregate(good, weights)
-        problem = self._refuse(aggregate)
+        problem = implausible(self._round.sent, aggregate, self.max_update_ratio)
         if problem:
-            return self._keep_old_model(problem)
+            return self._keep_old_model(f"of the fused model, {problem}", good)
         self.failed_rounds = 0
         model = self.step(self._round.sent, aggregate)
         self.average.update(model)
+        self.accepted(good, weights)
         self.report.clients = [
             reply.row(weight, self.assignment_of(reply))
             for reply, weight in zip(good, weights.tolist(), strict=True)
         ] + self.report.clients
         entropy = -torch.xlogy(weights, weights).sum()
         self.report.metrics["weight-entropy"] = float(entropy)
-        self._split_train_time(good)
-        self._lap("aggregate")
-        # The client's means come last: only this record is part of Flower's history.
-        self.report.metrics.update(self._mean_metrics(good, self.train_metrics_aggr_fn))
+        split_train_time(self.report, good)
+        self._stopwatch.lap(self.report, "aggregate")
+        means = mean_metrics(good, self.train_metrics_aggr_fn)
+        # What the round itself counted is not a client's to say.
+        self.report.metrics = {**means, **self.report.metrics}
         return protocol.record_from_state(model), MetricRecord(dict(self.report.metrics))
 
     def configure_evaluate(
@@ -239,7 +254,7 @@ class BaseStrategy(FlowerFedAvg):
             return []
         served = protocol.record_from_state(self.average.state) if self.average.state else arrays
         connected = self._connected(server_round, grid)
-        size = self._cohort_size(len(connected), self.fraction_evaluate, self.min_evaluate_nodes)
+        size = max(cohort_size(len(connected), self.fraction_evaluate), self.min_evaluate_nodes)
         generator = numpy_generator(self.seed, "evaluation-sampling", server_round)
         cohort = random_cohort(sorted(connected), size, generator)
         return self._messages(served, config, cohort, connected, MessageType.EVALUATE)
@@ -252,17 +267,10 @@ class BaseStrategy(FlowerFedAvg):
             return None
         good, bad = self._judge(with_model=False).judge(replies, with_model=False)
         self.report.metrics["evaluate-replies-dropped"] = float(len(bad))
-        for row in bad:
-            log(
-                WARNING,
-                "evaluation of client %s dropped (%s): %s",
-                row.client,
-                row.dropped,
-                row.detail,
-            )
-        means = self._mean_metrics(good, self.evaluate_metrics_aggr_fn)
+        log_dropped(server_round, "evaluation", bad)
+        means = mean_metrics(good, self.evaluate_metrics_aggr_fn)
         self.report.metrics.update(means)
-        self._lap("evaluate")
+        self._stopwatch.lap(self.report, "evaluate")
         return MetricRecord(dict(means)) if means else None
 
     def summary(self) -> None:
@@ -299,6 +307,11 @@ class BaseStrategy(FlowerFedAvg):
         """The round in progress."""
         return self._round.number
 
+    def num_channels(self) -> int | None:
+        """Length of a ``normalization`` vector, where the model's BatchNorm layers tell it."""
+        prefixes = select_layers(batchnorm_prefixes(self.current), self.statistics_layers)
+        return sum(self.current[f"{p}running_mean"].numel() for p in prefixes) or None
+
     def assignment_of(self, reply: ClientReply) -> list[float] | None:
         """The client's row of b for the report, where the strategy has one."""
         return None
@@ -310,11 +323,6 @@ class BaseStrategy(FlowerFedAvg):
             expected = max(self.min_available_nodes, self.min_train_nodes)
             return self.roster.wait_for(grid, expected, self.node_timeout)
         return self.roster.connected(grid)
-
-    @staticmethod
-    def _cohort_size(connected: int, fraction: float, minimum: int) -> int:
-        # floor, as Flower does, but exact where the product is whole but for rounding
-        return min(connected, max(int(connected * fraction + 1e-9), minimum))
 
     def _messages(
         self,
@@ -332,76 +340,32 @@ class BaseStrategy(FlowerFedAvg):
 
     def _judge(self, *, with_model: bool) -> ReplyJudge:
         sent = self._round.sent if with_model else {}
-        prefixes = select_layers(batchnorm_prefixes(sent), self.statistics_layers)
-        channels = sum(sent[f"{prefix}running_mean"].numel() for prefix in prefixes)
         return ReplyJudge(
             self._round.number,
             self._round.sampled,
             sent,
-            num_channels=channels or None,
+            num_channels=self.num_channels(),
             arrays_key=self.arrayrecord_key,
             examples_key=self.weighted_by_key,
             max_examples=self.max_examples,
+            max_update_ratio=self.max_update_ratio,
         )
 
-    def _account(self, good: list[ClientReply], bad: list[ClientRow]) -> None:
-        metrics = self.report.metrics
-        metrics["replies-valid"] = float(len(good))
-        metrics["replies-dropped"] = float(len(bad))
-        for row in bad:
-            key = f"dropped-{row.dropped}"
-            metrics[key] = metrics.get(key, 0.0) + 1
-            log(
-                WARNING,
-                "round %d: reply of client %s (node %d) dropped (%s): %s",
-                *(self._round.number, row.client, row.node, row.dropped, row.detail),
-            )
-        self.report.clients = bad
-
-    def _keep_old_model(self, why: str) -> tuple[ArrayRecord, MetricRecord]:
+    def _keep_old_model(
+        self, why: str, good: list[ClientReply]
+    ) -> tuple[ArrayRecord, MetricRecord]:
         self.failed_rounds += 1
+        self.report.clients = [reply.row() for reply in good] + self.report.clients
         self.report.metrics["round-failed"] = 1.0
         log(WARNING, "round %d keeps the old model: %s", self._round.number, why)
         if self.failed_rounds >= self.max_failed_rounds:
+            # Flower's loop ends here, so nobody else would hand this round to the callbacks.
+            self._report_round()
             raise RunStopped(
                 f"stopped after {self.failed_rounds} failed rounds in a row, the last because of: "
-                f"{why}; the reasons of every dropped reply are in the log and in clients.jsonl"
+                f"{why}; {_WHERE}"
             )
         return protocol.record_from_state(self._round.sent), MetricRecord(dict(self.report.metrics))
-
-    def _refuse(self, aggregate: State) -> str | None:
-        for key, value in aggregate.items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                return f"the aggregate's '{key}' is not finite"
-        step, norm = update_norm(self._round.sent, aggregate)
-        if norm > 0 and step > self.max_update_ratio * norm:
-            return f"the aggregate moved {step / norm:.3g} times the model's norm"
-        return None
-
-    @staticmethod
-    def _mean_metrics(
-        good: list[ClientReply], mean: Callable[[list[RecordDict], str], MetricRecord]
-    ) -> dict[str, float]:
-        if not good:
-            return {}
-        # Only what every client reports can be averaged; Flower's own averaging insists on it.
-        shared = set.intersection(*(set(reply.metrics) for reply in good))
-        shared -= {protocol.TRAIN_STARTED}
-        records = [
-            RecordDict(
-                {
-                    protocol.METRICS: MetricRecord(
-                        {
-                            **{key: reply.metrics[key] for key in sorted(shared)},
-                            protocol.NUM_EXAMPLES: reply.num_examples,
-                        }
-                    )
-                }
-            )
-            for reply in good
-        ]
-        averaged = mean(records, protocol.NUM_EXAMPLES)
-        return {k: float(v) for k, v in averaged.items() if isinstance(v, int | float)}
 
     def _end_round(
         self, server_round: int, arrays: ArrayRecord, evaluate_fn: EvaluateFn | None
@@ -415,27 +379,10 @@ class BaseStrategy(FlowerFedAvg):
         for key, value in (central or {}).items():
             if isinstance(value, int | float):
                 self.report.metrics[key] = float(value)
-        self._lap("evaluate")
-        for callback in self.callbacks:
-            callback.on_round_end(self.report)
+        self._stopwatch.lap(self.report, "evaluate")
+        self._report_round()
         return central
 
-    def _lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.report.seconds[name] = self.report.seconds.get(name, 0.0) + now - self._clock
-        self._clock = now
-
-    def _split_train_time(self, good: list[ClientReply]) -> None:
-        """Divide the wait for replies into the time some client trained and the rest, transfer."""
-        intervals = sorted(
-            (reply.metrics[protocol.TRAIN_STARTED], reply.metrics[protocol.TRAIN_SECONDS])
-            for reply in good
-            if {protocol.TRAIN_STARTED, protocol.TRAIN_SECONDS} <= reply.metrics.keys()
-        )
-        busy, until = 0.0, 0.0
-        for begin, seconds in intervals:
-            busy += max(0.0, begin + seconds - max(begin, until))
-            until = max(until, begin + seconds)
-        waited = self.report.seconds["train"]
-        self.report.seconds["train"] = min(busy, waited) if intervals else waited
-        self.report.seconds["transfer"] = max(0.0, waited - busy) if intervals else 0.0
+    def _report_round(self) -> None:
+        for callback in self.callbacks:
+            callback.on_round_end(self.report)

@@ -10,6 +10,7 @@ Round t:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from logging import INFO, WARNING
 from typing import Any, Literal
@@ -29,17 +30,16 @@ from fedfusion_flwr.fusion import (
     client_weights,
     example_weights,
     fuse_state_dicts,
+    prune_assignments,
 )
 from fedfusion_flwr.fusion.absent import AbsentComponents
+from fedfusion_flwr.fusion.aggregation import HALF_A_CLIENT, NEGLIGIBLE_SHARE
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import FusionSnapshot, State
 from fedfusion_flwr.strategies.base import BaseStrategy
 from fedfusion_flwr.strategies.replies import ClientReply
 from fedfusion_flwr.strategies.sampling import stratified_cohort
-
-ABSENT_SHARE = 1e-3
-"""A component with less than this share of a cohort's mass counts as absent from the round."""
 
 Mixture = Literal["inferred", "balanced", "counts"]
 
@@ -102,6 +102,8 @@ class FedFusion(BaseStrategy):
         self.memory = StatisticsMemory(assignment_smoothing)
         self.absent = AbsentComponents() if absent == "remember" else None
         self.posterior: FusionPosterior | None = None
+        self.width: int | None = None
+        self._remembered_share = 0.0
         self.mixture = torch.full((num_components,), 1 / num_components, dtype=torch.float64)
 
     def summary(self) -> None:
@@ -142,26 +144,27 @@ class FedFusion(BaseStrategy):
             self.report.metrics["fusion-fallback"] = 1.0
             return example_weights(examples)
         self.report.metrics["fusion-fallback"] = 0.0
-        assignments = self.memory.assignments(ids)
+        assignments = self._assignments(ids)
         self.mixture = self._choose_mixture(assignments, examples)
-        weights = client_weights(assignments, self.mixture, examples, negligible_share=ABSENT_SHARE)
-        self._record(ids, weights)
-        return weights
+        return client_weights(
+            assignments, self.mixture, examples, negligible_share=self._negligible(len(ids))
+        )
 
     def aggregate(self, replies: list[ClientReply], weights: Tensor) -> State:
         """Fuse this round's models, with the remembered steps of absent components if asked."""
         fell_back = bool(self.report.metrics["fusion-fallback"])
         if self.absent is None or fell_back:
             return super().aggregate(replies, weights)
-        assignments = self.memory.assignments([reply.client for reply in replies])
+        assignments = self._assignments([reply.client for reply in replies])
         examples = torch.tensor([reply.num_examples for reply in replies])
         states = [reply.state for reply in replies]
+        negligible = self._negligible(len(states))
         ghosts, ghost_weights = self.absent.recall(
-            assignments, examples, self.mixture, self.current, ABSENT_SHARE
+            assignments, examples, self.mixture, self.current, negligible
         )
-        self.absent.remember(states, assignments, examples, self.current, ABSENT_SHARE)
         self.report.metrics["components-remembered"] = float(len(ghosts))
         share = torch.tensor(ghost_weights, dtype=torch.float64)
+        self._remembered_share = float(share.sum())
         all_weights = torch.cat([weights * (1 - share.sum()), share])
 
         def chained() -> Iterator[State]:
@@ -169,6 +172,23 @@ class FedFusion(BaseStrategy):
             yield from ghosts
 
         return fuse_state_dicts(chained(), all_weights, pool_moments=self.pool_moments)
+
+    def accepted(self, replies: list[ClientReply], weights: Tensor) -> None:
+        """Record the inference with the final weights and what absent components last did."""
+        if self.report.metrics["fusion-fallback"]:
+            return
+        ids = [reply.client for reply in replies]
+        self._record(ids, weights * (1 - self._remembered_share))
+        if self.absent is not None:
+            examples = torch.tensor([reply.num_examples for reply in replies])
+            states = [reply.state for reply in replies]
+            self.absent.remember(
+                states, self._assignments(ids), examples, self.current, self._negligible(len(ids))
+            )
+
+    def num_channels(self) -> int | None:
+        """Also known for other normalization layers, once a first round has told it."""
+        return super().num_channels() or (self.width // 4 if self.width else None)
 
     def assignment_of(self, reply: ClientReply) -> list[float] | None:
         """The client's smoothed assignment."""
@@ -182,10 +202,10 @@ class FedFusion(BaseStrategy):
         received = None
         if batchnorm_prefixes(self.current):
             received = self._read(self.current).vector(log_std=True)
-        widths = {len(v) for v in vectors.values()} | {
-            len(c.vector) for c in self.memory.clients.values()
-        }
-        if len(widths) > 1:
+        widths = Counter(len(vector) for vector in vectors.values())
+        if self.width is None:
+            self.width = widths.most_common(1)[0][0]
+        if set(widths) != {self.width}:
             raise InferenceError(f"clients' statistics differ in length: {sorted(widths)}")
         self.memory.remember(
             self.server_round, vectors, {r.client: r.num_examples for r in replies}, received
@@ -205,6 +225,22 @@ class FedFusion(BaseStrategy):
         except StatisticsError as problem:
             raise StatisticsError(f"FedFusion cannot run on this model: {problem}") from problem
 
+    def _assignments(self, ids: list[int]) -> Tensor:
+        """Rows of the given clients, without components that nobody of the population lives in."""
+        known = self.memory.ids
+        pruned = prune_assignments(self.memory.assignments(known))
+        return pruned[[known.index(client) for client in ids]]
+
+    def _negligible(self, cohort: int) -> float:
+        """Share of a cohort's mass below which a component counts as absent from it.
+
+        Half a client, because traces of a component are no sample of it. For `counts` next to
+        nothing: there, leaving out mass would make it something else than FedAvg.
+        """
+        if self.mixture_kind == "counts" or cohort == len(self.memory.ids):
+            return NEGLIGIBLE_SHARE
+        return min(HALF_A_CLIENT / cohort, 0.5)
+
     def _choose_mixture(self, assignments: Tensor, examples: Tensor) -> Tensor:
         if self.mixture_kind == "inferred":
             assert self.posterior is not None
@@ -212,7 +248,8 @@ class FedFusion(BaseStrategy):
         if self.mixture_kind == "counts":
             mass = examples @ assignments
             return mass / mass.sum()
-        population = self.memory.num_examples() @ self.memory.assignments(self.memory.ids)
+        known = self.memory.ids
+        population = self.memory.num_examples() @ self._assignments(known)
         return balanced_mixture(population, self.balance_exponent)
 
     def _record(self, ids: list[int], weights: Tensor) -> None:

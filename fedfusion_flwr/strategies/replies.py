@@ -16,17 +16,21 @@ from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.fusion import NormalizationStatistics
+from fedfusion_flwr.fusion.server_step import implausible
 from fedfusion_flwr.rounds import ClientRow
 
 MAX_STATISTIC = 1e6
 """Bound on |mean|, variance, shift and scale of a normalization layer."""
+
+MAX_BATCHES = 2**31
+"""Most batches that a client can have tracked in one round; keeps counters from overflowing."""
 
 
 class BadReply(Exception):
     """A reply that does not count; ``reason`` is a slug for the metrics."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
+        super().__init__(_first_line(detail))
         self.reason = reason
 
 
@@ -72,6 +76,8 @@ class ReplyJudge:
         Names of the ArrayRecord and of the example count.
     max_examples : int
         Largest example count that is believed.
+    max_update_ratio : float
+        A model farther from the sent one than this times the sent one's norm is refused.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class ReplyJudge:
         arrays_key: str = protocol.ARRAYS,
         examples_key: str = protocol.NUM_EXAMPLES,
         max_examples: int = 10_000_000,
+        max_update_ratio: float = 10.0,
     ) -> None:
         self.server_round = server_round
         self.sampled = sampled
@@ -92,6 +99,7 @@ class ReplyJudge:
         self.arrays_key = arrays_key
         self.examples_key = examples_key
         self.max_examples = max_examples
+        self.max_update_ratio = max_update_ratio
 
     def judge(
         self, replies: Iterable[Message], *, with_model: bool
@@ -115,6 +123,9 @@ class ReplyJudge:
                 good[client] = self._check(message, client, with_model)
             except BadReply as problem:
                 bad.append(ClientRow(client, node, dropped=problem.reason, detail=str(problem)))
+            except Exception as problem:  # noqa: BLE001 - no reply may end the run
+                detail = _first_line(f"{type(problem).__name__}: {problem}")
+                bad.append(ClientRow(client, node, dropped="structure", detail=detail))
         for node, client in self.sampled.items():
             if node not in seen:
                 bad.append(ClientRow(client, node, dropped="missing", detail="no reply in time"))
@@ -123,7 +134,7 @@ class ReplyJudge:
 
     def _check(self, message: Message, client: int, with_model: bool) -> ClientReply:
         if message.has_error():
-            raise BadReply("error", _first_line(message.error.reason))
+            raise BadReply("error", message.error.reason or "no reason given")
         content = message.content
         partition = self._check_identity(content)
         metrics = self._metrics(content)
@@ -195,6 +206,9 @@ class ReplyJudge:
                 raise BadReply("nonfinite", f"'{key}' is not finite")
             state[key] = protocol.tensor_view(view)
         self._check_normalization(state)
+        leap = implausible(self.sent, state, self.max_update_ratio)
+        if leap:
+            raise BadReply("update", leap)
         return state
 
     def _check_normalization(self, state: Mapping[str, Tensor]) -> None:
@@ -202,8 +216,10 @@ class ReplyJudge:
             name = key.rpartition(".")[2]
             if name == "running_var" and bool((value < 0).any()):
                 raise BadReply("statistics", f"'{key}' is negative")
-            if name == "num_batches_tracked" and bool((value < self.sent[key]).any()):
-                raise BadReply("statistics", f"'{key}' went backwards")
+            if name == "num_batches_tracked":
+                low, high = self.sent[key], self.sent[key] + MAX_BATCHES
+                if not bool(((low <= value) & (value <= high)).all()):
+                    raise BadReply("statistics", f"'{key}' = {value.tolist()} after {low.tolist()}")
             if name in ("running_mean", "running_var") and value.numel():
                 prefix = key.removesuffix(name)
                 for part in (name, "weight", "bias"):
@@ -231,6 +247,6 @@ class ReplyJudge:
         return statistics
 
 
-def _first_line(text: str | None) -> str:
-    lines = (text or "no reason given").strip().splitlines()
+def _first_line(text: str) -> str:
+    lines = text.strip().splitlines()
     return lines[0][:300] if lines else "no reason given"

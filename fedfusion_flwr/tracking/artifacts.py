@@ -84,6 +84,7 @@ class RunDirectory:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, self.path / name)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -116,7 +117,8 @@ class RunLog:
 
     def on_round_end(self, report: RoundReport) -> None:
         """Append the round's rows."""
-        row: dict[str, Any] = {"round": report.server_round, **report.metrics}
+        row: dict[str, Any] = {"round": report.server_round}
+        row |= {key: value for key, value in report.metrics.items() if key not in row}
         row["clients-sampled"] = report.num_sampled
         if report.fusion is not None:
             row["mixture"] = report.fusion.mixture.tolist()
@@ -125,7 +127,7 @@ class RunLog:
         self.directory.append_json(
             "clients.jsonl",
             *(
-                {"round": report.server_round, **_client_row(dataclasses.asdict(client))}
+                _client_row(report.server_round, dataclasses.asdict(client))
                 for client in report.clients
             ),
         )
@@ -206,10 +208,18 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _client_row(row: dict[str, Any]) -> dict[str, Any]:
+def _umask() -> int:
+    """The process's file mask, which a temporary file ignores."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _client_row(server_round: int, row: dict[str, Any]) -> dict[str, Any]:
     metrics = row.pop("metrics")
     flat = {key.replace("_", "-"): value for key, value in row.items() if value is not None}
-    return {**flat, **metrics}
+    flat = {"round": server_round, **flat}
+    return flat | {key: value for key, value in metrics.items() if key not in flat}
 
 
 def _finite(value: Any) -> Any:

@@ -38,7 +38,8 @@ class ConsoleLine:
         if "train-loss" in m:
             parts.append(f"train loss {m['train-loss']:.3f}")
         if "global-accuracy" in m:
-            parts.append(f"test acc {m['global-accuracy']:.4f} loss {m['global-loss']:.3f}")
+            loss = f" loss {m['global-loss']:.3f}" if "global-loss" in m else ""
+            parts.append(f"test acc {m['global-accuracy']:.4f}{loss}")
         if report.fusion is not None:
             largest = sorted(report.fusion.mixture.tolist(), reverse=True)
             shown = " ".join(f"{value:.2f}" for value in largest if value >= 0.005)

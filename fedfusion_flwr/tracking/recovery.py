@@ -25,7 +25,10 @@ class ComponentRecovery:
     def on_round_end(self, report: RoundReport) -> None:
         """Score the clients whose partition is known."""
         for row in report.clients:
-            if row.client is not None and row.partition is not None:
+            if row.client is None or row.partition is None:
+                continue
+            # What a client says of itself is checked, not believed.
+            if row.partition in range(len(self.main_components)):
                 self.partition_of[row.client] = row.partition
         if report.fusion is None:
             return

@@ -101,7 +101,12 @@ def test_a_raising_and_a_nan_client_do_not_stop_the_others(engine: Engine, tmp_p
         app / "fedfusion_flwr",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    (app / "client_app.py").write_text(HOSTILE_CLIENT_APP, encoding="utf-8")
+    # Under a name of its own: an installed client_app would be found before the copy's.
+    (app / "hostile_client_app.py").write_text(HOSTILE_CLIENT_APP, encoding="utf-8")
+    pyproject = (app / "pyproject.toml").read_text(encoding="utf-8")
+    pyproject = pyproject.replace("client_app:app", "hostile_client_app:app")
+    pyproject = pyproject.replace('"client_app.py"', '"hostile_client_app.py"')
+    (app / "pyproject.toml").write_text(pyproject, encoding="utf-8")
     # An IID partition: the honest eight know every class.
     config = {"num-server-rounds": ROUNDS, "partition": "iid"}
     mixed = engine.run(config, app=app)

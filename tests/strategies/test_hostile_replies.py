@@ -100,6 +100,13 @@ def crash(reply: Message) -> None:
 
 
 SPOILED: dict[str, tuple[Spoil, str]] = {
+    "negative shape in the header": (
+        replace_payload(
+            WEIGHT,
+            npy_payload("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2)}", bytes(16)),
+        ),
+        "structure",
+    ),
     "one NaN": (one(math.nan), "nonfinite"),
     "one inf": (one(math.inf), "nonfinite"),
     "NaN running mean": (one(math.nan, MEAN), "nonfinite"),

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is remembered of clients, and how components keep their names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedfusion_flwr.fusion import FusionPosterior, StatisticsMemory
+from fedfusion_flwr.fusion.inference import align_components
+
+
+def f64(*values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def posterior(*rows: object) -> FusionPosterior:
+    """Component m has mixture (m + 1) / 10 and decodes to m."""
+    b = f64(*rows)
+    m = torch.arange(b.shape[1], dtype=torch.float64)
+    return FusionPosterior(b, (m + 1) / 10, m.unsqueeze(1), -1.5)
+
+
+def remember(memory: StatisticsMemory, t: int, vectors: dict[int, float], **kwargs: object) -> None:
+    """One feature per client, everybody with 10 examples."""
+    rows = {client: f64(value) for client, value in vectors.items()}
+    memory.remember(t, rows, dict.fromkeys(vectors, 10), **kwargs)  # type: ignore[arg-type]
+
+
+def deviations(memory: StatisticsMemory) -> list[float]:
+    return memory.vectors().squeeze(1).tolist()
+
+
+# --- align_components -----------------------------------------------------------------------------
+
+
+def test_components_take_the_names_of_the_earlier_ones_they_overlap() -> None:
+    """Everything moves with its component: assignments, mixture and decoded statistics."""
+    aligned = align_components(
+        posterior([0, 0, 1], [0, 0, 1], [1, 0, 0], [0, 1, 0]),
+        f64([1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]),
+    )
+    assert aligned.assignments.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert aligned.mixture.tolist() == pytest.approx([0.3, 0.1, 0.2])
+    assert aligned.components.flatten().tolist() == [2, 0, 1]
+    assert aligned.elbo == -1.5
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.permutations(range(5)), st.integers(0, 100))
+def test_a_renamed_posterior_is_renamed_back(order: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(5), torch.randint(0, 5, (10,), generator=generator)])
+    noise = 0.01 * torch.rand(15, 5, generator=generator, dtype=torch.float64)
+    b = torch.nn.functional.one_hot(labels, 5).double() + noise
+    original = posterior(*b.tolist())
+    renamed = FusionPosterior(
+        original.assignments[:, order], original.mixture[order], original.components[order], 0.0
+    )
+    back = align_components(renamed, original.assignments)
+    assert torch.equal(back.assignments, original.assignments)
+    assert torch.equal(back.mixture, original.mixture)
+    assert torch.equal(back.components, original.components)
+
+
+def test_clients_without_a_past_do_not_vote_on_the_names() -> None:
+    """Two newcomers agree with column 0, the one known client was in component 1."""
+    aligned = align_components(posterior([1, 0], [1, 0], [1, 0]), f64([0, 0], [0, 0], [0, 1]))
+    assert aligned.assignments.tolist() == [[0, 1], [0, 1], [0, 1]]
+
+
+# --- centring -------------------------------------------------------------------------------------
+
+
+def test_a_first_cohort_is_centred_on_its_example_weighted_mean() -> None:
+    """Examples 10, 70, 10, 10 of clients 0, 1, 3, 8: mean (10 + 140 + 30 + 20) / 100 = 2."""
+    memory = StatisticsMemory()
+    vectors = {k: f64(value, 7) for k, value in ((3, 3), (0, 1), (8, 2), (1, 2))}
+    memory.remember(1, vectors, {3: 10, 0: 10, 8: 10, 1: 70})
+    assert memory.ids == [0, 1, 3, 8]
+    assert memory.vectors().tolist() == [[-1, 0], [0, 0], [1, 0], [0, 0]]
+    assert memory.num_examples().tolist() == [10, 70, 10, 10]
+
+
+def test_a_lopsided_cohort_does_not_shift_the_deviations() -> None:
+    """True deviations -1 (0 to 3) and +1 (4 to 7), level 10 and then 50.
+
+    Round 1 sees everybody. Round 2 sees three of the -1 and one +1: 49, 49, 49, 51, mean 49.5. Less
+    the known deviations they are all 50, so the centre is 50 and nothing changes; centring on 49.5
+    alone would say -1/2 and 3/2.
+    """
+    memory = StatisticsMemory(update_rate=1.0)
+    remember(memory, 1, {k: 9.0 if k < 4 else 11.0 for k in range(8)})
+    assert deviations(memory) == [-1] * 4 + [1] * 4
+    remember(memory, 2, {0: 49.0, 1: 49.0, 2: 49.0, 4: 51.0})
+    assert deviations(memory) == [-1] * 4 + [1] * 4
+    assert [memory.clients[k].last_round for k in range(8)] == [2, 2, 2, 1, 2, 1, 1, 1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    levels=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=6),
+    true=st.lists(st.floats(-5, 5), min_size=4, max_size=8),
+)
+def test_drift_of_the_global_model_cancels(levels: list[float], true: list[float]) -> None:
+    """d_kt = level_t + v_k: after any levels the memory holds v_k minus the mean of v."""
+    memory = StatisticsMemory()
+    for t, level in enumerate(levels):
+        remember(memory, t, {k: level + v for k, v in enumerate(true)})
+    v = f64(*true)
+    torch.testing.assert_close(memory.vectors().squeeze(1), v - v.mean(), rtol=0, atol=1e-9)
+
+
+def test_newest_deviation_counts_as_much_as_the_update_rate() -> None:
+    """Client 0 moves from far below the others to their level.
+
+    Round 1: d = 7, 11, 11, 11, mean 10: v = -3, 1, 1, 1. Round 2: d = 11 for all, so d - v = 14,
+    10, 10, 10, mean 11: newest v = 0 for all; at rate 1/4: -3 * 3/4 = -2.25 and 3/4.
+    """
+    memory = StatisticsMemory(update_rate=0.25)
+    remember(memory, 1, {0: 7.0, 1: 11.0, 2: 11.0, 3: 11.0})
+    assert deviations(memory) == [-3, 1, 1, 1]
+    remember(memory, 2, dict.fromkeys(range(4), 11.0))
+    assert deviations(memory) == [-2.25, 0.75, 0.75, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("cohort", "expected"),
+    [
+        # trust 1/4: centre 8 / 4 + 3/4 * 4 = 5
+        ({0: 8.0}, [3.0]),
+        # trust 2/4: centre (8 + 4) / 2 = 6
+        ({0: 6.0, 1: 10.0}, [0.0, 4.0]),
+        # trust 3/4: centre 3/4 * 8 + 1/4 * 4 = 7
+        ({0: 6.0, 1: 8.0, 2: 10.0}, [-1.0, 1.0, 3.0]),
+        # four are trusted: centre 8
+        ({0: 6.0, 1: 8.0, 2: 8.0, 3: 10.0}, [-2.0, 0.0, 0.0, 2.0]),
+    ],
+)
+def test_small_cohorts_lean_on_the_received_model(
+    cohort: dict[int, float], expected: list[float]
+) -> None:
+    """The received model's statistic is 4, the cohort's mean 8."""
+    memory = StatisticsMemory()
+    remember(memory, 1, cohort, received=f64(4))
+    assert deviations(memory) == pytest.approx(expected)
+
+
+def test_a_small_cohort_without_a_received_model_uses_its_own_mean() -> None:
+    memory = StatisticsMemory()
+    remember(memory, 1, {0: 6.0, 1: 10.0})
+    assert deviations(memory) == [-2, 2]
+
+
+def test_a_late_client_joins_on_the_scale_of_the_others() -> None:
+    """Known -1, -1, 1, 1 and a newcomer at +1, level 20.
+
+    d - v = 20 four times and 21 - 0: centre 20.2; the newcomer enters at 0.8, nearest to +1.
+    """
+    memory = StatisticsMemory(update_rate=1.0)
+    remember(memory, 1, {0: -1.0, 1: -1.0, 2: 1.0, 3: 1.0})
+    remember(memory, 2, {0: 19.0, 1: 19.0, 2: 21.0, 3: 21.0, 9: 21.0})
+    assert memory.ids == [0, 1, 2, 3, 9]
+    assert deviations(memory) == pytest.approx([-1.2, -1.2, 0.8, 0.8, 0.8])
+
+
+def test_remembering_does_not_depend_on_the_order_of_replies() -> None:
+    forward, backward = StatisticsMemory(), StatisticsMemory()
+    vectors = {k: torch.randn(6, generator=torch.Generator().manual_seed(k)) for k in range(5)}
+    counts = {k: 10 * k + 1 for k in range(5)}
+    forward.remember(1, vectors, counts)
+    backward.remember(1, dict(reversed(vectors.items())), dict(reversed(counts.items())))
+    assert torch.equal(forward.vectors(), backward.vectors())
+
+
+def test_an_empty_cohort_changes_nothing_and_inputs_are_left_alone() -> None:
+    memory, row = StatisticsMemory(), f64(1, 2)
+    memory.remember(1, {0: row, 1: f64(3, 4)}, {0: 1, 1: 1})
+    memory.remember(2, {}, {})
+    assert memory.vectors().tolist() == [[-1, -1], [1, 1]]
+    memory.remember(3, {0: row, 1: f64(3, 4)}, {0: 1, 1: 1})
+    assert row.tolist() == [1, 2]
+
+
+# --- smoothed assignments -------------------------------------------------------------------------
+
+
+def filled(smoothing: float, clients: int = 2) -> StatisticsMemory:
+    memory = StatisticsMemory(smoothing)
+    remember(memory, 1, {k: float(k) for k in range(clients)})
+    return memory
+
+
+def test_a_first_posterior_is_taken_as_it_is() -> None:
+    memory = filled(0.75)
+    absorbed = memory.absorb(posterior([0.9, 0.1], [0.2, 0.8]))
+    assert absorbed.assignments.tolist() == [[0.9, 0.1], [0.2, 0.8]]
+    assert absorbed.elbo == -1.5
+
+
+def test_later_posteriors_are_smoothed_by_the_formula() -> None:
+    """3/4 * (1, 0) + 1/4 * (.6, .4) = (.9, .1), and then 3/4 * (.9, .1) + 1/4 * (.6, .4)."""
+    memory = filled(0.75)
+    memory.absorb(posterior([1, 0], [0, 1]))
+    for expected in ([0.9, 0.1], [0.825, 0.175]):
+        absorbed = memory.absorb(posterior([0.6, 0.4], [0, 1]))
+        torch.testing.assert_close(absorbed.assignments, f64(expected, [0, 1]))
+        assert torch.equal(memory.assignments([0, 1]), absorbed.assignments)
+
+
+def test_without_smoothing_the_newest_posterior_counts_alone_under_the_old_names() -> None:
+    memory = filled(0.0)
+    memory.absorb(posterior([1, 0], [0, 1]))
+    absorbed = memory.absorb(posterior([0.2, 0.8], [0.7, 0.3]))
+    assert absorbed.assignments.tolist() == [[0.8, 0.2], [0.3, 0.7]]
+    assert absorbed.mixture.tolist() == [0.2, 0.1]
+
+
+def test_a_late_client_gets_its_own_posterior_while_the_others_are_smoothed() -> None:
+    memory = filled(0.5)
+    memory.absorb(posterior([1, 0], [0, 1]))
+    remember(memory, 2, {7: 3.0})
+    absorbed = memory.absorb(posterior([0.8, 0.2], [0, 1], [0.3, 0.7]))
+    torch.testing.assert_close(absorbed.assignments, f64([0.9, 0.1], [0, 1], [0.3, 0.7]))
+    torch.testing.assert_close(memory.assignments([7, 0]), f64([0.3, 0.7], [0.9, 0.1]))
+
+
+def test_clients_without_an_assignment_are_key_errors() -> None:
+    memory = filled(0.5)
+    with pytest.raises(KeyError, match="client 1 has no assignment yet"):
+        memory.assignments([1])
+    with pytest.raises(KeyError):
+        memory.assignments([99])

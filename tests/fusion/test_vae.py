@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The samplers, the divergences and the ELBO of the fusion VAE."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate, special, stats
+from torch import Tensor
+
+from fedfusion_flwr.fusion.vae import (
+    ElboTerms,
+    FusionVAE,
+    categorical_kl,
+    kumaraswamy_beta_kl,
+    kumaraswamy_mean,
+    sample_gumbel,
+    sample_kumaraswamy,
+    stick_breaking,
+)
+
+SERIES_TERMS = 11
+many = settings(deadline=None, max_examples=60)
+
+
+def f64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- Kumaraswamy ----------------------------------------------------------------------------------
+
+
+def test_kumaraswamy_mean_where_it_has_a_closed_form() -> None:
+    """a = 1: the mean of Beta(1, c), 1 / (1 + c). c = 1: the mean of Beta(a, 1), a / (a + 1)."""
+    c = f64(0.05, 1, 3, 100)
+    torch.testing.assert_close(kumaraswamy_mean(torch.ones_like(c), c), 1 / (1 + c))
+    torch.testing.assert_close(kumaraswamy_mean(c, torch.ones_like(c)), c / (1 + c))
+
+
+@pytest.mark.parametrize(("a", "c"), [(0.5, 0.5), (2.0, 5.0), (4.0, 0.7), (1.0, 1.0)])
+def test_kumaraswamy_samples_follow_the_distribution(a: float, c: float) -> None:
+    """F(v) = 1 - (1 - v^a)^c; the sample mean is within four standard errors of the mean."""
+    draws = sample_kumaraswamy(
+        torch.full((20_000,), a, dtype=torch.float64),
+        torch.full((20_000,), c, dtype=torch.float64),
+        generator(1),
+    )
+    test = stats.kstest(draws.numpy(), lambda v: 1 - (1 - v**a) ** c)
+    assert test.pvalue > 1e-3
+    error = 4 * float(draws.std()) / math.sqrt(len(draws))
+    assert float(draws.mean()) == pytest.approx(float(kumaraswamy_mean(f64(a), f64(c))), abs=error)
+
+
+def test_extreme_sticks_stay_inside_the_unit_interval() -> None:
+    for a, c in ((math.exp(-4), math.exp(6)), (math.exp(6), math.exp(-4))):
+        draws = sample_kumaraswamy(torch.full((5000,), a), torch.full((5000,), c), generator())
+        assert float(draws.min()) > 0
+        assert float(draws.max()) < 1
+
+
+def test_kumaraswamy_samples_are_differentiable_in_both_parameters() -> None:
+    """dv/da and dv/dc against central differences at the same noise."""
+    a, c = f64(2.0).requires_grad_(), f64(3.0).requires_grad_()
+    sample_kumaraswamy(a, c, generator(3)).sum().backward()
+    h = 1e-6
+    for grad, da, dc in ((a.grad, h, 0), (c.grad, 0, h)):
+        up, down = (
+            sample_kumaraswamy(f64(2.0 + s * da), f64(3.0 + s * dc), generator(3)) for s in (1, -1)
+        )
+        torch.testing.assert_close(grad, (up - down) / (2 * h), rtol=1e-5, atol=1e-8)
+
+
+# --- KL of the sticks -----------------------------------------------------------------------------
+
+
+def kl_by_quadrature(a: float, c: float, alpha: float) -> float:
+    """E_q[log q - log p] with v = (1 - e^(-l / c))^(1 / a), l ~ Exponential(1)."""
+
+    def integrand(level: float) -> float:
+        log_v = (
+            np.log1p(-np.exp(-level / c)) / a if level > c else np.log(-np.expm1(-level / c)) / a
+        )
+        log_q = np.log(a * c) + (a - 1) * log_v - (c - 1) * level / c
+        log_p = -special.betaln(1, alpha) + (alpha - 1) * np.log(-np.expm1(log_v))
+        return float(np.exp(-level) * (log_q - log_p))
+
+    pieces = ((1e-300, 1e-6), (1e-6, 1e-2), (1e-2, 1), (1, 10), (10, 30))
+    return math.fsum(integrate.quad(integrand, *piece, limit=200)[0] for piece in pieces)
+
+
+def truncated_part(a: float, c: float, alpha: float) -> float:
+    """What the series leaves out: (alpha - 1) c sum_{m > 11} B(m / a, c) / (m + a c)."""
+    m = np.arange(SERIES_TERMS + 1, 1_000_000)
+    tail = np.exp(special.betaln(m / a, c)) / (m + a * c)
+    return (alpha - 1) * c * float(tail.sum())
+
+
+def kl(a: float, c: float, alpha: float) -> float:
+    return kumaraswamy_beta_kl(f64(a), f64(c), alpha).item()
+
+
+def test_sticks_equal_to_their_prior_have_no_divergence() -> None:
+    """Kumaraswamy(1, 1) and Beta(1, 1) are both uniform."""
+    assert kl(1.0, 1.0, 1.0) == pytest.approx(0, abs=1e-15)
+
+
+def test_uniform_prior_by_hand() -> None:
+    """Kumaraswamy(1, c) is Beta(1, c): KL to the uniform is log c - (c - 1) / c."""
+    for c in (0.25, 2.0, 40.0):
+        assert kl(1.0, c, 1.0) == pytest.approx(math.log(c) - (c - 1) / c, rel=1e-12)
+
+
+@pytest.mark.parametrize("a", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("c", [0.5, 3.0, 20.0])
+def test_divergence_from_the_uniform_prior_is_exact(a: float, c: float) -> None:
+    """alpha = 1 needs no series."""
+    assert kl(a, c, 1.0) == pytest.approx(kl_by_quadrature(a, c, 1.0), abs=1e-6)
+
+
+@pytest.mark.parametrize(("a", "c"), [(0.5, 2.0), (1.0, 2.0), (1.0, 5.0), (2.0, 3.0)])
+@pytest.mark.parametrize("alpha", [0.5, 2.0, 5.0])
+def test_divergence_is_exact_but_for_the_truncated_series(a: float, c: float, alpha: float) -> None:
+    """Adding the omitted terms gives the integral; the tail of a million terms is below 1e-5."""
+    complete = kl(a, c, alpha) + truncated_part(a, c, alpha)
+    assert complete == pytest.approx(kl_by_quadrature(a, c, alpha), abs=1e-4)
+
+
+@many
+@given(st.floats(0.02, 50), st.floats(0.02, 50))
+def test_divergence_from_the_default_prior_is_never_negative(a: float, c: float) -> None:
+    assert kl(a, c, 1.0) >= -1e-9
+
+
+# --- stick breaking, Gumbel, categorical ----------------------------------------------------------
+
+
+def test_stick_breaking_by_hand() -> None:
+    """v = (1/2, 1/4): 1/2, then 1/4 of the rest, then what is left: (1/2, 1/8, 3/8)."""
+    assert stick_breaking(f64(0.5, 0.25)).tolist() == [0.5, 0.125, 0.375]
+    assert stick_breaking(f64()).tolist() == [1.0]
+
+
+@many
+@given(st.lists(st.floats(1e-6, 1 - 1e-6), max_size=20))
+def test_stick_breaking_gives_a_distribution(fractions: list[float]) -> None:
+    pi = stick_breaking(f64(*fractions))
+    assert pi.shape == (len(fractions) + 1,)
+    assert float(pi.min()) >= 0
+    assert float(pi.sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_gumbel_noise_follows_the_standard_gumbel() -> None:
+    noise = sample_gumbel(torch.Size([20_000]), generator(5))
+    assert stats.kstest(noise.numpy(), "gumbel_r").pvalue > 1e-3
+
+
+def test_gumbel_argmax_draws_from_the_softmax() -> None:
+    """The Gumbel-max trick: frequencies equal softmax(log 1, log 2, log 5) = (1, 2, 5) / 8."""
+    logits = f64(1, 2, 5).log()
+    choice = (logits + sample_gumbel(torch.Size([40_000, 3]), generator(6))).argmax(1)
+    frequency = torch.bincount(choice, minlength=3) / len(choice)
+    torch.testing.assert_close(frequency.double(), f64(1, 2, 5) / 8, rtol=0, atol=0.01)
+
+
+def test_categorical_divergence_by_hand() -> None:
+    """q = (3/4, 1/4) against (1/2, 1/2): log 2 - H(q) = 3/4 log 3/2 + 1/4 log 1/2."""
+    logits = torch.stack([f64(3, 1).log(), f64(1, 1).log()])
+    found = categorical_kl(logits, f64(0.5, 0.5).log())
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    torch.testing.assert_close(found, f64(expected, 0.0))
+
+
+@many
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=6), st.integers(0, 100))
+def test_categorical_divergence_is_not_negative(logits: list[float], seed: int) -> None:
+    log_pi = torch.rand(len(logits), generator=generator(seed), dtype=torch.float64).log_softmax(0)
+    assert float(categorical_kl(f64(*logits).unsqueeze(0), log_pi)) >= -1e-12
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
+def test_categorical_divergence_has_a_finite_gradient_where_probabilities_underflow(
+    size: float,
+) -> None:
+    """q log q computed from underflown probabilities has the gradient log 0."""
+    logits = torch.tensor([[size, 0.0, -size]], requires_grad=True)
+    value = categorical_kl(logits, torch.full((3,), 1 / 3).log())
+    value.sum().backward()
+    assert value.item() == pytest.approx(math.log(3), rel=1e-5)
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-5
+
+
+# --- the VAE --------------------------------------------------------------------------------------
+
+
+def vae(components: int = 4, alpha: float = 1.0, noise_variance: float = 0.5) -> FusionVAE:
+    torch.manual_seed(0)
+    return FusionVAE(
+        6, components, hidden=(8, 5), latent=3, alpha=alpha, noise_variance=noise_variance
+    )
+
+
+def test_shapes_of_the_network() -> None:
+    network, x = vae(), torch.randn(7, 6, generator=generator())
+    torch.testing.assert_close(network.assignments(x).sum(1), torch.ones(7))
+    assert network.assignments(x).shape == (7, 4)
+    assert network.component_features().shape == (4, 6)
+
+
+def test_mixture_of_fresh_sticks_halves_from_component_to_component() -> None:
+    """a = c = 1: every stick takes 1/2 of what is left."""
+    torch.testing.assert_close(vae().mixture(), torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8]))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 5.0])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_gradients_of_the_elbo_are_finite_for_every_parameter(alpha: float, scale: float) -> None:
+    network = vae(alpha=alpha)
+    x = scale * torch.randn(7, 6, generator=generator())
+    terms = network.elbo(x, torch.ones(7), 0.3, generator(1))
+    terms.total(1.0).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_elbo_terms_of_a_network_that_decodes_zero_by_hand() -> None:
+    """Decoder 0: -|x|^2 / (2 * .5) = -3 for 3 ones a client; twice the weight counts twice.
+
+    Latents with mean 0 and std 1 cost nothing; fresh sticks equal their prior.
+    """
+    network = vae()
+    with torch.no_grad():
+        for parameter in network.decoder.parameters():
+            parameter.zero_()
+        network.component_mean.zero_()
+        network.component_log_std.zero_()
+    x = torch.tensor([1.0, 1, 1, 0, 0, 0]).repeat(2, 1)
+    terms = network.elbo(x, torch.tensor([0.5, 1.5]), 1.0, generator())
+    assert terms.reconstruction.item() == pytest.approx(-6.0)
+    assert terms.latent_kl.item() == pytest.approx(0.0)
+    assert terms.stick_kl.item() == pytest.approx(0.0, abs=1e-6)
+    assert terms.assignment_kl.item() > 0
+    doubled = network.elbo(x, torch.tensor([1.0, 3.0]), 1.0, generator())
+    assert doubled.assignment_kl.item() == pytest.approx(2 * terms.assignment_kl.item())
+
+
+def test_total_subtracts_the_divergences() -> None:
+    """-10 - 1 - 0.5 * 4 - 3 = -16."""
+    assert ElboTerms(f64(-10), f64(1), f64(4), f64(3)).total(0.5).item() == -16

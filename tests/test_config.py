@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every key of the run config: its default, its documentation and its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedfusion_flwr.config import ConfigError, RunConfig, Value, cohort_size
+from fedfusion_flwr.errors import FedFusionError
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+KEYS = [f.name.replace("_", "-") for f in dataclasses.fields(RunConfig)]
+TYPES = {f.name.replace("_", "-"): str(f.type) for f in dataclasses.fields(RunConfig)}
+NUMBERS = [key for key, kind in TYPES.items() if kind in ("int", "float")]
+
+
+def parse(**keys: Value) -> RunConfig:
+    return RunConfig.from_run_config({k.replace("_", "-"): v for k, v in keys.items()})
+
+
+def refusal(key: str, value: Value) -> str:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_run_config({key: value})
+    assert isinstance(caught.value, FedFusionError)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_pyproject_holds_the_defaults() -> None:
+    config = tomllib.loads(PYPROJECT.read_text())["tool"]["flwr"]["app"]["config"]
+    assert list(config) == KEYS
+    for key, value in RunConfig().to_run_config().items():
+        assert config[key] == value, key
+        assert type(config[key]) is type(value), key
+    assert RunConfig.from_run_config(config) == RunConfig()
+
+
+def test_every_key_in_pyproject_has_a_comment() -> None:
+    section = PYPROJECT.read_text().split("[tool.flwr.app.config]\n")[1].split("\n[")[0]
+    lines = [line for line in section.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) == len(KEYS)
+    for line in lines:
+        assert re.fullmatch(r'[a-z-]+ = ("[^"]*"|[\w.-]+) +# \S.*', line), line
+
+
+def test_defaults_are_allowed_and_frozen() -> None:
+    config = RunConfig.from_run_config({})
+    assert config == RunConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+
+
+OUT_OF_RANGE: list[tuple[str, Value, str]] = [
+    ("num-server-rounds", 0, "at least 1"),
+    ("seed", -1, "at least 0"),
+    ("strategy", "fedprox", "'fedfusion', 'fedavg'"),
+    ("dataset", "imagenet", "'mnist-5k'"),
+    ("num-clients", 0, "at least 1"),
+    ("partition", "random", "'iid'"),
+    ("dirichlet-alpha", 0.0, "greater than 0"),
+    ("dirichlet-alpha", -0.5, "greater than 0"),
+    ("min-partition-size", 1, "at least 2"),
+    ("classes-per-client", 0, "at least 1"),
+    ("shards-per-client", 0, "at least 1"),
+    ("planted-components", 0, "at least 1"),
+    ("component-mixing", -0.1, "at least 0"),
+    ("component-sizes", "", "'balanced', 'long-tailed'"),
+    ("component-transform", "flip", "'none', 'rotate'"),
+    ("validation-fraction", 1.0, "less than 1"),
+    ("validation-fraction", -0.1, "at least 0"),
+    ("model", "LeNet", "'lenet'"),
+    ("local-epochs", 0, "at least 1"),
+    ("batch-size", 1, "at least 2"),
+    ("learning-rate", 0.0, "greater than 0"),
+    ("momentum", 1.0, "less than 1"),
+    ("momentum", -0.9, "at least 0"),
+    ("weight-decay", -1e-4, "at least 0"),
+    ("local-normalization", "group", "'batch', 'fused'"),
+    ("fused-from-round", 1, "at least 2"),
+    ("device", "gpu", "'auto', 'cpu', 'cuda'"),
+    ("threads-per-client", 0, "at least 1"),
+    ("fraction-train", 0.0, "greater than 0"),
+    ("fraction-train", 1.01, "at most 1"),
+    ("fraction-evaluate", -0.1, "from 0 to 1"),
+    ("fraction-evaluate", 1.1, "from 0 to 1"),
+    ("sampling", "uniform", "'random', 'stratified'"),
+    ("num-components", 0, "at least 1"),
+    ("mixture", "even", "'inferred', 'balanced', 'counts'"),
+    ("balance-exponent", 1.5, "from 0 to 1"),
+    ("statistics-source", "server", "'local', 'probe'"),
+    ("statistics-layers", "first", "'all', 'ends'"),
+    ("assignment-smoothing", 1.0, "less than 1"),
+    ("absent", "keep", "'drop', 'remember'"),
+    ("vae-step", 0, "at least 1"),
+    ("vae-steps", 0, "at least 1"),
+    ("vae-refit-steps", 0, "at least 1"),
+    ("vae-learning-rate", 0.0, "greater than 0"),
+    ("server-learning-rate", -1.0, "greater than 0"),
+    ("server-momentum", 1.0, "less than 1"),
+    ("average-decay", 1.0, "less than 1"),
+    ("max-client-weight", 0.0, "greater than 0"),
+    ("max-client-weight", 2.0, "at most 1"),
+    ("min-valid-replies", 0, "at least 1"),
+    ("max-failed-rounds", 0, "at least 1"),
+    ("max-examples", 0, "at least 1"),
+    ("max-update-ratio", 0.0, "greater than 0"),
+    ("round-timeout", 0.0, "greater than 0"),
+    ("node-timeout", -1.0, "greater than 0"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), OUT_OF_RANGE)
+def test_out_of_range(key: str, value: Value, allowed: str) -> None:
+    text = refusal(key, value)
+    assert text.startswith(f"{key} = {value!r} is not allowed: ")
+    assert allowed in text
+
+
+def test_every_limited_key_is_in_the_table() -> None:
+    unlimited = {"output-dir", "data-root", "pool-moments"}
+    assert {key for key, _, _ in OUT_OF_RANGE} == set(KEYS) - unlimited
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_wrong_types(key: str) -> None:
+    wrong: dict[str, list[Value]] = {
+        "int": [1.0, "1", True],
+        "float": ["0.5", True, ""],
+        "str": [1, 0.5, False],
+        "bool": [1, 0, "true", 1.0],
+    }
+    words = {"int": "whole number", "float": "a number", "str": "a string", "bool": "true or false"}
+    for value in wrong[TYPES[key]]:
+        text = refusal(key, value)
+        assert f"{key} = {value!r} is not allowed" in text
+        assert words[TYPES[key]] in text
+
+
+@pytest.mark.parametrize("key", [key for key in NUMBERS if TYPES[key] == "float"])
+def test_numbers_that_are_not_finite(key: str) -> None:
+    for value in (float("nan"), float("inf"), float("-inf")):
+        text = refusal(key, value)
+        assert key in text
+        assert "finite" in text
+
+
+@pytest.mark.parametrize("key", ["dirichlet-alpha", "learning-rate", "round-timeout"])
+def test_whole_numbers_do_for_numbers(key: str) -> None:
+    value = getattr(RunConfig.from_run_config({key: 2}), key.replace("-", "_"))
+    assert value == 2.0
+    assert type(value) is float
+
+
+@pytest.mark.parametrize(
+    ("key", "close"),
+    [
+        ("num-client", "num-clients"),
+        ("learning_rate", "learning-rate"),
+        ("num-rounds", "num-server-rounds"),
+        ("balance-exponant", "balance-exponent"),
+    ],
+)
+def test_unknown_key_suggests_the_close_one(key: str, close: str) -> None:
+    text = refusal(key, 1)
+    assert f"'{key}'" in text
+    assert f"did you mean '{close}'?" in text
+
+
+def test_unknown_key_like_no_other() -> None:
+    assert "[tool.flwr.app.config]" in refusal("zzz", 1)
+
+
+def test_more_planted_components_than_clients() -> None:
+    with pytest.raises(ConfigError, match=r"^planted-components = 5 .* num-clients, which is 4$"):
+        parse(num_clients=4)
+    assert parse(num_clients=4, partition="iid").num_clients == 4
+    assert parse(num_clients=5).num_clients == 5
+
+
+def test_min_valid_replies_that_can_never_come() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(min_valid_replies=4, fraction_train=0.3)
+    text = str(caught.value)
+    assert "min-valid-replies = 4 can never be met" in text
+    assert "at most 3 is allowed" in text
+    assert parse(min_valid_replies=3, fraction_train=0.3).num_train_clients == 3
+
+
+def test_fraction_that_trains_nobody() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(fraction_train=0.05)
+    assert "fraction-train = 0.05" in str(caught.value)
+    assert "at least 0.1" in str(caught.value)
+    assert parse(fraction_train=0.1).num_train_clients == 1
+
+
+@pytest.mark.parametrize(
+    ("population", "fraction", "size"),
+    [(10, 0.3, 3), (10, 0.39, 3), (100, 0.29, 29), (10, 0.01, 1), (7, 1.0, 7), (60, 1 / 6, 10)],
+)
+def test_cohort_size(population: int, fraction: float, size: int) -> None:
+    assert cohort_size(population, fraction) == size
+
+
+configs = st.builds(
+    RunConfig,
+    num_server_rounds=st.integers(1, 10**6),
+    seed=st.integers(0, 2**63 - 1),
+    strategy=st.sampled_from(["fedfusion", "fedavg"]),
+    output_dir=st.text(max_size=20),
+    num_clients=st.integers(10, 1000),
+    dirichlet_alpha=st.floats(1e-6, 1e6),
+    learning_rate=st.floats(1e-300, 1e6),
+    fraction_train=st.floats(0.1, 1.0),
+    balance_exponent=st.floats(0, 1),
+    pool_moments=st.booleans(),
+    mixture=st.sampled_from(["inferred", "balanced", "counts"]),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs)
+def test_round_trip(config: RunConfig) -> None:
+    values = config.to_run_config()
+    assert list(values) == KEYS
+    assert RunConfig.from_run_config(values) == config

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The line a round."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from flwr.common.logger import FLOWER_LOGGER
+
+from fedfusion_flwr.fusion import FusionPosterior
+from fedfusion_flwr.rounds import FusionSnapshot, RoundReport
+from fedfusion_flwr.tracking import ConsoleLine, one_line_per_round
+from tests.support import FakeClient, run_federation
+
+
+@pytest.fixture
+def shown() -> Any:
+    """Messages that Flower's logger lets through."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    level = FLOWER_LOGGER.level
+    FLOWER_LOGGER.addHandler(handler)
+    FLOWER_LOGGER.setLevel(logging.INFO)
+    yield messages
+    FLOWER_LOGGER.removeHandler(handler)
+    FLOWER_LOGGER.setLevel(level)
+
+
+def fusion(mixture: list[float]) -> FusionSnapshot:
+    pi = torch.tensor(mixture, dtype=torch.float64)
+    posterior = FusionPosterior(torch.eye(len(mixture)), pi, torch.zeros(len(mixture), 1), 0.0)
+    return FusionSnapshot(list(range(len(mixture))), posterior, pi, pi)
+
+
+def test_untrained_model() -> None:
+    report = RoundReport(0, metrics={"global-accuracy": 0.0987, "global-loss": 2.3026})
+    assert ConsoleLine(30).line(report) == "round  0/30 | test acc 0.0987 loss 2.303"
+
+
+def test_everything_at_once() -> None:
+    report = RoundReport(
+        7,
+        num_sampled=10,
+        metrics={
+            "train-loss": 0.51249,
+            "global-accuracy": 0.9,
+            "global-loss": 0.25,
+            "components-occupied": 3.0,
+            "adjusted-rand-index": 1.0,
+            "replies-dropped": 2.0,
+            "fusion-fallback": 0.0,
+        },
+        seconds={"evaluate": 0.11, "train": 2.0, "sample": 0.04},
+        fusion=fusion([0.2, 0.0, 0.5, 0.3]),
+    )
+    assert ConsoleLine(30).line(report) == (
+        "round  7/30 | train loss 0.512 | test acc 0.9000 loss 0.250 | "
+        "components 3 [0.50 0.30 0.20] | ARI 1.00 | dropped 2/10 | "
+        "sample 0.0 train 2.0 evaluate 0.1 s"
+    )
+
+
+def test_bad_news_stands_out() -> None:
+    report = RoundReport(3, 5, metrics={"round-failed": 1.0, "fusion-fallback": 1.0})
+    line = ConsoleLine(3).line(report)
+    assert "dropped 0/5" in line
+    assert "KEPT OLD MODEL" in line
+    assert "INFERENCE FELL BACK" in line
+
+
+def test_line_is_logged(shown: list[str]) -> None:
+    callback = ConsoleLine(2)
+    report = RoundReport(1, metrics={"train-loss": 1.0})
+    callback.on_round_end(report)
+    assert shown == [callback.line(report)]
+
+
+def test_flowers_own_lines_are_silenced_and_warnings_stay(shown: list[str]) -> None:
+    def crash(_: object) -> None:
+        raise OSError("no disk")
+
+    with one_line_per_round():
+        run_federation("fedavg", FakeClient(crash, (1,)), 2)
+    assert not any("ROUND" in line for line in shown)
+    assert sum("dropped (error): OSError: no disk" in line for line in shown) == 2
+    run_federation("fedavg", FakeClient(), 2)
+    assert any("[ROUND 1/2]" in line for line in shown)
+
+
+def test_filter_goes_even_when_the_run_fails() -> None:
+    before = list(FLOWER_LOGGER.filters)
+    with pytest.raises(ValueError, match="x"), one_line_per_round():
+        raise ValueError("x")
+    assert FLOWER_LOGGER.filters == before

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adjusted Rand index between planted and inferred components."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedfusion_flwr.fusion import FusionPosterior
+from fedfusion_flwr.rounds import ClientRow, FusionSnapshot, RoundReport
+from fedfusion_flwr.tracking import ComponentRecovery
+
+ARI = "adjusted-rand-index"
+
+
+def report(
+    components: list[int], *, known: dict[int, int] | None = None, server_round: int = 1
+) -> RoundReport:
+    """Clients 0, 1, ... in the given components; ``known`` are the partitions they name."""
+    count = len(components)
+    known = {c: c for c in range(count)} if known is None else known
+    posterior = FusionPosterior(
+        torch.eye(4, dtype=torch.float64)[components] * 0.9 + 0.025,
+        torch.full((4,), 0.25),
+        torch.zeros(4, 1),
+        0.0,
+    )
+    weights = torch.full((count,), 1 / count)
+    return RoundReport(
+        server_round,
+        clients=[ClientRow(c, 100 + c, partition=p) for c, p in known.items()],
+        fusion=FusionSnapshot(list(range(count)), posterior, posterior.mixture, weights),
+    )
+
+
+@pytest.mark.parametrize(
+    ("planted", "found", "expected"),
+    [
+        ([0, 0, 1, 1], [3, 3, 2, 2], 1.0),  # names do not matter
+        ([0, 0, 1, 1], [0, 0, 0, 0], 0.0),
+        # Pairs together in both 0, in planted 2, in found 2, of 6:
+        # (0 - 2/3) / (2 - 2/3) = -1/2
+        ([0, 0, 1, 1], [0, 1, 0, 1], -0.5),
+        # One group split: together in both 4, planted 6, found 4, of 15:
+        # (4 - 24/15) / (5 - 24/15) = 12/17
+        ([0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 2, 1], 12 / 17),
+    ],
+)
+def test_by_hand(planted: list[int], found: list[int], expected: float) -> None:
+    recovery = ComponentRecovery(np.array(planted))
+    scored = report(found)
+    recovery.on_round_end(scored)
+    assert scored.metrics[ARI] == pytest.approx(expected)
+
+
+def test_clients_are_matched_by_partition_not_by_id() -> None:
+    recovery = ComponentRecovery(np.array([0, 1, 0, 1]))
+    scored = report([0, 0, 1, 1], known={0: 0, 1: 2, 2: 1, 3: 3})
+    recovery.on_round_end(scored)
+    assert scored.metrics[ARI] == 1.0
+
+
+def test_partitions_of_earlier_rounds_are_remembered() -> None:
+    recovery = ComponentRecovery(np.array([0, 0, 1, 1]))
+    recovery.on_round_end(report([0, 0, 1, 1], known={0: 0, 2: 2}))
+    scored = report([0, 0, 1, 1], known={1: 1, 3: 3}, server_round=2)
+    recovery.on_round_end(scored)
+    assert scored.metrics[ARI] == 1.0
+
+
+def test_clients_that_do_not_say_who_they_are_are_left_out() -> None:
+    recovery = ComponentRecovery(np.array([0, 0, 1, 1]))
+    scored = report([0, 1, 1, 1], known={0: 0, 2: 2, 3: 3})  # the misplaced client 1 is unknown
+    recovery.on_round_end(scored)
+    assert scored.metrics[ARI] == 1.0
+
+
+@pytest.mark.parametrize("known", [{}, {0: 0}])
+def test_no_score_for_fewer_than_two(known: dict[int, int]) -> None:
+    recovery = ComponentRecovery(np.array([0, 1]))
+    scored = report([0, 1], known=known)
+    recovery.on_round_end(scored)
+    assert ARI not in scored.metrics
+
+
+def test_no_score_without_an_inference() -> None:
+    nothing = RoundReport(0)
+    ComponentRecovery(np.array([0, 1])).on_round_end(nothing)
+    assert nothing.metrics == {}
