@@ -33,7 +33,7 @@ def after_one_round() -> AbsentComponents:
     absent = AbsentComponents()
     states = [model(12.0, 1.0, 4), model(16.0, 5.0, 6), model(9.0, -3.0, 5)]
     b = f64([1, 0, 0], [1, 0, 0], [0, 1, 0])
-    absent.remember(states, b, f64(10, 30, 5), model(10.0, 0.0), SHARE)
+    absent.remember(states, b, f64(10, 30, 5), model(10.0, 2.0), SHARE)
     return absent
 
 

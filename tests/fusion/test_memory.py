@@ -95,9 +95,11 @@ def test_a_lopsided_cohort_does_not_shift_the_deviations() -> None:
     memory = StatisticsMemory(update_rate=1.0)
     remember(memory, 1, {k: 9.0 if k < 4 else 11.0 for k in range(8)})
     assert deviations(memory) == [-1] * 4 + [1] * 4
-    remember(memory, 2, {0: 49.0, 1: 49.0, 2: 49.0, 4: 51.0})
+    rows = {k: f64(v) for k, v in ((0, 49), (1, 49), (2, 49), (4, 51))}
+    memory.remember(2, rows, dict.fromkeys(rows, 20))
     assert deviations(memory) == [-1] * 4 + [1] * 4
     assert [memory.clients[k].last_round for k in range(8)] == [2, 2, 2, 1, 2, 1, 1, 1]
+    assert memory.num_examples().tolist() == [20, 20, 20, 10, 20, 10, 10, 10]
 
 
 @settings(deadline=None, max_examples=60)

@@ -234,20 +234,20 @@ def test_gradients_of_the_elbo_are_finite_for_every_parameter(alpha: float, scal
 
 
 def test_elbo_terms_of_a_network_that_decodes_zero_by_hand() -> None:
-    """Decoder 0: -|x|^2 / (2 * .5) = -3 for 3 ones a client; twice the weight counts twice.
+    """Decoder 0: -|x|^2 / (2 * .5) is -3 and 0, weighted -1.5; the weights scale what is summed.
 
-    Latents with mean 0 and std 1 cost nothing; fresh sticks equal their prior.
+    Each of 4 x 3 latents with mean 0 and variance e costs (e - 1 - 1) / 2; fresh sticks nothing.
     """
     network = vae()
     with torch.no_grad():
         for parameter in network.decoder.parameters():
             parameter.zero_()
         network.component_mean.zero_()
-        network.component_log_std.zero_()
-    x = torch.tensor([1.0, 1, 1, 0, 0, 0]).repeat(2, 1)
+        network.component_log_std.fill_(0.5)
+    x = torch.tensor([[1.0, 1, 1, 0, 0, 0], [0.0] * 6])
     terms = network.elbo(x, torch.tensor([0.5, 1.5]), 1.0, generator())
-    assert terms.reconstruction.item() == pytest.approx(-6.0)
-    assert terms.latent_kl.item() == pytest.approx(0.0)
+    assert terms.reconstruction.item() == pytest.approx(-1.5)
+    assert terms.latent_kl.item() == pytest.approx(6 * (math.e - 2))
     assert terms.stick_kl.item() == pytest.approx(0.0, abs=1e-6)
     assert terms.assignment_kl.item() > 0
     doubled = network.elbo(x, torch.tensor([1.0, 3.0]), 1.0, generator())
