@@ -84,24 +84,18 @@ GRID: dict[str, tuple[str, ...]] = {
         "FedFusion inferred",
         "FedFusion rho 0.5, probe",
     ),
+    "dirichlet-0.1": ("FedAvg, plain", "FedAvg", "FedFusion rho 0.5"),
     "components-unequal, 8 of 40": (
         "FedAvg",
         "FedFusion rho 1",
         "FedFusion rho 0.5",
         "FedFusion rho 0.5, stratified",
     ),
-    "dirichlet-0.1": ("FedAvg, plain", "FedAvg", "FedFusion rho 0.5"),
-    "dirichlet-0.1, 8 of 40": (
-        "FedAvg",
-        "FedFusion rho 0.5",
-        "FedFusion rho 0.5, stratified",
-    ),
+    "iid": ("FedAvg", "FedFusion rho 0.5"),
+    "dirichlet-0.1, 8 of 40": ("FedAvg", "FedFusion rho 0.5, stratified"),
     "components-equal": ("FedAvg", "FedFusion rho 0.5"),
     "components-equal, 8 of 40": ("FedAvg", "FedFusion rho 0.5, stratified"),
-    "iid": ("FedAvg", "FedFusion rho 0.5"),
 }
-
-
 HEADLINE = {"FedAvg", "FedFusion rho 0.5", "FedFusion rho 0.5, stratified"}
 
 
@@ -109,8 +103,8 @@ def cells() -> list[tuple[str, str, int]]:
     """Every (scenario, variant, seed) of the table, the main comparison first."""
     everything = [
         (scenario, variant, seed)
-        for seed in SEEDS
         for scenario, variants in GRID.items()
+        for seed in SEEDS
         for variant in variants
     ]
     return sorted(everything, key=lambda cell: cell[1] not in HEADLINE)

@@ -8,6 +8,7 @@ from fedfusion_flwr.fusion.aggregation import (
     component_coefficients,
     example_weights,
     fuse_state_dicts,
+    inhabited,
     prune_assignments,
 )
 from fedfusion_flwr.fusion.inference import (
@@ -38,6 +39,7 @@ __all__ = [
     "component_coefficients",
     "example_weights",
     "fuse_state_dicts",
+    "inhabited",
     "pooled_moments",
     "prune_assignments",
 ]

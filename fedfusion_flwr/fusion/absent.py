@@ -8,7 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedfusion_flwr.fusion.aggregation import component_coefficients, fuse_state_dicts
+from fedfusion_flwr.fusion.aggregation import (
+    component_coefficients,
+    fuse_state_dicts,
+    inhabited,
+)
 from fedfusion_flwr.fusion.server_step import State, is_parameter
 
 
@@ -17,9 +21,15 @@ class AbsentComponents:
 
     Costs one model per component in memory and one fusion per present component and round; cf.
     FedVARP (Jhunjhunwala et al. 2022), which keeps one step per client.
+
+    Parameters
+    ----------
+    pool_moments : bool
+        As in `fuse_state_dicts`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool_moments: bool = True) -> None:
+        self.pool_moments = pool_moments
         self.last: dict[int, State] = {}
 
     def remember(
@@ -28,31 +38,24 @@ class AbsentComponents:
         assignments: Tensor,
         num_examples: Tensor,
         current: State,
-        negligible_share: float,
     ) -> None:
-        """Store w_m - w for the components that are present; buffers are stored as they are."""
-        present = _present(assignments, num_examples, negligible_share)
+        """Store w_m - w for the components inhabited by this cohort; buffers as they are."""
         coefficients = component_coefficients(assignments, num_examples)
-        for m in torch.nonzero(present).flatten().tolist():
-            component = fuse_state_dicts(states, coefficients[m])
+        for m in torch.nonzero(inhabited(assignments)).flatten().tolist():
+            component = fuse_state_dicts(states, coefficients[m], pool_moments=self.pool_moments)
             self.last[m] = {
                 key: value - current[key] if is_parameter(key, value) else value
                 for key, value in component.items()
             }
 
     def recall(
-        self,
-        assignments: Tensor,
-        num_examples: Tensor,
-        mixture: Tensor,
-        current: State,
-        negligible_share: float,
+        self, assignments: Tensor, mixture: Tensor, current: State
     ) -> tuple[list[State], list[float]]:
         """Models that absent components would have sent, and their weights pi_m.
 
         Components that were never present have none; their mass stays with the others.
         """
-        present = _present(assignments, num_examples, negligible_share)
+        present = inhabited(assignments)
         ghosts: list[State] = []
         weights: list[float] = []
         for m, last in sorted(self.last.items()):
@@ -66,8 +69,3 @@ class AbsentComponents:
             )
             weights.append(float(mixture[m]))
         return ghosts, weights
-
-
-def _present(assignments: Tensor, num_examples: Tensor, negligible_share: float) -> Tensor:
-    mass = num_examples.double() @ assignments.double()
-    return mass > negligible_share * mass.sum()

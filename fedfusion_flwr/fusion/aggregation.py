@@ -24,8 +24,6 @@ def client_weights(
     assignments: Tensor,
     mixture: Tensor,
     num_examples: Tensor,
-    *,
-    negligible_share: float = NEGLIGIBLE_SHARE,
 ) -> Tensor:
     """What each client's model counts in the fused global model.
 
@@ -40,14 +38,12 @@ def client_weights(
         pi, shape (M,), non-negative.
     num_examples : Tensor
         n, shape (K,), non-negative, not all zero.
-    negligible_share : float
-        Components with a smaller share of the mass are left out and pi is renormalized.
 
     Returns
     -------
     Tensor
-        p, shape (K,), float64, non-negative, sums to 1. Example weights where no component that the
-        mixture values has any mass.
+        p, shape (K,), float64, non-negative, sums to 1. Components without mass are left out and pi
+        is renormalized; example weights where none that the mixture values has any.
     """
     b, pi, n = assignments.double(), mixture.double(), num_examples.double()
     if b.dim() != 2 or n.shape != b.shape[:1] or pi.shape != b.shape[1:]:
@@ -62,7 +58,7 @@ def client_weights(
         raise ValueError("num_examples must not be all zero")
     contribution = n.unsqueeze(1) * b
     mass = contribution.sum(0)
-    present = mass > negligible_share * mass.sum()
+    present = mass > NEGLIGIBLE_SHARE * mass.sum()
     value = torch.where(present, pi, torch.zeros_like(pi))
     if value.sum() <= 0:
         return example_weights(n)
@@ -82,8 +78,15 @@ def cap_weights(weights: Tensor, cap: float) -> Tensor:
     """Limit every weight to ``cap``; what is cut goes to the others in proportion to theirs.
 
     With fewer than 1 / cap clients the cap cannot be met: then all weights are equal.
+
+    Raises
+    ------
+    ValueError
+        If the weights are not finite, negative or do not sum to 1.
     """
     p = weights.double()
+    if not p.isfinite().all() or (p < 0).any() or abs(float(p.sum()) - 1) > 1e-6:
+        raise ValueError(f"weights must be non-negative and sum to 1, got {p.tolist()[:5]}")
     if cap * len(p) <= 1:
         return torch.full_like(p, 1 / len(p)) if cap < 1 else p
     if (p <= cap).all():
@@ -105,8 +108,7 @@ def prune_assignments(assignments: Tensor) -> Tensor:
     """Empty the components that nobody lives in, and renormalize the rows.
 
     A soft assignment leaves a trace in every component, which must not pass for a group: a small
-    balance exponent would blow it up. A component is occupied if it is the main one of some client
-    or holds at least half a client in all.
+    balance exponent would blow it up.
 
     Parameters
     ----------
@@ -118,11 +120,26 @@ def prune_assignments(assignments: Tensor) -> Tensor:
     Tensor
         The same shape, float64, rows sum to 1.
     """
-    b = assignments.double()
-    occupied = b.sum(0) >= HALF_A_CLIENT
-    occupied[b.argmax(1)] = True
-    kept = b * occupied
+    kept = assignments.double() * inhabited(assignments)
     return kept / kept.sum(1, keepdim=True)
+
+
+def inhabited(assignments: Tensor) -> Tensor:
+    """Which components are somebody's main one or hold at least half a client in all.
+
+    Parameters
+    ----------
+    assignments : Tensor
+        b of some clients, shape (K, M).
+
+    Returns
+    -------
+    Tensor
+        Booleans, shape (M,).
+    """
+    occupied = assignments.sum(0) >= HALF_A_CLIENT
+    occupied[assignments.argmax(1)] = True
+    return occupied
 
 
 def balanced_mixture(component_mass: Tensor, exponent: float) -> Tensor:
@@ -135,8 +152,15 @@ def balanced_mixture(component_mass: Tensor, exponent: float) -> Tensor:
     exponent : float
         rho in [0, 1]: 1 keeps the shares (FedAvg under full participation), 0 counts every
         occupied component the same.
+
+    Raises
+    ------
+    ValueError
+        If no component has any mass.
     """
     mass = component_mass.double()
+    if not mass.sum() > 0:
+        raise ValueError("no component has any mass")
     share = mass / mass.sum()
     value = torch.where(share > NEGLIGIBLE_SHARE, share.pow(exponent), torch.zeros_like(share))
     return value / value.sum()
@@ -194,15 +218,19 @@ class _Accumulator:
         self.sums: dict[str, Tensor] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.mean_of: dict[str, str] = {}
+        self.reference: dict[str, Tensor] = {}
+        self.started = False
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
-        if not self.dtypes:
+        if not self.started:
+            self.started = True
             self.dtypes = {key: value.dtype for key, value in state.items()}
             if self.pool_moments:
                 self.mean_of = {
                     f"{prefix}running_var": f"{prefix}running_mean"
                     for prefix in batchnorm_prefixes(state)
                 }
+                self.reference = {key: state[key].double() for key in self.mean_of.values()}
         if state.keys() != self.dtypes.keys():
             odd = sorted(state.keys() ^ self.dtypes.keys())
             raise ValueError(f"state dicts differ in their keys: {odd[:3]}")
@@ -218,7 +246,9 @@ class _Accumulator:
             return
         term = value.double()
         if key in self.mean_of:
-            term = term + state[self.mean_of[key]].double().square()
+            # Around a reference near the means: mu^2 alone would drown a small variance.
+            mean = self.mean_of[key]
+            term = term + (state[mean].double() - self.reference[mean]).square()
         if known is None:
             self.sums[key] = term * weight
         else:
@@ -228,6 +258,7 @@ class _Accumulator:
         fused: dict[str, Tensor] = {}
         for key, total in self.sums.items():
             if key in self.mean_of:
-                total = (total - self.sums[self.mean_of[key]].square()).clamp_min(0)
+                mean = self.mean_of[key]
+                total = (total - (self.sums[mean] - self.reference[mean]).square()).clamp_min(0)
             fused[key] = total.to(self.dtypes[key])
         return fused

@@ -194,7 +194,8 @@ class DistributionInference:
 
     def _new_vae(self, num_features: int) -> tuple[FusionVAE, torch.optim.Adam]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            # Not torch.manual_seed, which would reseed the accelerators too.
+            torch.default_generator.manual_seed(self.seed)
             vae = FusionVAE(
                 num_features,
                 self.num_components,

@@ -78,20 +78,24 @@ class StatisticsMemory:
         ids = sorted(vectors)
         stacked = torch.stack([vectors[i].double() for i in ids])
         n = torch.tensor([num_examples[i] for i in ids], dtype=torch.float64)
+        known = torch.tensor([i in self.clients for i in ids])
+        # A newcomer's deviation is unknown, not 0: with enough others it has no say in the level.
+        voters = known if int(known.sum()) >= FULL_COHORT else torch.ones_like(known)
         unseen = torch.zeros_like(stacked[0])
         earlier = [self.clients[i].vector if i in self.clients else unseen for i in ids]
-        center = (n / n.sum()) @ (stacked - torch.stack(earlier))
+        share = n * voters
+        center = (share / share.sum()) @ (stacked - torch.stack(earlier))
         if received is not None and len(ids) < FULL_COHORT:
             trust = len(ids) / FULL_COHORT
             center = trust * center + (1 - trust) * received.double()
         for client, row in zip(ids, stacked - center, strict=True):
-            known = self.clients.get(client)
-            if known is None:
+            memory = self.clients.get(client)
+            if memory is None:
                 self.clients[client] = ClientMemory(row, num_examples[client], server_round)
                 continue
-            known.vector = known.vector + self.update_rate * (row - known.vector)
-            known.num_examples = num_examples[client]
-            known.last_round = server_round
+            memory.vector = memory.vector + self.update_rate * (row - memory.vector)
+            memory.num_examples = num_examples[client]
+            memory.last_round = server_round
 
     def vectors(self) -> Tensor:
         """Centred statistics of all known clients, (K, D), float64."""

@@ -75,16 +75,23 @@ class ServedAverage:
         self.decay = decay
         self.count = 0
         self.state: State = {}
+        self._exact: State = {}
 
     def update(self, model: State) -> State:
         """Take in a new global model and return the one to serve."""
         self.count += 1
-        if self.decay == 0.0 or self.count == 1:
-            self.state = dict(model)
+        if self.decay == 0.0:
+            self.state = {key: value.clone() for key, value in model.items()}
             return self.state
-        newest = (1 - self.decay) / (1 - self.decay**self.count)
-        weights = torch.tensor([1 - newest, newest], dtype=torch.float64)
-        self.state = fuse_state_dicts([self.state, model], weights)
+        # In float64: in a model's own type, small steps towards the newest would be rounded away.
+        exact = {k: v.double() if v.is_floating_point() else v for k, v in model.items()}
+        if self.count == 1:
+            self._exact = {key: value.clone() for key, value in exact.items()}
+        else:
+            newest = (1 - self.decay) / (1 - self.decay**self.count)
+            weights = torch.tensor([1 - newest, newest], dtype=torch.float64)
+            self._exact = fuse_state_dicts([self._exact, exact], weights)
+        self.state = {key: self._exact[key].to(value.dtype) for key, value in model.items()}
         return self.state
 
 

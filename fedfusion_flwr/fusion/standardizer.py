@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FEATURE_CLAMP = 5.0
+ROBUST_LIMIT = 3.0
 _STD_FLOOR = 1e-8
 
 
@@ -22,7 +23,16 @@ class Standardizer:
 
     @classmethod
     def of(cls, x: Tensor) -> Standardizer:
-        """Measure the clients' statistics x (K, D)."""
+        """Measure the clients' statistics x (K, D).
+
+        Each feature is first limited to three robust standard deviations (1.4826 MAD) around its
+        median, so that one far client does not squeeze the differences between all others to 0.
+        """
+        median = x.median(0).values
+        deviation = 1.4826 * (x - median).abs().median(0).values
+        # Where most clients agree exactly, the rest is the signal: no limit.
+        limit = torch.where(deviation > 0, ROBUST_LIMIT * deviation, torch.inf)
+        x = torch.minimum(torch.maximum(x, median - limit), median + limit)
         center, spread = x.mean(0), x.std(0, correction=0)
         informative = spread > _STD_FLOOR * center.abs().clamp_min(1.0)
         return cls(center, torch.where(informative, spread, torch.ones_like(spread)), informative)

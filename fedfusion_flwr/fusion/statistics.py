@@ -83,6 +83,8 @@ class NormalizationStatistics:
         for prefix in prefixes:
             mean = state[f"{prefix}running_mean"].float()
             variance = state[f"{prefix}running_var"].float()
+            if not variance.isfinite().all() or (variance < 0).any():
+                raise StatisticsError(f"'{prefix}running_var' must be finite and non-negative")
             shift = state.get(f"{prefix}bias", torch.zeros_like(mean)).float()
             scale = state.get(f"{prefix}weight", torch.ones_like(mean)).float()
             parts.append((mean, (variance + eps).sqrt(), shift, scale))
@@ -119,6 +121,11 @@ class NormalizationStatistics:
         for name in select_layers(list(modules), layers):
             mean, variance = moments[name].result()
             shift, scale = _affine(modules[name], mean)
+            if shift.shape != mean.shape:
+                raise StatisticsError(
+                    f"layer '{name}' normalizes over {tuple(shift.shape)}; only one channel axis "
+                    "is supported"
+                )
             std = (variance + BATCHNORM_EPS).sqrt()
             parts.append((mean.float(), std.float(), shift, scale))
         return cls(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
@@ -147,7 +154,7 @@ class ChannelMoments:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance, each (C,), float64."""
-        if self.total is None or self.total_square is None:
+        if self.total is None or self.total_square is None or not self.count:
             raise StatisticsError("no data passed through the normalization layer")
         mean = self.total / self.count
         return mean, (self.total_square / self.count - mean.square()).clamp_min(0)

@@ -16,6 +16,7 @@ Posterior family: b_k by a Gumbel-softmax of encoder logits (Jang et al. 2017; M
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,8 @@ def kumaraswamy_mean(a: Tensor, c: Tensor) -> Tensor:
 def kumaraswamy_beta_kl(a: Tensor, c: Tensor, alpha: float) -> Tensor:
     """KL(Kumaraswamy(a, c) || Beta(1, alpha)), elementwise; Nalisnick & Smyth 2017, eq. 10.
 
-    The infinite series is cut after eleven terms, as the paper suggests.
+    The infinite series is cut after eleven terms, as the paper suggests; the rest, which matters
+    for small c, is replaced by its integral, with B(m/a, c) ~ Gamma(c) (m/a)^-c for large m.
     """
     value = (a - 1) / a * (-_EULER_GAMMA - torch.digamma(c) - 1 / c)
     value = value + (a * c).log() + _log_beta(torch.ones_like(a), torch.full_like(a, alpha))
@@ -56,7 +58,8 @@ def kumaraswamy_beta_kl(a: Tensor, c: Tensor, alpha: float) -> Tensor:
         return value
     m = torch.arange(1, _SERIES_TERMS + 1, dtype=a.dtype).unsqueeze(-1)
     series = (_log_beta(m / a, c).exp() / (m + a * c)).sum(0)
-    return value + (alpha - 1) * c * series
+    tail = (c * a.log() + torch.lgamma(c) - c * math.log(_SERIES_TERMS + 0.5)).exp() / c
+    return value + (alpha - 1) * c * (series + tail)
 
 
 def stick_breaking(v: Tensor) -> Tensor:

@@ -30,10 +30,10 @@ from fedfusion_flwr.fusion import (
     client_weights,
     example_weights,
     fuse_state_dicts,
+    inhabited,
     prune_assignments,
 )
 from fedfusion_flwr.fusion.absent import AbsentComponents
-from fedfusion_flwr.fusion.aggregation import HALF_A_CLIENT, NEGLIGIBLE_SHARE
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import FusionSnapshot, State
@@ -100,7 +100,7 @@ class FedFusion(BaseStrategy):
                 f"{self.inference.num_components}"
             )
         self.memory = StatisticsMemory(assignment_smoothing)
-        self.absent = AbsentComponents() if absent == "remember" else None
+        self.absent = AbsentComponents(self.pool_moments) if absent == "remember" else None
         self.posterior: FusionPosterior | None = None
         self.width: int | None = None
         self._remembered_share = 0.0
@@ -146,9 +146,11 @@ class FedFusion(BaseStrategy):
         self.report.metrics["fusion-fallback"] = 0.0
         assignments = self._assignments(ids)
         self.mixture = self._choose_mixture(assignments, examples)
-        return client_weights(
-            assignments, self.mixture, examples, negligible_share=self._negligible(len(ids))
-        )
+        if self.mixture_kind == "counts":
+            return client_weights(assignments, self.mixture, examples)
+        # Traces of a component are no sample of it: what nobody here lives in is absent.
+        present = self.mixture * inhabited(assignments)
+        return client_weights(assignments, present, examples)
 
     def aggregate(self, replies: list[ClientReply], weights: Tensor) -> State:
         """Fuse this round's models, with the remembered steps of absent components if asked."""
@@ -156,12 +158,8 @@ class FedFusion(BaseStrategy):
         if self.absent is None or fell_back:
             return super().aggregate(replies, weights)
         assignments = self._assignments([reply.client for reply in replies])
-        examples = torch.tensor([reply.num_examples for reply in replies])
         states = [reply.state for reply in replies]
-        negligible = self._negligible(len(states))
-        ghosts, ghost_weights = self.absent.recall(
-            assignments, examples, self.mixture, self.current, negligible
-        )
+        ghosts, ghost_weights = self.absent.recall(assignments, self.mixture, self.current)
         self.report.metrics["components-remembered"] = float(len(ghosts))
         share = torch.tensor(ghost_weights, dtype=torch.float64)
         self._remembered_share = float(share.sum())
@@ -182,9 +180,7 @@ class FedFusion(BaseStrategy):
         if self.absent is not None:
             examples = torch.tensor([reply.num_examples for reply in replies])
             states = [reply.state for reply in replies]
-            self.absent.remember(
-                states, self._assignments(ids), examples, self.current, self._negligible(len(ids))
-            )
+            self.absent.remember(states, self._assignments(ids), examples, self.current)
 
     def num_channels(self) -> int | None:
         """Also known for other normalization layers, once a first round has told it."""
@@ -230,16 +226,6 @@ class FedFusion(BaseStrategy):
         known = self.memory.ids
         pruned = prune_assignments(self.memory.assignments(known))
         return pruned[[known.index(client) for client in ids]]
-
-    def _negligible(self, cohort: int) -> float:
-        """Share of a cohort's mass below which a component counts as absent from it.
-
-        Half a client, because traces of a component are no sample of it. For `counts` next to
-        nothing: there, leaving out mass would make it something else than FedAvg.
-        """
-        if self.mixture_kind == "counts" or cohort == len(self.memory.ids):
-            return NEGLIGIBLE_SHARE
-        return min(HALF_A_CLIENT / cohort, 0.5)
 
     def _choose_mixture(self, assignments: Tensor, examples: Tensor) -> Tensor:
         if self.mixture_kind == "inferred":
