@@ -16,7 +16,6 @@ Posterior family: b_k by a Gumbel-softmax of encoder logits (Jang et al. 2017; M
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +48,8 @@ def kumaraswamy_beta_kl(a: Tensor, c: Tensor, alpha: float) -> Tensor:
     """KL(Kumaraswamy(a, c) || Beta(1, alpha)), elementwise; Nalisnick & Smyth 2017, eq. 10.
 
     The infinite series is cut after eleven terms, as the paper suggests; the rest, which matters
-    for small c, is replaced by its integral, with B(m/a, c) ~ Gamma(c) (m/a)^-c for large m.
+    for small c, is replaced by its integral, with B(x, c) ~ Gamma(c) (x + (c - 1) / 2)^-c for
+    large x.
     """
     value = (a - 1) / a * (-_EULER_GAMMA - torch.digamma(c) - 1 / c)
     value = value + (a * c).log() + _log_beta(torch.ones_like(a), torch.full_like(a, alpha))
@@ -58,7 +58,8 @@ def kumaraswamy_beta_kl(a: Tensor, c: Tensor, alpha: float) -> Tensor:
         return value
     m = torch.arange(1, _SERIES_TERMS + 1, dtype=a.dtype).unsqueeze(-1)
     series = (_log_beta(m / a, c).exp() / (m + a * c)).sum(0)
-    tail = (c * a.log() + torch.lgamma(c) - c * math.log(_SERIES_TERMS + 0.5)).exp() / c
+    start = _SERIES_TERMS + 0.5 + a * c / 2  # the shift that fits both factors
+    tail = (c * a.log() + torch.lgamma(c) - c * start.log()).exp() / c
     return value + (alpha - 1) * c * (series + tail)
 
 

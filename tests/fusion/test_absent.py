@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fedfusion_flwr.fusion.absent import AbsentComponents
 
-SHARE = 1e-3
 State = dict[str, Tensor]
 
 
@@ -33,7 +32,7 @@ def after_one_round() -> AbsentComponents:
     absent = AbsentComponents()
     states = [model(12.0, 1.0, 4), model(16.0, 5.0, 6), model(9.0, -3.0, 5)]
     b = f64([1, 0, 0], [1, 0, 0], [0, 1, 0])
-    absent.remember(states, b, f64(10, 30, 5), model(10.0, 2.0), SHARE)
+    absent.remember(states, b, f64(10, 30, 5), model(10.0, 2.0))
     return absent
 
 
@@ -51,7 +50,7 @@ def test_a_component_remembers_its_step_and_its_statistics() -> None:
 def test_an_absent_component_repeats_its_step_from_the_current_model() -> None:
     """Round 2 starts from w = 100 with component 1 only: component 0 would have sent 105."""
     ghosts, weights = after_one_round().recall(
-        f64([0, 1, 0]), f64(8), f64(0.5, 0.25, 0.25), model(100.0, 7.0), SHARE
+        f64([0, 1, 0]), f64(0.5, 0.25, 0.25), model(100.0, 7.0)
     )
     assert [values(ghost) for ghost in ghosts] == [values(model(105.0, 4.0, 6))]
     assert weights == [0.5]
@@ -60,42 +59,38 @@ def test_an_absent_component_repeats_its_step_from_the_current_model() -> None:
 def test_present_components_and_ones_never_seen_have_no_ghost() -> None:
     """Components 0 and 1 are present; component 2 never was, whatever the mixture says of it."""
     ghosts, weights = after_one_round().recall(
-        f64([0.5, 0.5, 0]), f64(8), f64(0.2, 0.2, 0.6), model(0.0, 0.0), SHARE
+        f64([0.5, 0.5, 0]), f64(0.2, 0.2, 0.6), model(0.0, 0.0)
     )
     assert ghosts == []
     assert weights == []
 
 
 def test_a_component_without_a_place_in_the_mixture_has_no_ghost() -> None:
-    ghosts, _ = after_one_round().recall(
-        f64([0, 1, 0]), f64(8), f64(0, 1, 0), model(0.0, 0.0), SHARE
-    )
+    ghosts, _ = after_one_round().recall(f64([0, 1, 0]), f64(0, 1, 0), model(0.0, 0.0))
     assert ghosts == []
 
 
-def test_a_trace_below_the_negligible_share_counts_as_absent() -> None:
-    """1e-4 of the cohort's mass in component 0 neither silences its ghost nor renews its step."""
+def test_a_trace_counts_as_absent() -> None:
+    """A ten-thousandth of a client neither silences a component's ghost nor renews its step."""
     absent, b = after_one_round(), f64([1e-4, 1 - 1e-4, 0])
     current = model(100.0, 7.0)
-    ghosts, weights = absent.recall(b, f64(8), f64(0.5, 0.5, 0), current, SHARE)
+    ghosts, weights = absent.recall(b, f64(0.5, 0.5, 0), current)
     assert [values(ghost)["w"] for ghost in ghosts] == [105.0]
     assert weights == [0.5]
-    absent.remember([model(300.0, 0.0)], b, f64(8), current, SHARE)
+    absent.remember([model(300.0, 0.0)], b, f64(8), current)
     assert values(absent.last[0])["w"] == 5.0
     assert values(absent.last[1])["w"] == 200.0
 
 
 def test_several_ghosts_come_in_the_order_of_their_components() -> None:
-    ghosts, weights = after_one_round().recall(
-        f64([0, 0, 1]), f64(8), f64(0.3, 0.2, 0.5), model(0.0, 0.0), SHARE
-    )
+    ghosts, weights = after_one_round().recall(f64([0, 0, 1]), f64(0.3, 0.2, 0.5), model(0.0, 0.0))
     assert [values(ghost)["w"] for ghost in ghosts] == [5.0, -1.0]
     assert weights == [0.3, 0.2]
 
 
 def test_neither_the_models_nor_the_memory_change_by_recalling() -> None:
     absent, current = after_one_round(), model(100.0, 7.0)
-    arguments = (f64([0, 1, 0]), f64(8), f64(0.5, 0.5, 0), current, SHARE)
+    arguments = (f64([0, 1, 0]), f64(0.5, 0.5, 0), current)
     first = [values(ghost) for ghost in absent.recall(*arguments)[0]]
     second = [values(ghost) for ghost in absent.recall(*arguments)[0]]
     assert first == second

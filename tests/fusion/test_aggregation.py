@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from fedfusion_flwr.fusion import (
     client_weights,
     component_coefficients,
     example_weights,
+    inhabited,
     prune_assignments,
 )
 
@@ -74,7 +77,7 @@ def test_counts_mixture_is_fedavg_whatever_the_assignments(
 ) -> None:
     b, _, n = population
     mass = n @ b
-    p = client_weights(b, mass / mass.sum(), n, negligible_share=0.0)
+    p = client_weights(b, mass / mass.sum(), n)
     torch.testing.assert_close(p, n / n.sum(), rtol=1e-12, atol=1e-12)
 
 
@@ -143,11 +146,25 @@ def test_an_absent_component_is_dropped_and_the_rest_renormalized() -> None:
     torch.testing.assert_close(p, f64(1 / 6, 1 / 3, 1 / 2), rtol=1e-15, atol=0)
 
 
-def test_a_component_below_the_negligible_share_is_absent() -> None:
-    """Component 2 holds 1 of 1000 examples: kept at a limit of 1e-4, dropped at 1e-2."""
-    b, pi, n = f64([1, 0], [0, 1]), f64(0.5, 0.5), f64(999, 1)
-    assert client_weights(b, pi, n, negligible_share=1e-4).tolist() == [0.5, 0.5]
-    assert client_weights(b, pi, n, negligible_share=1e-2).tolist() == [1.0, 0.0]
+def test_presence_counts_clients_and_not_examples() -> None:
+    """A client of one example among thousands is alone in its component, and stays."""
+    assert inhabited(f64([1, 0], [0, 1])).tolist() == [True, True]
+    p = client_weights(f64([1, 0], [0, 1]), f64(0.5, 0.5), f64(9999, 1))
+    assert p.tolist() == [0.5, 0.5]
+
+
+def test_traces_do_not_make_a_component_inhabited() -> None:
+    """Column sums 2.9, 0.4 and 0.7: the second is below half a client and nobody's main one."""
+    b = f64([0.9, 0.1, 0], [0.9, 0.1, 0], [0.9, 0.1, 0], [0.2, 0.1, 0.7])
+    assert inhabited(b).tolist() == [True, False, True]
+
+
+def test_guards_of_weights_and_masses() -> None:
+    with pytest.raises(ValueError, match="no component has any mass"):
+        balanced_mixture(f64(0, 0, 0), 0.5)
+    for weights in (f64(10, 10, 1), f64(math.nan, 1)):
+        with pytest.raises(ValueError, match="sum to 1"):
+            cap_weights(weights, 0.9)
 
 
 def test_without_any_valued_component_examples_decide() -> None:
@@ -284,5 +301,5 @@ def test_mixing_the_component_models_gives_the_client_weights(
 ) -> None:
     b, pi, n = population
     mixed = pi @ component_coefficients(b, n)
-    expected = client_weights(b, pi, n, negligible_share=0.0)
+    expected = client_weights(b, pi, n)
     torch.testing.assert_close(mixed, expected, rtol=1e-12, atol=1e-14)

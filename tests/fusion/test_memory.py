@@ -160,13 +160,14 @@ def test_a_small_cohort_without_a_received_model_uses_its_own_mean() -> None:
 def test_a_late_client_joins_on_the_scale_of_the_others() -> None:
     """Known -1, -1, 1, 1 and a newcomer at +1, level 20.
 
-    d - v = 20 four times and 21 - 0: centre 20.2; the newcomer enters at 0.8, nearest to +1.
+    The four known ones say d - v = 20; the newcomer, whose deviation nobody knows, has no say and
+    enters at 21 - 20 = 1.
     """
     memory = StatisticsMemory(update_rate=1.0)
     remember(memory, 1, {0: -1.0, 1: -1.0, 2: 1.0, 3: 1.0})
     remember(memory, 2, {0: 19.0, 1: 19.0, 2: 21.0, 3: 21.0, 9: 21.0})
     assert memory.ids == [0, 1, 2, 3, 9]
-    assert deviations(memory) == pytest.approx([-1.2, -1.2, 0.8, 0.8, 0.8])
+    assert deviations(memory) == pytest.approx([-1, -1, 1, 1, 1])
 
 
 def test_remembering_does_not_depend_on_the_order_of_replies() -> None:

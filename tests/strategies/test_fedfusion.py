@@ -93,7 +93,8 @@ class PlantedInference(DistributionInference):
         groups = torch.arange(len(vectors)) % GROUPS
         assignments = torch.eye(self.num_components, dtype=torch.float64)[groups]
         mixture = assignments.mean(0)
-        return FusionPosterior(assignments, mixture, vectors[: self.num_components], 0.0)
+        components = torch.zeros(self.num_components, vectors.shape[1], dtype=torch.float64)
+        return FusionPosterior(assignments, mixture, components, 0.0)
 
 
 def test_balancing_levels_the_groups_of_unequal_size() -> None:
@@ -142,11 +143,15 @@ def test_inferred_mixture_is_the_posterior_mean() -> None:
 
 def test_absent_component_contributes_its_last_step_only_if_asked() -> None:
     # Exponent 0 keeps every group's mixture at 1/3 also when none of its clients takes part.
-    settings = {"fraction_train": 1 / 6, "balance_exponent": 0.0, "rounds": 10}
-    dropped = fuse_groups(6, absent="drop", **settings)
-    remembered = fuse_groups(6, absent="remember", **settings)
+    settings = {"fraction_train": 1 / 3, "balance_exponent": 0.0, "rounds": 8}
+    dropped = fuse_groups(6, absent="drop", inference=PlantedInference(5), **settings)
+    remembered = fuse_groups(6, absent="remember", inference=PlantedInference(5), **settings)
     assert "components-remembered" not in dropped.reports[-1].metrics
-    assert remembered.reports[-1].metrics["components-remembered"] >= 1
+    report = remembered.reports[-1]
+    assert report.metrics["components-remembered"] == 1
+    # One of three components stands in with its third of the mixture, two clients share the rest.
+    assert report.fusion is not None
+    assert float(report.fusion.weights.sum()) == pytest.approx(2 / 3)
     assert not torch.equal(dropped.state["out.bias"], remembered.state["out.bias"])
 
 
