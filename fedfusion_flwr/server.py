@@ -19,7 +19,7 @@ from fedfusion_flwr.data import central_test_data, load_data, partition_for
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.rounds import RoundCallback
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy
-from fedfusion_flwr.strategies.base import EvaluateFn
+from fedfusion_flwr.strategies.reporting import EvaluateFn
 from fedfusion_flwr.tracking import (
     BestModel,
     ComponentRecovery,

@@ -6,7 +6,7 @@ A strategy of one's own overrides `client_weights` (and perhaps `sample_clients`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Any
@@ -16,15 +16,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
-from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import cohort_size
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import (
-    ServedAverage,
     ServerStep,
     cap_weights,
     fuse_state_dicts,
@@ -35,18 +32,15 @@ from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import RoundCallback, RoundReport, State
 from fedfusion_flwr.strategies.bookkeeping import (
-    Stopwatch,
     book_replies,
     log_dropped,
     mean_metrics,
     split_train_time,
 )
 from fedfusion_flwr.strategies.replies import ClientReply, ReplyJudge
+from fedfusion_flwr.strategies.reporting import ReportingFedAvg
 from fedfusion_flwr.strategies.roster import Roster
 from fedfusion_flwr.strategies.sampling import random_cohort
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-
 
 _WHERE = "the reason of every dropped reply is in the log and in clients.jsonl"
 
@@ -64,7 +58,7 @@ class _Round:
     sampled: dict[int, int] = field(default_factory=dict)
 
 
-class BaseStrategy(FlowerFedAvg):
+class BaseStrategy(ReportingFedAvg):
     """Federated averaging with checked replies, seeded sampling and pooled moments.
 
     Parameters
@@ -116,7 +110,7 @@ class BaseStrategy(FlowerFedAvg):
         callbacks: Sequence[RoundCallback] = (),
         **flower: Any,
     ) -> None:
-        super().__init__(**flower)
+        super().__init__(average_decay=average_decay, callbacks=callbacks, **flower)
         self.seed = seed
         self.pool_moments = pool_moments
         self.max_client_weight = max_client_weight
@@ -126,19 +120,15 @@ class BaseStrategy(FlowerFedAvg):
         self.max_update_ratio = max_update_ratio
         self.node_timeout = node_timeout
         self.statistics_layers = statistics_layers
-        self.callbacks = list(callbacks)
         self.step = ServerStep(server_learning_rate, server_momentum)
-        self.average = ServedAverage(average_decay)
         self.roster = Roster()
         self.failed_rounds = 0
-        self.report = RoundReport(0)
         self._round = _Round(0, {})
-        self._stopwatch = Stopwatch()
 
     # --- what a strategy of one's own overrides -------------------------------------------------
 
     def client_weights(self, replies: list[ClientReply]) -> Tensor:
-        """P (K,), float64: what each reply's model counts; non-negative, sums to 1."""
+        """Weights p (K,), float64: what each model counts; non-negative, sums to 1."""
         raise NotImplementedError
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
@@ -155,42 +145,6 @@ class BaseStrategy(FlowerFedAvg):
         """Take note that this round's aggregate became the new model."""
 
     # --- Flower's interface ---------------------------------------------------------------------
-
-    def start(  # the wrapped evaluate_fn is Strategy.start's only hook at the end of a round
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run the federation; see `flwr.serverapp.strategy.Strategy.start`.
-
-        ``evaluate_fn`` sees the served model (the moving average, where there is one), and
-        ``Result.arrays`` is the served model too.
-
-        Raises
-        ------
-        RunStopped
-            If ``max_failed_rounds`` rounds in a row had too few good replies.
-        NotEnoughNodes
-            If too few nodes connect before round 1.
-        """
-
-        def end_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            return self._end_round(server_round, arrays, evaluate_fn)
-
-        self._stopwatch.restart()
-        result = super().start(
-            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, end_round
-        )
-        if self.failed_rounds >= num_rounds and self.fraction_train > 0:
-            raise RunStopped(f"none of {num_rounds} rounds had enough valid replies; {_WHERE}")
-        if self.average.state:
-            result.arrays = protocol.record_from_state(self.average.state)
-        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -269,7 +223,7 @@ class BaseStrategy(FlowerFedAvg):
         self.report.metrics["evaluate-replies-dropped"] = float(len(bad))
         log_dropped(server_round, "evaluation", bad)
         means = mean_metrics(good, self.evaluate_metrics_aggr_fn)
-        self.report.metrics.update(means)
+        self.report.metrics = {**means, **self.report.metrics}
         self._stopwatch.lap(self.report, "evaluate")
         return MetricRecord(dict(means)) if means else None
 
@@ -294,6 +248,11 @@ class BaseStrategy(FlowerFedAvg):
             self.max_failed_rounds,
         )
         super().summary()
+
+    def check_outcome(self, num_rounds: int) -> None:
+        """Refuse to call a run a success in which no round was."""
+        if self.failed_rounds >= num_rounds and self.fraction_train > 0:
+            raise RunStopped(f"none of {num_rounds} rounds had enough valid replies; {_WHERE}")
 
     # --- for subclasses and the report ----------------------------------------------------------
 
@@ -360,29 +319,9 @@ class BaseStrategy(FlowerFedAvg):
         log(WARNING, "round %d keeps the old model: %s", self._round.number, why)
         if self.failed_rounds >= self.max_failed_rounds:
             # Flower's loop ends here, so nobody else would hand this round to the callbacks.
-            self._report_round()
+            self.report_round()
             raise RunStopped(
                 f"stopped after {self.failed_rounds} failed rounds in a row, the last because of: "
                 f"{why}; {_WHERE}"
             )
         return protocol.record_from_state(self._round.sent), MetricRecord(dict(self.report.metrics))
-
-    def _end_round(
-        self, server_round: int, arrays: ArrayRecord, evaluate_fn: EvaluateFn | None
-    ) -> MetricRecord | None:
-        served = self.average.state or protocol.state_from_record(arrays)
-        self.report.model = served
-        central = None
-        if evaluate_fn is not None:
-            record = protocol.record_from_state(served) if self.average.state else arrays
-            central = evaluate_fn(server_round, record)
-        for key, value in (central or {}).items():
-            if isinstance(value, int | float):
-                self.report.metrics[key] = float(value)
-        self._stopwatch.lap(self.report, "evaluate")
-        self._report_round()
-        return central
-
-    def _report_round(self) -> None:
-        for callback in self.callbacks:
-            callback.on_round_end(self.report)
