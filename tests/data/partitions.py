@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short ways to make partitions of four hundred labels."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+
+from fedfusion_flwr.data.partition import (
+    Partition,
+    PartitionKind,
+    PartitionSpec,
+    make_partition,
+)
+
+LABELS = np.arange(10).repeat(40)
+KINDS = get_args(PartitionKind)
+FAST = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+
+
+def spec_of(kind: Any, num_clients: int = 10, seed: int = 0, **fields: Any) -> PartitionSpec:
+    fields = {"dirichlet_alpha": 0.5, "min_partition_size": 1, **fields}
+    return PartitionSpec(kind, num_clients, seed, **fields)
+
+
+def made(kind: Any, num_clients: int = 10, seed: int = 0, **fields: Any) -> Partition:
+    return make_partition(LABELS, 10, spec_of(kind, num_clients, seed, **fields))
+
+
+def sizes(result: Partition) -> list[int]:
+    return [len(part) for part in result.indices]
+
+
+def class_sets(result: Partition) -> list[set[int]]:
+    return [set(LABELS[part].tolist()) for part in result.indices]
+
+
+def planted(result: Partition) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+    assert result.mixtures is not None
+    assert result.main_components is not None
+    assert result.example_components is not None
+    return result.mixtures, result.main_components, result.example_components
+
+
+def same(a: Partition, b: Partition) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a.indices, b.indices, strict=True))

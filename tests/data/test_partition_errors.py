@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests for partitions that cannot be met, and the local split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedfusion_flwr.data.partition import (
+    PartitionError,
+    local_split,
+    make_partition,
+)
+from tests.data.partitions import (
+    LABELS,
+    made,
+    spec_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("random", {}, "`partition` is 'random'; it must be one of iid, dirichlet"),
+        ("iid", {"num_clients": 0}, "`num-clients` is 0; it must be at least 1"),
+        ("iid", {"num_clients": 401}, "`num-clients` is 401; it must be at most 400"),
+        ("iid", {"seed": -1}, "`seed` is -1"),
+        ("dirichlet", {"dirichlet_alpha": 0.0}, "`dirichlet-alpha` is 0.0; it must be from 0.001"),
+        ("dirichlet", {"dirichlet_alpha": float("inf")}, "`dirichlet-alpha` is inf"),
+        ("dirichlet", {"dirichlet_alpha": float("nan")}, "`dirichlet-alpha` is nan"),
+        ("dirichlet", {"min_partition_size": 0}, "`min-partition-size` is 0"),
+        (
+            "dirichlet",
+            {"min_partition_size": 41},
+            "`min-partition-size` is 41; it must be at most 40 with `num-clients` 10",
+        ),
+        (
+            "dirichlet",
+            {"min_partition_size": 40, "dirichlet_alpha": 0.1},
+            "`dirichlet-alpha` 0.1 and `num-clients` 10 .* `min-partition-size` 40",
+        ),
+        ("pathological", {"classes_per_client": 11}, "`classes-per-client` is 11; .* at most 10"),
+        ("pathological", {"classes_per_client": 0}, "`classes-per-client` is 0"),
+        (
+            "pathological",
+            {"num_clients": 300, "classes_per_client": 5},
+            "`classes-per-client` 5 and `num-clients` 300",
+        ),
+        ("shards", {"shards_per_client": 41}, "`shards-per-client` is 41; .* at most 40"),
+        ("shards", {"shards_per_client": 0}, "`shards-per-client` is 0"),
+        ("components", {"planted_components": 0}, "`planted-components` is 0"),
+        (
+            "components",
+            {"planted_components": 11, "num_clients": 20},
+            "`planted-components` is 11; it must be at most 10, .* `component-transform`",
+        ),
+        ("components", {"num_clients": 4}, "`planted-components` is 5; it must be at most 4"),
+        (
+            "components",
+            {"num_clients": 400, "component_sizes": "long-tailed"},
+            "`num-clients` 400 .* lower `num-clients`",
+        ),
+        ("components", {"component_mixing": -0.1}, "`component-mixing` is -0.1; it must be 0 or"),
+        ("components", {"component_sizes": "equal"}, "`component-sizes` is 'equal'"),
+        ("components", {"component_transform": "flip"}, "`component-transform` is 'flip'"),
+    ],
+)
+def test_infeasible_requests_name_the_key(kind: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PartitionError, match=message):
+        made(kind, **fields)
+
+
+@pytest.mark.parametrize("labels", [[], [0, 10], [-1, 3]])
+def test_wrong_labels_are_refused(labels: list[int]) -> None:
+    with pytest.raises(PartitionError, match="labels from 0 to 9"):
+        make_partition(np.array(labels, dtype=np.int64), 10, spec_of("iid", 1))
+
+
+def test_a_missing_class_cannot_be_planted() -> None:
+    with pytest.raises(PartitionError, match="too few examples of some class"):
+        make_partition(LABELS[40:], 10, spec_of("components"))
+
+
+def test_keys_of_other_kinds_do_not_matter() -> None:
+    assert len(made("iid", 3, classes_per_client=99, planted_components=99).indices) == 3
+
+
+def test_redraws_are_silent(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(PartitionError):
+        made("dirichlet", min_partition_size=40)
+    made("pathological", 2, classes_per_client=1)
+    assert not [str(w.message) for w in recwarn if "min_partition_size" in str(w.message)]
+    assert not [str(w.message) for w in recwarn if "NOT be used" in str(w.message)]
+
+
+# --- local split
+
+
+@given(
+    count=st.integers(1, 50),
+    fraction=st.floats(0, 1, exclude_max=True),
+    seed=st.integers(0, 9),
+    partition_id=st.integers(0, 9),
+)
+def test_local_split(count: int, fraction: float, seed: int, partition_id: int) -> None:
+    indices = np.arange(1000, 1000 + count)
+    train, validation = local_split(indices, fraction, seed, partition_id)
+    assert sorted([*train, *validation]) == list(range(count))
+    assert len(train) >= 1
+    assert (len(validation) >= 1) == (fraction > 0 and count >= 2)
+    again = local_split(indices, fraction, seed, partition_id)
+    np.testing.assert_array_equal(validation, again[1])
+
+
+def test_local_split_differs_between_clients_and_seeds() -> None:
+    indices = np.arange(100)
+    held = [set(local_split(indices, 0.2, *key)[1]) for key in ((0, 0), (0, 1), (1, 0))]
+    assert [len(part) for part in held] == [20, 20, 20]
+    assert held[0] != held[1]
+    assert held[0] != held[2]
+    assert held[1] != held[2]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_local_split_refuses_the_fraction(fraction: float) -> None:
+    with pytest.raises(PartitionError, match="validation fraction"):
+        local_split(np.arange(5), fraction, 0, 0)
+
+
+def test_local_split_needs_examples() -> None:
+    with pytest.raises(PartitionError, match="Client 3 has no examples"):
+        local_split(np.arange(0), 0.1, 0, 3)
