@@ -91,25 +91,37 @@ def test_bad_config_fails_before_training_with_one_sentence(engine: Engine) -> N
     assert "round 0" not in refused.log
 
 
-def test_a_raising_and_a_nan_client_do_not_stop_the_others(engine: Engine, tmp_path: Path) -> None:
-    app = tmp_path / "app"
+def test_too_few_nodes_end_the_run_with_the_remedy(engine: Engine) -> None:
+    alone = engine.run({"node-timeout": 3.0}, supernodes=2)
+    assert alone.status == "finished:failed"
+    assert "only 2 of 10 expected clients connected within 3 s" in alone.log
+    assert '--federation-config "num-supernodes=10"' in alone.log
+
+
+@pytest.fixture(scope="module")
+def hostile_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the app in which client 3 raises and client 4 sends NaN; with seed 99 all raise."""
+    app = tmp_path_factory.mktemp("hostile") / "app"
     app.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "server_app.py"):
         shutil.copy(ROOT / name, app / name)
-    shutil.copytree(
-        ROOT / "fedfusion_flwr",
-        app / "fedfusion_flwr",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fedfusion_flwr", app / "fedfusion_flwr", ignore=skip)
     # Under a name of its own: an installed client_app would be found before the copy's.
     (app / "hostile_client_app.py").write_text(HOSTILE_CLIENT_APP, encoding="utf-8")
     pyproject = (app / "pyproject.toml").read_text(encoding="utf-8")
     pyproject = pyproject.replace("client_app:app", "hostile_client_app:app")
     pyproject = pyproject.replace('"client_app.py"', '"hostile_client_app.py"')
     (app / "pyproject.toml").write_text(pyproject, encoding="utf-8")
+    return app
+
+
+def test_a_raising_and_a_nan_client_do_not_stop_the_others(
+    engine: Engine, hostile_app: Path
+) -> None:
     # An IID partition: the honest eight know every class.
     config = {"num-server-rounds": ROUNDS, "partition": "iid"}
-    mixed = engine.run(config, app=app)
+    mixed = engine.run(config, app=hostile_app)
     assert mixed.status == "finished:completed", mixed.log[-3000:]
     rows = mixed.metrics()[1:]
     assert all(row["replies-valid"] == 8 for row in rows)
@@ -121,6 +133,16 @@ def test_a_raising_and_a_nan_client_do_not_stop_the_others(engine: Engine, tmp_p
     honest = engine.run(config)
     difference = honest.metrics()[-1]["global-accuracy"] - rows[-1]["global-accuracy"]
     assert difference < 0.03
+
+
+def test_failed_rounds_in_a_row_fail_the_run_and_keep_its_artifacts(
+    engine: Engine, hostile_app: Path
+) -> None:
+    stopped = engine.run({"num-server-rounds": ROUNDS, "seed": 99}, app=hostile_app)
+    assert stopped.status == "finished:failed"
+    assert "stopped after 3 failed rounds in a row" in stopped.log
+    assert [row["round"] for row in stopped.metrics()] == [0, 1, 2, 3]
+    assert {row["dropped"] for row in stopped.clients()} == {"error"}
 
 
 HOSTILE_CLIENT_APP = """
@@ -136,8 +158,8 @@ app.query()(handle_query)
 @app.train()
 def train(message, context):
     partition = context.node_config["partition-id"]
-    if partition == 3:
-        raise RuntimeError("client 3 is broken on purpose")
+    if partition == 3 or context.run_config["seed"] == 99:
+        raise RuntimeError(f"client {partition} is broken on purpose")
     reply = handle_train(message, context)
     if partition == 4:
         state = reply.content["arrays"].to_torch_state_dict()
