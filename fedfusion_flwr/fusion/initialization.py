@@ -44,8 +44,9 @@ def starting_partition(x: Tensor, max_groups: int) -> Tensor:
     """
     points = x.double().numpy()
     restarts = 10 if len(points) <= _MANY_CLIENTS else 1
+    largest = min(max_groups, len(points) - 1, len(np.unique(points, axis=0)))
     candidates: list[tuple[float, np.ndarray]] = []
-    for groups in range(2, min(max_groups, len(points) - 1) + 1):
+    for groups in range(2, largest + 1):
         labels = KMeans(groups, n_init=restarts, random_state=0).fit(points).labels_
         candidates.append((_silhouette(points, labels), labels))
     best = max((quality for quality, _ in candidates), default=0.0)
