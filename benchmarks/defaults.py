@@ -84,7 +84,11 @@ GRID: dict[str, tuple[str, ...]] = {
         "FedFusion rho 0.5, stratified",
     ),
     "dirichlet-0.1": ("FedAvg", "FedFusion rho 0.5"),
-    "dirichlet-0.1, 8 of 40": ("FedAvg", "FedFusion rho 0.5, stratified"),
+    "dirichlet-0.1, 8 of 40": (
+        "FedAvg",
+        "FedFusion rho 0.5",
+        "FedFusion rho 0.5, stratified",
+    ),
     "iid": ("FedAvg", "FedFusion rho 0.5"),
     "components-equal": ("FedAvg", "FedFusion rho 0.5"),
 }

@@ -98,7 +98,7 @@ class RunConfig:
 
     fraction_train: float = _key(1.0, _FRACTION)
     fraction_evaluate: float = _key(0.0, _between(0, 1))
-    sampling: str = _key("stratified", _one_of("random", "stratified"))
+    sampling: str = _key("random", _one_of("random", "stratified"))
 
     num_components: int = _key(8, _at_least(1))
     mixture: str = _key("balanced", _one_of("inferred", "balanced", "counts"))
