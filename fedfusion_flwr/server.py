@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from logging import INFO
 from pathlib import Path
 
-import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -118,7 +117,7 @@ def _check_federation(grid: Grid, strategy: BaseStrategy, config: RunConfig) -> 
 
 
 def _save_final(directory: RunDirectory, strategy: BaseStrategy) -> None:
-    state = {key: torch.as_tensor(value) for key, value in strategy.average.state.items()}
+    state = strategy.average.state
     directory.write_state(
         "final_model.safetensors",
         state,

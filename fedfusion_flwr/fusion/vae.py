@@ -34,7 +34,7 @@ def sample_gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def sample_kumaraswamy(a: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
-    """V = (1 - u^(1/c))^(1/a), u ~ Uniform(0, 1): differentiable in a and c, in (0, 1)."""
+    """Samples v = (1 - u^(1/c))^(1/a), u ~ Uniform(0, 1): in (0, 1), differentiable in a, c."""
     u = torch.rand(a.shape, generator=generator).clamp(_TINY, 1 - _TINY)
     return (1 - u.pow(1 / c)).clamp(_TINY, 1 - _TINY).pow(1 / a).clamp(_TINY, 1 - _TINY)
 
