@@ -20,10 +20,10 @@ from torch import nn
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data import LocalData, load_data, local_data, on_device
+from fedfusion_flwr.data import LocalData, data_for, local_data, on_device
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
-from fedfusion_flwr.models import build_model
+from fedfusion_flwr.models import model_for
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.training import (
     EVALUATION_BATCH,
@@ -171,8 +171,7 @@ def _prepare(message: Message, context: Context) -> _Work:
 @functools.lru_cache(maxsize=2)
 def _model(config: RunConfig, device: str) -> nn.Module:
     """A model to load parameters into; its own are of no account."""
-    shape = load_data(config.dataset, config.data_root)
-    model = build_model(config.model, shape.input_shape, shape.num_classes, seed=0)
+    model = model_for(config, data_for(config), seed=0)
     return place_model(model, torch.device(device))
 
 

@@ -35,6 +35,17 @@ def _one_of(*names: str) -> _Rule:
     return _Rule(lambda v: v in names, "one of " + ", ".join(f"'{n}'" for n in names))
 
 
+def _one_of_or_function(*names: str) -> _Rule:
+    """A name, or what the user wrote: ``package.module:function``."""
+
+    def accepts(value: str) -> bool:
+        module, colon, function = value.partition(":")
+        dotted = bool(colon) and all(part.isidentifier() for part in module.split("."))
+        return value in names or (dotted and function.isidentifier())
+
+    return _Rule(accepts, _one_of(*names).allowed + ", or your own as 'module:function'")
+
+
 def _at_least(low: float) -> _Rule:
     return _Rule(lambda v: v >= low, f"at least {low}")
 
@@ -52,10 +63,31 @@ _FRACTION = _Rule(lambda v: 0 < v <= 1, "greater than 0 and at most 1")
 _RATE = _Rule(lambda v: 0 < v <= 1e6, "greater than 0 and at most 1000000")
 _DECAY = _Rule(lambda v: 0 <= v < 1, "at least 0 and less than 1")
 
-STRATEGIES = ("fedfusion", "fedavg")
-DATASETS = ("mnist-5k",)
-MODELS = ("lenet", "resnet18")
-PARTITIONS = ("iid", "dirichlet", "pathological", "shards", "components")
+STRATEGIES = (
+    "fedfusion",
+    "fedavg",
+    "fedavgm",
+    "fedprox",
+    "fed-gn",
+    "fedbn",
+    "fedma",
+    "fesem",
+    "ifca",
+    "fedcluster",
+    "fedcluster-cycling",
+    "fedgroup",
+)
+DATASETS = (
+    "mnist-5k",
+    "mnist",
+    "fashion-mnist",
+    "cifar10",
+    "sentiment140",
+    "imagefolder",
+    "npz",
+)
+MODELS = ("lenet", "resnet18", "mobilenetv2", "densenet121", "bilstm")
+PARTITIONS = ("iid", "dirichlet", "pathological", "shards", "components", "user")
 
 
 @dataclass(frozen=True)
@@ -71,8 +103,11 @@ class RunConfig:
     strategy: str = _key("fedfusion", _one_of(*STRATEGIES))
     output_dir: str = _key("", _ANY)
 
-    dataset: str = _key("mnist-5k", _one_of(*DATASETS))
+    dataset: str = _key("mnist-5k", _one_of_or_function(*DATASETS))
     data_root: str = _key("", _ANY)
+    augment: bool = _key(True, _ANY)
+    vocabulary_size: int = _key(20_000, _at_least(3))
+    text_length: int = _key(40, _at_least(1))
     num_clients: int = _key(10, _at_least(1))
     partition: str = _key("components", _one_of(*PARTITIONS))
     dirichlet_alpha: float = _key(0.1, _above(0))
@@ -85,7 +120,9 @@ class RunConfig:
     component_transform: str = _key("none", _one_of("none", "rotate"))
     validation_fraction: float = _key(0.1, _DECAY)
 
-    model: str = _key("lenet", _one_of(*MODELS))
+    model: str = _key("lenet", _one_of_or_function(*MODELS))
+    normalization: str = _key("batch", _one_of("batch", "group", "layer", "none"))
+    normalization_groups: int = _key(2, _at_least(1))
     local_epochs: int = _key(1, _at_least(1))
     batch_size: int = _key(32, _at_least(2))
     learning_rate: float = _key(0.02, _RATE)
@@ -93,11 +130,14 @@ class RunConfig:
     weight_decay: float = _key(1e-4, _at_least(0))
     local_normalization: str = _key("batch", _one_of("batch", "fused"))
     fused_from_round: int = _key(5, _at_least(2))
+    precision: str = _key("fp32", _one_of("fp32", "bf16"))
+    compile: bool = _key(False, _ANY)
     device: str = _key("auto", _one_of("auto", "cpu", "cuda"))
     threads_per_client: int = _key(1, _at_least(1))
 
     fraction_train: float = _key(1.0, _FRACTION)
-    fraction_evaluate: float = _key(0.0, _between(0, 1))
+    fraction_evaluate: float = _key(1.0, _between(0, 1))
+    evaluate_every: int = _key(10, _at_least(1))
     sampling: str = _key("random", _one_of("random", "stratified"))
 
     num_components: int = _key(8, _at_least(1))
@@ -111,6 +151,22 @@ class RunConfig:
     vae_steps: int = _key(150, _at_least(1))
     vae_refit_steps: int = _key(30, _at_least(1))
     vae_learning_rate: float = _key(3e-3, _RATE)
+
+    proximal_mu: float = _key(0.01, _at_least(0))
+    num_clusters: int = _key(5, _at_least(1))
+    cluster_round: int = _key(5, _at_least(1))
+    distance_threshold: float = _key(0.0, _at_least(0))
+    linkage: str = _key("ward", _one_of("ward", "complete", "average"))
+    reshuffle_cycle: bool = _key(True, _ANY)
+    centre_update: str = _key("all", _one_of("all", "round"))
+    warm_start: bool = _key(True, _ANY)
+    warmup_rounds: int = _key(3, _at_least(0))
+    pretrain_steps: int = _key(50, _at_least(1))
+    pretrain_clients: int = _key(20, _at_least(1))
+    inter_group_rate: float = _key(0.0, _at_least(0))
+    matching_width: str = _key("variable", _one_of("variable", "fixed"))
+    matching_gamma: float = _key(1e-3, _above(0))
+    matching_sweeps: int = _key(5, _at_least(1))
 
     pool_moments: bool = _key(True, _ANY)
     server_learning_rate: float = _key(1.0, _RATE)

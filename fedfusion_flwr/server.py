@@ -14,8 +14,8 @@ from flwr.serverapp.strategy import Result
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data import central_test_data, load_data, partition_for
-from fedfusion_flwr.models import build_model
+from fedfusion_flwr.data import central_test_data, data_for, partition_for
+from fedfusion_flwr.models import model_for
 from fedfusion_flwr.rounds import RoundCallback
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy
 from fedfusion_flwr.strategies.reporting import EvaluateFn
@@ -51,10 +51,10 @@ def run(grid: Grid, context: Context) -> RunOutcome:
         were written before stay.
     """
     config = RunConfig.from_run_config(context.run_config)
-    data = load_data(config.dataset, config.data_root)
+    data = data_for(config)
     # Refuses an infeasible partition here, before any client trains.
     cut = partition_for(config)
-    model = build_model(config.model, data.input_shape, data.num_classes, config.seed)
+    model = model_for(config, data, config.seed)
     directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
 
@@ -93,10 +93,9 @@ def run(grid: Grid, context: Context) -> RunOutcome:
 
 def central_evaluation(config: RunConfig) -> EvaluateFn:
     """A function that measures a model on the server's test set."""
-    data = load_data(config.dataset, config.data_root)
     device = choose_device(config.device)
     x, y = (tensor.to(device) for tensor in central_test_data(config))
-    model = build_model(config.model, data.input_shape, data.num_classes, seed=0)
+    model = model_for(config, data_for(config), seed=0)
     model = place_model(model, device)
 
     def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:

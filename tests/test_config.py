@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfusion_flwr.config import ConfigError, RunConfig, Value, cohort_size
+from fedfusion_flwr.config import (
+    DATASETS,
+    MODELS,
+    STRATEGIES,
+    ConfigError,
+    RunConfig,
+    Value,
+    cohort_size,
+)
 from fedfusion_flwr.errors import FedFusionError
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -61,8 +69,11 @@ def test_defaults_are_allowed_and_frozen() -> None:
 OUT_OF_RANGE: list[tuple[str, Value, str]] = [
     ("num-server-rounds", 0, "at least 1"),
     ("seed", -1, "at least 0"),
-    ("strategy", "fedprox", "'fedfusion', 'fedavg'"),
+    ("strategy", "fedsgd", "'fedfusion', 'fedavg'"),
     ("dataset", "imagenet", "'mnist-5k'"),
+    ("dataset", "my data:load", "'module:function'"),
+    ("vocabulary-size", 2, "at least 3"),
+    ("text-length", 0, "at least 1"),
     ("num-clients", 0, "at least 1"),
     ("partition", "random", "'iid'"),
     ("dirichlet-alpha", 0.0, "greater than 0"),
@@ -77,6 +88,10 @@ OUT_OF_RANGE: list[tuple[str, Value, str]] = [
     ("validation-fraction", 1.0, "less than 1"),
     ("validation-fraction", -0.1, "at least 0"),
     ("model", "LeNet", "'lenet'"),
+    ("model", "nets:", "'module:function'"),
+    ("normalization", "instance", "'batch', 'group', 'layer', 'none'"),
+    ("normalization-groups", 0, "at least 1"),
+    ("precision", "fp16", "'fp32', 'bf16'"),
     ("local-epochs", 0, "at least 1"),
     ("batch-size", 1, "at least 2"),
     ("learning-rate", 0.0, "greater than 0"),
@@ -91,6 +106,7 @@ OUT_OF_RANGE: list[tuple[str, Value, str]] = [
     ("fraction-train", 1.01, "at most 1"),
     ("fraction-evaluate", -0.1, "from 0 to 1"),
     ("fraction-evaluate", 1.1, "from 0 to 1"),
+    ("evaluate-every", 0, "at least 1"),
     ("sampling", "uniform", "'random', 'stratified'"),
     ("num-components", 0, "at least 1"),
     ("mixture", "even", "'inferred', 'balanced', 'counts'"),
@@ -103,6 +119,19 @@ OUT_OF_RANGE: list[tuple[str, Value, str]] = [
     ("vae-steps", 0, "at least 1"),
     ("vae-refit-steps", 0, "at least 1"),
     ("vae-learning-rate", 0.0, "greater than 0"),
+    ("proximal-mu", -0.1, "at least 0"),
+    ("num-clusters", 0, "at least 1"),
+    ("cluster-round", 0, "at least 1"),
+    ("distance-threshold", -1.0, "at least 0"),
+    ("linkage", "single", "'ward', 'complete', 'average'"),
+    ("centre-update", "none", "'all', 'round'"),
+    ("warmup-rounds", -1, "at least 0"),
+    ("pretrain-steps", 0, "at least 1"),
+    ("pretrain-clients", 0, "at least 1"),
+    ("inter-group-rate", -1.0, "at least 0"),
+    ("matching-width", "wide", "'variable', 'fixed'"),
+    ("matching-gamma", 0.0, "greater than 0"),
+    ("matching-sweeps", 0, "at least 1"),
     ("server-learning-rate", -1.0, "greater than 0"),
     ("server-momentum", 1.0, "less than 1"),
     ("average-decay", 1.0, "less than 1"),
@@ -125,7 +154,10 @@ def test_out_of_range(key: str, value: Value, allowed: str) -> None:
 
 
 def test_every_limited_key_is_in_the_table() -> None:
-    unlimited = {"output-dir", "data-root", "pool-moments"}
+    unlimited = {
+        *("output-dir", "data-root", "pool-moments", "augment", "compile"),
+        *("reshuffle-cycle", "warm-start"),
+    }
     assert {key for key, _, _ in OUT_OF_RANGE} == set(KEYS) - unlimited
 
 
@@ -214,7 +246,9 @@ configs = st.builds(
     RunConfig,
     num_server_rounds=st.integers(1, 10**6),
     seed=st.integers(0, 2**63 - 1),
-    strategy=st.sampled_from(["fedfusion", "fedavg"]),
+    strategy=st.sampled_from(STRATEGIES),
+    dataset=st.sampled_from([*DATASETS, "my.data:load"]),
+    model=st.sampled_from([*MODELS, "nets:build"]),
     output_dir=st.text(max_size=20),
     num_clients=st.integers(10, 1000),
     dirichlet_alpha=st.floats(1e-6, 1e6),

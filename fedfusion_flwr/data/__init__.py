@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets and how they are divided among clients."""
 
+from fedfusion_flwr.data.dataset import DataError, FederatedData
 from fedfusion_flwr.data.local import (
     LocalData,
     central_test_data,
@@ -10,7 +11,7 @@ from fedfusion_flwr.data.local import (
     partition_spec,
 )
 from fedfusion_flwr.data.partition import Partition, PartitionError, PartitionSpec, make_partition
-from fedfusion_flwr.data.sources import DataError, FederatedData, load_data
+from fedfusion_flwr.data.sources import data_for, load_data
 
 __all__ = [
     "DataError",
@@ -20,6 +21,7 @@ __all__ = [
     "PartitionError",
     "PartitionSpec",
     "central_test_data",
+    "data_for",
     "load_data",
     "local_data",
     "make_partition",

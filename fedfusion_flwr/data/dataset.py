@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every data set is once it is loaded: tensors of examples and what must be known of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedfusion_flwr.data.augmentation import NO_AUGMENTATION, Augmentation
+from fedfusion_flwr.errors import FedFusionError
+
+_IMAGE_DIMENSIONS = 4
+_TEXT_DIMENSIONS = 2
+_DTYPES = {
+    _IMAGE_DIMENSIONS: (torch.uint8, torch.float32),
+    _TEXT_DIMENSIONS: (torch.int64,),
+}
+
+
+class DataError(FedFusionError, ValueError):
+    """An unknown data set, or files or arrays that are not what a data set must hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedData:
+    """A data set before it is divided among clients. The tensors are shared: do not change them.
+
+    Attributes
+    ----------
+    name : str
+        For messages.
+    x_train, x_test : Tensor
+        Images (N, C, H, W), either uint8 pixels, normalized by `inputs` when they are used, or
+        float32, used as they are. Or texts (N, L), int64 word numbers padded with 0.
+    y_train, y_test : Tensor
+        Labels in [0, num_classes), (N,), int64.
+    num_classes : int
+        Number of classes, at least 1.
+    mean, std : tuple[float, ...]
+        Of the pixels in [0, 1], one number per channel; required for uint8 images.
+    augmentation : Augmentation
+        What training may do to the images.
+    classes : tuple[str, ...]
+        Names of the classes in the order of their labels; empty where they have none.
+    vocabulary : tuple[str, ...]
+        Words in the order of their numbers, for texts: numbers 0 and 1 pad and stand for the
+        unknown.
+    users : np.ndarray or None
+        Who wrote each training example, (N,), for the partition by user.
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    num_classes: int
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augmentation: Augmentation = NO_AUGMENTATION
+    classes: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
+    users: np.ndarray | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raise `DataError` unless shapes, types and labels fit."""
+        self._check_split("train", self.x_train, self.y_train)
+        self._check_split("test", self.x_test, self.y_test)
+        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            raise DataError(
+                f"Both splits of data set {self.name!r} must have examples of one shape, got "
+                f"{tuple(self.x_train.shape[1:])} and {tuple(self.x_test.shape[1:])}."
+            )
+        if self.x_train.dtype == torch.uint8:
+            channels = self.x_train.shape[1]
+            if {len(self.mean), len(self.std)} != {channels} or min(self.std) <= 0:
+                raise DataError(
+                    f"Data set {self.name!r} has uint8 images of {channels} channels: it needs a "
+                    f"mean and a positive std for each, got {self.mean} and {self.std}."
+                )
+        if self.classes and len(self.classes) != self.num_classes:
+            raise DataError(
+                f"Data set {self.name!r} has {self.num_classes} classes and "
+                f"{len(self.classes)} class names."
+            )
+        if self.is_text and len(self.vocabulary) <= int(self.x_train.max()):
+            raise DataError(
+                f"Data set {self.name!r} has word number {int(self.x_train.max())}, but only "
+                f"{len(self.vocabulary)} words in its vocabulary."
+            )
+        if self.users is not None and self.users.shape != (len(self.y_train),):
+            raise DataError(f"Data set {self.name!r} must name one user for each train example.")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether examples are texts, not images."""
+        return self.x_train.dim() == _TEXT_DIMENSIONS
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of an example: (channels, height, width), or (length,) of a text."""
+        return tuple(self.x_train.shape[1:])
+
+    @property
+    def signature(self) -> str:
+        """A digest of all that a model trained on this data depends on; not of the examples.
+
+        Nodes that hold different parts of a data set have the same signature.
+        """
+        parts = (self.input_shape, self.num_classes, self.classes, self.vocabulary)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Examples as a model takes them: uint8 pixels become normalized float32 images."""
+        if x.dtype != torch.uint8:
+            return x
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
+        return x.float().div_(255).sub_(mean).div_(std)
+
+    @property
+    def black(self) -> Tensor:
+        """What a black pixel is for a model, (C,): what cropping pads with."""
+        if self.is_text or not self.mean:
+            return torch.zeros(self.input_shape[0])
+        return -torch.tensor(self.mean) / torch.tensor(self.std)
+
+    def _check_split(self, split: str, x: Tensor, y: Tensor) -> None:
+        where = f"The {split} split of data set {self.name!r}"
+        if x.dtype not in _DTYPES.get(x.dim(), ()):
+            raise DataError(
+                f"{where} must hold uint8 or float32 images of shape (N, C, H, W) or int64 texts "
+                f"of shape (N, L), got {x.dtype} of shape {tuple(x.shape)}."
+            )
+        if y.shape != x.shape[:1] or y.dtype != torch.int64 or len(y) == 0:
+            raise DataError(
+                f"{where} must hold one int64 label for each of its {len(x)} examples and at "
+                f"least one example, got {y.dtype} of shape {tuple(y.shape)}."
+            )
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= self.num_classes:
+            raise DataError(
+                f"{where} must have labels from 0 to {self.num_classes - 1}, "
+                f"got labels from {low} to {high}."
+            )
