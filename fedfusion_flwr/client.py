@@ -25,10 +25,13 @@ from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
 from fedfusion_flwr.models import model_for
 from fedfusion_flwr.randomness import torch_generator
+from fedfusion_flwr.rounds import State
 from fedfusion_flwr.training import (
     EVALUATION_BATCH,
     choose_device,
     evaluate,
+    freeze,
+    least_loss,
     place_model,
     train,
 )
@@ -36,13 +39,30 @@ from fedfusion_flwr.training import (
 
 @dataclass(frozen=True)
 class _Work:
-    """A message made ready: config, partition, data and a model that holds the sent parameters."""
+    """A message made ready: config, partition, data and the received models, the first loaded."""
 
     config: RunConfig
     partition_id: int
-    server_round: int
+    settings: ConfigRecord
+    received: list[State]
     model: nn.Module
     data: LocalData
+
+    @property
+    def server_round(self) -> int:
+        return int(cast(int, self.settings[protocol.SERVER_ROUND]))
+
+    def setting(self, key: str, otherwise: float) -> float:
+        """What the strategy says, or else the run config."""
+        return float(cast(float, self.settings.get(key, otherwise)))
+
+    def choose(self) -> dict[str, int]:
+        """Of several received models load the one of least training loss (IFCA); report it."""
+        if protocol.NUM_MODELS not in self.settings:
+            return {}
+        chosen = least_loss(self.model, self.received, self.data.x, self.data.y)
+        examples = len(self.received) * len(self.data.x)
+        return {protocol.CLUSTER: chosen, protocol.FORWARD_EXAMPLES: examples}
 
 
 def handle_train(message: Message, context: Context) -> Message:
@@ -51,7 +71,7 @@ def handle_train(message: Message, context: Context) -> Message:
 
 
 def handle_evaluate(message: Message, context: Context) -> Message:
-    """Reply with the received model's loss and accuracy on the client's validation part."""
+    """Reply with the received model's loss and accuracy on the client's held-out part."""
     return _answer(message, context, _evaluate)
 
 
@@ -65,25 +85,35 @@ def _train(work: _Work) -> RecordDict:
     if not len(data.x):
         raise FedFusionError("this client has no training examples; give it data or leave it out")
     started, clock = time.time(), time.perf_counter()
-    probed = _probe(work) if config.statistics_source == "probe" else None
+    reported: dict[str, float] = {protocol.NUM_EXAMPLES: len(data.x), **work.choose()}
+    probed = None
+    if config.statistics_source == "probe":
+        probed = _probe(work)
+        looked = reported.get(protocol.FORWARD_EXAMPLES, 0)
+        reported[protocol.FORWARD_EXAMPLES] = looked + len(data.x)
     has_validation = len(data.x_validation) > 0
     x_check = data.x_validation if has_validation else data.x
     y_check = data.y_validation if has_validation else data.y
-    loss_before, _ = evaluate(work.model, x_check, y_check)
-    loss = train(
+    reported["loss-before"], _ = evaluate(work.model, x_check, y_check)
+    phase = str(work.settings.get(protocol.PHASE, "training"))
+    freeze(work.model, cast(list[str], work.settings.get(protocol.FROZEN, [])))
+    result = train(
         work.model,
         data.x,
         data.y,
-        epochs=config.local_epochs,
+        epochs=int(work.setting(protocol.LOCAL_EPOCHS, config.local_epochs)),
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
+        learning_rate=work.setting(protocol.LEARNING_RATE, config.learning_rate),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        generator=torch_generator(config.seed, "training", work.server_round, work.partition_id),
+        generator=torch_generator(config.seed, phase, work.server_round, work.partition_id),
         fused_normalization=config.local_normalization == "fused"
         and work.server_round >= config.fused_from_round,
+        proximal_mu=work.setting(protocol.PROXIMAL_MU, 0),
+        max_steps=int(work.setting(protocol.MAX_STEPS, 0)) or None,
     )
-    loss_after, _ = evaluate(work.model, x_check, y_check)
+    reported[protocol.TRAIN_LOSS], reported[protocol.GRADIENT_STEPS] = result
+    reported["loss-after"], _ = evaluate(work.model, x_check, y_check)
     state = work.model.state_dict()
     content = RecordDict({protocol.ARRAYS: protocol.record_from_state(state)})
     try:
@@ -93,31 +123,20 @@ def _train(work: _Work) -> RecordDict:
         content[protocol.NORMALIZATION] = protocol.record_from_statistics(statistics)
     except StatisticsError:
         pass  # no running statistics: only a strategy that needs them may object
-    content[protocol.METRICS] = MetricRecord(
-        {
-            protocol.NUM_EXAMPLES: len(work.data.x),
-            protocol.TRAIN_LOSS: loss,
-            "loss-before": loss_before,
-            "loss-after": loss_after,
-            protocol.TRAIN_STARTED: started,
-            protocol.TRAIN_SECONDS: time.perf_counter() - clock,
-        }
-    )
+    reported[protocol.TRAIN_STARTED] = started
+    reported[protocol.TRAIN_SECONDS] = time.perf_counter() - clock
+    content[protocol.METRICS] = MetricRecord(dict(reported))
     return content
 
 
 def _evaluate(work: _Work) -> RecordDict:
     if not len(work.data.x_validation):
         raise FedFusionError("this client has no validation examples; raise validation-fraction")
+    reported: dict[str, float] = {protocol.NUM_EXAMPLES: len(work.data.x_validation)}
+    reported |= work.choose()
     loss, accuracy = evaluate(work.model, work.data.x_validation, work.data.y_validation)
-    metrics = MetricRecord(
-        {
-            protocol.NUM_EXAMPLES: len(work.data.x_validation),
-            "validation-loss": loss,
-            "validation-accuracy": accuracy,
-        }
-    )
-    return RecordDict({protocol.METRICS: metrics})
+    reported |= {"personalized-loss": loss, "personalized-accuracy": accuracy}
+    return RecordDict({protocol.METRICS: MetricRecord(dict(reported))})
 
 
 def _query(work: _Work) -> RecordDict:
@@ -161,11 +180,12 @@ def _prepare(message: Message, context: Context) -> _Work:
     device = choose_device(config.device)
     data = on_device(local_data(config, partition_id), device)
     model = _model(config, device.type)
-    model.load_state_dict(
-        protocol.state_from_record(message.content.array_records[protocol.ARRAYS])
-    )
-    server_round = message.content.config_records[protocol.CONFIG][protocol.SERVER_ROUND]
-    return _Work(config, partition_id, int(cast(int, server_round)), model, data)
+    settings = message.content.config_records[protocol.CONFIG]
+    state = protocol.state_from_record(message.content.array_records[protocol.ARRAYS])
+    packed = protocol.NUM_MODELS in settings
+    received = list(protocol.unpack_states(state).values()) if packed else [state]
+    model.load_state_dict(received[0])
+    return _Work(config, partition_id, settings, received, model, data)
 
 
 @functools.lru_cache(maxsize=2)

@@ -223,6 +223,11 @@ class RunConfig:
                 f"{self.num_train_clients} of {self.num_clients} clients train in a round; "
                 f"at most {self.num_train_clients} is allowed"
             )
+        if self.fraction_evaluate > 0 and self.validation_fraction == 0:
+            raise ConfigError(
+                "validation-fraction = 0.0 leaves clients nothing to evaluate on: set "
+                "fraction-evaluate = 0.0 too"
+            )
         if self.partition == "components" and self.num_clients < self.planted_components:
             raise ConfigError(
                 f"{_shown('planted_components', self.planted_components)} is not allowed: at most "
@@ -233,6 +238,13 @@ class RunConfig:
     def num_train_clients(self) -> int:
         """How many clients train in a round."""
         return cohort_size(self.num_clients, self.fraction_train)
+
+    @property
+    def model_normalization(self) -> str:
+        """What the model's normalization layers become: Fed-GN is FedAvg with group norm."""
+        if self.strategy == "fed-gn" and self.normalization == "batch":
+            return "group"
+        return self.normalization
 
     def to_run_config(self) -> dict[str, Value]:
         """Back to kebab-case keys; `from_run_config` inverts it."""

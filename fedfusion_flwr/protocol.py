@@ -42,6 +42,24 @@ TRAIN_LOSS = "train-loss"
 TRAIN_STARTED = "train-started"
 TRAIN_SECONDS = "train-seconds"
 
+GRADIENT_STEPS = "gradient-steps"
+FORWARD_EXAMPLES = "forward-examples"
+
+# What a strategy may say in the config of a train message; where it does not, the run config does.
+PHASE = "phase"
+"""Name of a training outside the round's own, so that it draws random numbers of its own."""
+PROXIMAL_MU = "proximal-mu"
+MAX_STEPS = "max-steps"
+"""Stop after so many gradient steps, however many epochs they take."""
+LOCAL_EPOCHS = "local-epochs"
+LEARNING_RATE = "learning-rate"
+FROZEN = "frozen"
+"""Names of state-dict entries that are not trained."""
+NUM_MODELS = "num-models"
+"""The arrays hold so many models, packed by `pack_states`: train the one of least loss."""
+CLUSTER = "cluster"
+"""In a reply's metrics: the number of the model that was chosen."""
+
 STATISTICS_KEYS = ("mean", "std", "shift", "scale")
 NPY_OVERHEAD = 4096
 """More than any plain array's .npy header; what an honest payload may exceed its data by."""
@@ -107,6 +125,20 @@ def tensor_view(view: NDArray[np.generic]) -> Tensor:
 def record_from_state(state: Mapping[str, Tensor]) -> ArrayRecord:
     """A state dict as an ArrayRecord; integer tensors keep their type."""
     return ArrayRecord({key: Array(value.detach().cpu().numpy()) for key, value in state.items()})
+
+
+def pack_states(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Several state dicts as one, with keys ``{name}/{key}``."""
+    return {f"{name}/{key}": v for name, state in states.items() for key, v in state.items()}
+
+
+def unpack_states(packed: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Invert `pack_states`."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for packed_key, value in packed.items():
+        name, _, key = packed_key.partition("/")
+        states.setdefault(name, {})[key] = value
+    return states
 
 
 def record_from_statistics(statistics: NormalizationStatistics) -> ArrayRecord:

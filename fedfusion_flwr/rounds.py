@@ -23,6 +23,7 @@ class ClientRow:
     num_examples: int | None = None
     weight: float = 0.0
     assignment: list[float] | None = None
+    cluster: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     dropped: str | None = None
     detail: str | None = None
@@ -46,7 +47,8 @@ class RoundReport:
     """Everything that is recorded of a round; filled in as the round goes on.
 
     ``metrics`` are the numbers of the round by kebab-case name, ``seconds`` where its time went,
-    and ``model`` is the served global model after it.
+    ``clusters`` the cluster (or main component) of every client that has one, and ``model`` is the
+    served global model after it.
     """
 
     server_round: int
@@ -55,6 +57,7 @@ class RoundReport:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     fusion: FusionSnapshot | None = None
+    clusters: dict[int, int] = field(default_factory=dict)
     model: State = field(default_factory=dict)
 
     @property

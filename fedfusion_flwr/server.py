@@ -16,7 +16,7 @@ from fedfusion_flwr import protocol
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.data import central_test_data, data_for, partition_for
 from fedfusion_flwr.models import model_for
-from fedfusion_flwr.rounds import RoundCallback
+from fedfusion_flwr.rounds import RoundCallback, State
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy
 from fedfusion_flwr.strategies.reporting import EvaluateFn
 from fedfusion_flwr.tracking import (
@@ -26,6 +26,7 @@ from fedfusion_flwr.tracking import (
     FusionArchive,
     RunDirectory,
     RunLog,
+    RunSummary,
     one_line_per_round,
     state_digest,
 )
@@ -58,7 +59,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
 
-    best = BestModel(directory)
+    best, history = BestModel(directory), RunSummary()
     callbacks: list[RoundCallback] = []
     if cut.main_components is not None:
         callbacks.append(ComponentRecovery(cut.main_components))
@@ -66,9 +67,14 @@ def run(grid: Grid, context: Context) -> RunOutcome:
         RunLog(directory),
         FusionArchive(directory),
         best,
+        history,
         ConsoleLine(config.num_server_rounds),
     ]
-    strategy = build_strategy(config, callbacks)
+
+    def initial_state(number: int) -> State:
+        return model_for(config, data, config.seed + number).state_dict()
+
+    strategy = build_strategy(config, callbacks, initial_state)
     _check_federation(grid, strategy, config)
     log(INFO, "Run directory: %s", directory.path)
     try:
@@ -84,8 +90,9 @@ def run(grid: Grid, context: Context) -> RunOutcome:
         # Also when the run is stopped: the last good model is worth keeping.
         if strategy.average.state:
             _save_final(directory, strategy)
+            directory.write_json("summary.json", history.summary())
     digest = state_digest(protocol.state_from_record(result.arrays))
-    log(INFO, "Best round: %d, test accuracy %.4f", best.server_round, best.accuracy)
+    log(INFO, "%s", history)
     log(INFO, "Final model digest: %s", digest)
     log(INFO, "Run directory: %s", directory.path)
     return RunOutcome(result, digest, directory.path)
@@ -123,3 +130,8 @@ def _save_final(directory: RunDirectory, strategy: BaseStrategy) -> None:
         round=strategy.server_round,
         digest=state_digest(state),
     )
+    models = strategy.models()
+    if models:
+        directory.write_state(
+            "final_models.safetensors", protocol.pack_states(models), round=strategy.server_round
+        )

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,13 @@ class TrainingError(FedFusionError, RuntimeError):
     """Local training that cannot start or went wrong; the client's reply says why."""
 
 
+class TrainingResult(NamedTuple):
+    """The last epoch's mean loss and the number of gradient steps."""
+
+    loss: float
+    steps: int
+
+
 def train(
     model: nn.Module,
     x: Tensor,
@@ -33,7 +42,9 @@ def train(
     weight_decay: float,
     generator: torch.Generator,
     fused_normalization: bool = False,
-) -> float:
+    proximal_mu: float = 0.0,
+    max_steps: int | None = None,
+) -> TrainingResult:
     """Minimize the cross-entropy by SGD with momentum, in place.
 
     Parameters
@@ -49,11 +60,16 @@ def train(
     fused_normalization : bool
         Normalize with the received running statistics instead of those of the batch; affine
         parameters are trained all the same. Afterwards the running statistics are measured on x.
+    proximal_mu : float
+        Weight of the squared distance to the model as it was received, (mu / 2) ||w - w_t||^2 over
+        all trained parameters (FedProx, Li et al. 2020).
+    max_steps : int or None
+        Stop after so many gradient steps; epochs go on as long as it takes.
 
     Returns
     -------
-    float
-        Mean loss over the last epoch's examples.
+    TrainingResult
+        Mean loss over the examples of the last epoch, as far as it went, and the steps taken.
 
     Raises
     ------
@@ -73,20 +89,30 @@ def train(
     if fused_normalization:
         for module in batchnorms:
             module.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+        trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
     )
-    mean_loss = math.nan
-    for epoch in range(epochs):
-        total = torch.zeros((), dtype=torch.float64)
+    received = [p.detach().clone() for p in trained] if proximal_mu else []
+    mean_loss, steps = math.nan, 0
+    for epoch in itertools.count():
+        if (epoch == epochs) if max_steps is None else (steps == max_steps):
+            break
+        total, seen = torch.zeros((), dtype=torch.float64), 0
         for index in shuffled_batches(len(x), batch_size, generator):
             rows = index.to(x.device)
             loss = F.cross_entropy(model(x[rows]), y[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
+            if proximal_mu:
+                add_proximal_gradient(trained, received, proximal_mu)
             optimizer.step()
             total += loss.detach().double().cpu() * len(index)
-        mean_loss = float(total) / len(x)
+            seen += len(index)
+            steps += 1
+            if steps == max_steps:
+                break
+        mean_loss = float(total) / seen
         if not math.isfinite(mean_loss):
             raise TrainingError(
                 f"the training loss turned non-finite in local epoch {epoch + 1}; "
@@ -94,7 +120,23 @@ def train(
             )
     if fused_normalization:
         measure_running_statistics(model, x)
-    return mean_loss
+    return TrainingResult(mean_loss, steps)
+
+
+def add_proximal_gradient(
+    parameters: list[nn.Parameter], received: list[Tensor], proximal_mu: float
+) -> None:
+    """Add mu (w - w_t), the gradient of (mu / 2) ||w - w_t||^2, to every parameter's gradient."""
+    for parameter, anchor in zip(parameters, received, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
+
+
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Train all parameters but the named ones."""
+    frozen = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
 
 
 def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -109,8 +151,12 @@ def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) ->
         start = end
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in [0, 1], in eval mode; the mode is left at eval.
+def evaluate(
+    model: nn.Module, x: Tensor, y: Tensor, *, batch_statistics: bool = False
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in [0, 1]; the mode is left at eval.
+
+    ``batch_statistics`` normalizes with those of each batch, as training does.
 
     Raises
     ------
@@ -119,7 +165,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """
     if len(x) == 0:
         raise TrainingError("there are no examples to evaluate on")
-    model.eval()
+    model.train(batch_statistics)
     loss, correct = 0.0, 0
     with torch.inference_mode():
         for rows, labels in zip(
@@ -128,7 +174,29 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
             logits = model(rows)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(1) == labels).sum())
+    model.eval()
     return loss / len(x), correct / len(x)
+
+
+def least_loss(
+    model: nn.Module, states: Sequence[Mapping[str, Tensor]], x: Tensor, y: Tensor
+) -> int:
+    """Load the state of least loss on the examples and return its number; of equals the first.
+
+    No random number is drawn. A state whose BatchNorm layers have seen no batch yet is judged by
+    the statistics of the examples: its own say nothing.
+    """
+    losses = []
+    for state in states:
+        model.load_state_dict(state)
+        untrained = any(
+            not value.any() for key, value in state.items() if key.endswith("num_batches_tracked")
+        )
+        losses.append(evaluate(model, x, y, batch_statistics=untrained)[0])
+    chosen = losses.index(min(losses))
+    # Loading again also forgets what judging by batch statistics left in the model.
+    model.load_state_dict(states[chosen])
+    return chosen
 
 
 def measure_running_statistics(model: nn.Module, x: Tensor) -> None:

@@ -85,7 +85,7 @@ class FakeClient:
                 content["normalization"] = protocol.record_from_statistics(statistics)
             metrics = {"num-examples": 10 * (partition + 1), "train-loss": 1.0 + partition}
         else:
-            metrics = {"num-examples": partition + 1, "validation-accuracy": 0.1 * partition}
+            metrics = {"num-examples": partition + 1, "personalized-accuracy": 0.1 * partition}
         content["metrics"] = MetricRecord(metrics)
         if self.echo:
             content["client"] = ConfigRecord(

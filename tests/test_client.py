@@ -90,7 +90,7 @@ def test_evaluate_uses_the_validation_part() -> None:
     metrics = ask("evaluate").content.metric_records["metrics"]
     held_out = local_data(RunConfig.from_run_config(BASE), 0).x_validation
     assert metrics["num-examples"] == len(held_out)
-    assert 0 <= metrics["validation-accuracy"] <= 1  # type: ignore[operator]
+    assert 0 <= metrics["personalized-accuracy"] <= 1  # type: ignore[operator]
 
 
 def test_reply_depends_on_seed_partition_and_round_alone() -> None:
@@ -151,7 +151,7 @@ def test_what_a_user_can_mend_is_an_error_reply_of_one_sentence(
 
 
 def test_evaluate_without_validation_part_says_so() -> None:
-    reply = ask("evaluate", **{"validation-fraction": 0.0})
+    reply = ask("evaluate", **{"validation-fraction": 0.0, "fraction-evaluate": 0.0})
     assert "raise validation-fraction" in reply.error.reason
 
 

@@ -217,6 +217,18 @@ def test_more_planted_components_than_clients() -> None:
     assert parse(num_clients=5).num_clients == 5
 
 
+def test_evaluation_without_held_out_examples() -> None:
+    with pytest.raises(ConfigError, match=r"^validation-fraction = 0.0 .* fraction-evaluate = 0.0"):
+        parse(validation_fraction=0.0)
+    assert parse(validation_fraction=0.0, fraction_evaluate=0.0).fraction_evaluate == 0
+
+
+def test_fed_gn_is_fedavg_with_group_norm() -> None:
+    assert parse(strategy="fed-gn").model_normalization == "group"
+    assert parse(strategy="fed-gn", normalization="layer").model_normalization == "layer"
+    assert parse(strategy="fedavg").model_normalization == "batch"
+
+
 def test_min_valid_replies_that_can_never_come() -> None:
     with pytest.raises(ConfigError) as caught:
         parse(min_valid_replies=4, fraction_train=0.3)

@@ -42,7 +42,7 @@ def test_federated_evaluation_and_fedavg(tmp_path: Path) -> None:
     run_here(tmp_path / "run", strategy="fedavg", **{"fraction-evaluate": 0.3})
     text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     last = json.loads(text.splitlines()[-1])
-    assert 0 <= last["validation-accuracy"] <= 1
+    assert 0 <= last["personalized-accuracy"] <= 1
     assert "mixture" not in last
     assert not (tmp_path / "run" / "fusion.npz").exists()
 

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 
 def fit(model: nn.Module, x: Tensor, y: Tensor, **changes: Any) -> float:
     generator = changes.pop("generator", None) or torch_generator(0, "training", 1)
-    return train(model, x, y, generator=generator, **(SETTINGS | changes))
+    return train(model, x, y, generator=generator, **(SETTINGS | changes)).loss
 
 
 def blobs(count: int = 40) -> tuple[Tensor, Tensor]:

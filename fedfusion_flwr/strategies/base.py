@@ -1,42 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every strategy here shares: seeded sampling, reply checks, fusion, server step, reports.
+"""What every strategy here shares: seeded sampling, messages, reply checks, costs, reports.
 
-A strategy of one's own overrides `client_weights` (and perhaps `sample_clients`); the rest stays.
+`SingleModelStrategy` and `MultiModelStrategy` stand on it; a strategy of one's own overrides a few
+hooks of one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import Any
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
-from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import cohort_size
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.fusion import (
-    ServerStep,
-    cap_weights,
-    fuse_state_dicts,
-)
-from fedfusion_flwr.fusion.server_step import implausible
 from fedfusion_flwr.fusion.statistics import LayerChoice, batchnorm_prefixes, select_layers
-from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.rounds import RoundCallback, RoundReport, State
+from fedfusion_flwr.rounds import ClientRow, RoundCallback, RoundReport, State
 from fedfusion_flwr.strategies.bookkeeping import (
+    add_costs_down,
+    add_costs_up,
     book_replies,
     log_dropped,
     mean_metrics,
     split_train_time,
 )
+from fedfusion_flwr.strategies.conversation import Conversation, Setting
 from fedfusion_flwr.strategies.replies import ClientReply, ReplyJudge
 from fedfusion_flwr.strategies.reporting import ReportingFedAvg
 from fedfusion_flwr.strategies.roster import Roster
@@ -44,36 +38,32 @@ from fedfusion_flwr.strategies.sampling import random_cohort
 
 _WHERE = "the reason of every dropped reply is in the log and in clients.jsonl"
 
+Exchange = Callable[[Sequence[int], State, Mapping[str, Setting]], list[ClientReply]]
+"""Have clients train a model outside the round's own training; returns the good replies."""
+
 
 class RunStopped(FedFusionError, AggregationError):
     """Several rounds in a row had too few usable replies; what was written so far stays."""
 
 
-@dataclass
-class _Round:
-    """The round in progress."""
-
-    number: int
-    sent: State
-    sampled: dict[int, int] = field(default_factory=dict)
+class KeepOldModel(Exception):
+    """Why a round's replies must not change the model; `BaseStrategy.advance` may raise it."""
 
 
 class BaseStrategy(ReportingFedAvg):
-    """Federated averaging with checked replies, seeded sampling and pooled moments.
+    """Checked replies, seeded sampling, personal evaluation and reports; without an algorithm.
 
     Parameters
     ----------
     seed : int
         Seed of client sampling.
-    server_learning_rate, server_momentum : float
-        The aggregate is a pseudo-gradient; 1 and 0 take the aggregate as it is.
     average_decay : float
         Decay of the moving average of global models that is evaluated, saved and returned; training
         goes on from the newest model. 0 serves the newest.
     pool_moments : bool
         Fuse running statistics as moments of the mixture instead of averaging variances.
-    max_client_weight : float
-        Upper limit of one client's weight in the global model; 1 is no limit.
+    evaluate_every : int
+        Clients evaluate in every so many rounds, and in the last.
     min_valid_replies : int
         With fewer good replies the round keeps the old model.
     max_failed_rounds : int
@@ -96,11 +86,9 @@ class BaseStrategy(ReportingFedAvg):
         self,
         *,
         seed: int = 0,
-        server_learning_rate: float = 1.0,
-        server_momentum: float = 0.0,
         average_decay: float = 0.0,
         pool_moments: bool = True,
-        max_client_weight: float = 1.0,
+        evaluate_every: int = 1,
         min_valid_replies: int = 1,
         max_failed_rounds: int = 3,
         max_examples: int = 10_000_000,
@@ -113,52 +101,95 @@ class BaseStrategy(ReportingFedAvg):
         super().__init__(average_decay=average_decay, callbacks=callbacks, **flower)
         self.seed = seed
         self.pool_moments = pool_moments
-        self.max_client_weight = max_client_weight
+        self.evaluate_every = evaluate_every
         self.min_valid_replies = min_valid_replies
         self.max_failed_rounds = max_failed_rounds
         self.max_examples = max_examples
         self.max_update_ratio = max_update_ratio
         self.node_timeout = node_timeout
         self.statistics_layers = statistics_layers
-        self.step = ServerStep(server_learning_rate, server_momentum)
         self.roster = Roster()
         self.failed_rounds = 0
-        self._round = _Round(0, {})
+        self._round = Conversation(0, {}, ArrayRecord())
 
-    # --- what a strategy of one's own overrides -------------------------------------------------
+    # --- what an algorithm overrides ------------------------------------------------------------
 
-    def client_weights(self, replies: list[ClientReply]) -> Tensor:
-        """Weights p (K,), float64: what each model counts; non-negative, sums to 1."""
+    def advance(self, replies: list[ClientReply]) -> State:
+        """The next global model, from this round's good replies, sorted by client.
+
+        Also notes in ``self.report`` what each client counted (`book_clients`).
+
+        Raises
+        ------
+        KeepOldModel
+            If the replies must not change the model.
+        """
         raise NotImplementedError
+
+    def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
+        """Before the cohort of a round is drawn from ``clients``: e.g. a cold start."""
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
         """Which of the connected clients train this round."""
         return random_cohort(clients, size, numpy_generator(self.seed, "sampling", server_round))
 
-    def aggregate(self, replies: list[ClientReply], weights: Tensor) -> State:
-        """The fused model, before the server step."""
-        return fuse_state_dicts(
-            (reply.state for reply in replies), weights, pool_moments=self.pool_moments
-        )
+    def prepare_cohort(self, cohort: list[int], exchange: Exchange) -> None:
+        """After the cohort of a round was drawn: e.g. a first training of newcomers."""
 
-    def accepted(self, replies: list[ClientReply], weights: Tensor) -> None:
-        """Take note that this round's aggregate became the new model."""
+    def sent_to(self, client: int) -> State:
+        """What a client is sent to train from. The same object for equal models, to encode once."""
+        return self.current
+
+    def expected_from(self, client: int) -> State:
+        """A model with the keys, shapes and types that the client's reply must have."""
+        return self._round.sent[client]
+
+    def train_settings(self, client: int) -> dict[str, Setting]:
+        """What a train message says beside the model; see `fedfusion_flwr.protocol`."""
+        return {}
+
+    def check_reply(self, reply: ClientReply) -> None:
+        """Refuse a train reply, good in all else, by raising `BadReply`."""
+
+    def prepare_evaluation(self) -> None:
+        """Before clients are sent the models to evaluate."""
+
+    def evaluate_settings(self, client: int) -> dict[str, Setting]:
+        """What an evaluate message says beside the model."""
+        return {}
+
+    def personal_model(self, client: int) -> State:
+        """The model that serves a client, assigned by training data only; evaluated there."""
+        return self.served
+
+    def models(self) -> dict[str, State]:
+        """The models that are kept beside the global one, by short name, for the artifacts."""
+        return {}
 
     # --- Flower's interface ---------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample clients and address the global model to them."""
+        """Sample clients and address their models to them."""
         self._stopwatch.restart()
         self.report = RoundReport(server_round)
-        self._round = _Round(server_round, protocol.state_from_record(arrays))
+        self._round = Conversation(server_round, protocol.state_from_record(arrays), arrays)
         if self.fraction_train == 0.0:
             return []
         connected = self._connected(server_round, grid)
+
+        def exchange(
+            clients: Sequence[int], state: State, settings: Mapping[str, Setting]
+        ) -> list[ClientReply]:
+            return self._exchange(grid, config, connected, clients, state, settings)
+
+        self.prepare_round(sorted(connected), exchange)
         size = max(cohort_size(len(connected), self.fraction_train), self.min_train_nodes)
         cohort = self.sample_clients(server_round, sorted(connected), size)
-        messages = self._messages(arrays, config, cohort, connected, MessageType.TRAIN)
+        self.prepare_cohort(cohort, exchange)
+        self._round.ask({connected[client]: client for client in cohort}, self.sent_to)
+        messages = self._messages(MessageType.TRAIN, config, self.train_settings)
         self.report.num_sampled = len(cohort)
         self._stopwatch.lap(self.report, "sample")
         return messages
@@ -166,33 +197,23 @@ class BaseStrategy(ReportingFedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies, fuse the good ones and take the server step."""
+        """Check the replies and let the algorithm make the next model of the good ones."""
         replies = list(replies)
         self._stopwatch.lap(self.report, "train")
         if self.fraction_train == 0.0:
             return None, None
-        good, bad = self._judge(with_model=True).judge(replies, with_model=True)
+        good, bad = self._judge(replies, self.expected_from, self.check_reply)
         book_replies(self.report, good, bad)
         if len(good) < self.min_valid_replies:
             why = f"{len(good)} valid replies, min-valid-replies is {self.min_valid_replies}"
             return self._keep_old_model(why, good)
-        with one_thread():
-            weights = cap_weights(self.client_weights(good), self.max_client_weight)
-        self._stopwatch.lap(self.report, "infer")
-        aggregate = self.aggregate(good, weights)
-        problem = implausible(self._round.sent, aggregate, self.max_update_ratio)
-        if problem:
-            return self._keep_old_model(f"of the fused model, {problem}", good)
+        try:
+            model = self.advance(good)
+        except KeepOldModel as why:
+            return self._keep_old_model(str(why), good)
         self.failed_rounds = 0
-        model = self.step(self._round.sent, aggregate)
         self.average.update(model)
-        self.accepted(good, weights)
-        self.report.clients = [
-            reply.row(weight, self.assignment_of(reply))
-            for reply, weight in zip(good, weights.tolist(), strict=True)
-        ] + self.report.clients
-        entropy = -torch.xlogy(weights, weights).sum()
-        self.report.metrics["weight-entropy"] = float(entropy)
+        self.report.metrics["server-aggregations"] = 1.0
         split_train_time(self.report, good)
         self._stopwatch.lap(self.report, "aggregate")
         means = mean_metrics(good, self.train_metrics_aggr_fn)
@@ -203,23 +224,31 @@ class BaseStrategy(ReportingFedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Address the served model to a seeded sample of clients for local evaluation."""
-        if self.fraction_evaluate == 0.0:
+        """Address to a seeded sample of clients the model that serves each."""
+        self._round.sampled = {}
+        if not self.evaluates(server_round):
             return []
-        served = protocol.record_from_state(self.average.state) if self.average.state else arrays
         connected = self._connected(server_round, grid)
         size = max(cohort_size(len(connected), self.fraction_evaluate), self.min_evaluate_nodes)
         generator = numpy_generator(self.seed, "evaluation-sampling", server_round)
         cohort = random_cohort(sorted(connected), size, generator)
-        return self._messages(served, config, cohort, connected, MessageType.EVALUATE)
+        self.prepare_evaluation()
+        self._round.ask({connected[client]: client for client in cohort}, self.personal_model)
+        return self._messages(MessageType.EVALUATE, config, self.evaluate_settings)
+
+    def evaluates(self, server_round: int) -> bool:
+        """Whether clients evaluate in this round."""
+        due = server_round % self.evaluate_every == 0 or server_round == self.num_rounds
+        return self.fraction_evaluate > 0 and due
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Example-weighted means of the clients' finite evaluation metrics."""
-        if self.fraction_evaluate == 0.0 or not self._round.sampled:
+        if not self._round.sampled:
             return None
-        good, bad = self._judge(with_model=False).judge(replies, with_model=False)
+        good, bad = self._judge(replies, None)
+        self.report.metrics["evaluate-replies-valid"] = float(len(good))
         self.report.metrics["evaluate-replies-dropped"] = float(len(bad))
         log_dropped(server_round, "evaluation", bad)
         means = mean_metrics(good, self.evaluate_metrics_aggr_fn)
@@ -229,12 +258,6 @@ class BaseStrategy(ReportingFedAvg):
 
     def summary(self) -> None:
         """Log the strategy's settings at the start of a run."""
-        log(
-            INFO,
-            "\t├──> Server step: learning rate %g, momentum %g",
-            self.step.learning_rate,
-            self.step.momentum,
-        )
         log(INFO, "\t├──> Served model: average decay %g", self.average.decay)
         log(
             INFO,
@@ -254,26 +277,27 @@ class BaseStrategy(ReportingFedAvg):
         if self.failed_rounds >= num_rounds and self.fraction_train > 0:
             raise RunStopped(f"none of {num_rounds} rounds had enough valid replies; {_WHERE}")
 
-    # --- for subclasses and the report ----------------------------------------------------------
+    # --- for algorithms and the report ----------------------------------------------------------
 
     @property
     def current(self) -> State:
-        """The global model that this round's clients received. Do not write to it."""
-        return self._round.sent
+        """The global model at the start of this round. Do not write to it."""
+        return self._round.model
+
+    @property
+    def served(self) -> State:
+        """The global model that is evaluated and saved. Do not write to it."""
+        return self.average.state or self.current
 
     @property
     def server_round(self) -> int:
         """The round in progress."""
-        return self._round.number
+        return self._round.server_round
 
     def num_channels(self) -> int | None:
         """Length of a ``normalization`` vector, where the model's BatchNorm layers tell it."""
         prefixes = select_layers(batchnorm_prefixes(self.current), self.statistics_layers)
         return sum(self.current[f"{p}running_mean"].numel() for p in prefixes) or None
-
-    def assignment_of(self, reply: ClientReply) -> list[float] | None:
-        """The client's row of b for the report, where the strategy has one."""
-        return None
 
     # --- plumbing -------------------------------------------------------------------------------
 
@@ -285,30 +309,55 @@ class BaseStrategy(ReportingFedAvg):
 
     def _messages(
         self,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        cohort: list[int],
-        connected: dict[int, int],
         message_type: str,
+        config: ConfigRecord,
+        settings_of: Callable[[int], Mapping[str, Setting]],
     ) -> list[Message]:
-        # A copy: the caller's config is not ours to change.
-        settings = ConfigRecord({**config, protocol.SERVER_ROUND: self._round.number})
-        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: settings})
-        self._round.sampled = {connected[client]: client for client in cohort}
-        return [Message(record, node, message_type) for node in self._round.sampled]
+        keys = self.arrayrecord_key, self.configrecord_key
+        messages = self._round.messages(message_type, config, settings_of, keys)
+        if message_type == MessageType.TRAIN:
+            add_costs_down(self.report, messages)
+        return messages
 
-    def _judge(self, *, with_model: bool) -> ReplyJudge:
-        sent = self._round.sent if with_model else {}
-        return ReplyJudge(
-            self._round.number,
+    def _exchange(
+        self,
+        grid: Grid,
+        config: ConfigRecord,
+        connected: Mapping[int, int],
+        clients: Sequence[int],
+        state: State,
+        settings: Mapping[str, Setting],
+    ) -> list[ClientReply]:
+        self._round.ask({connected[client]: client for client in clients}, lambda _: state)
+        messages = self._messages(MessageType.TRAIN, config, lambda _: settings)
+        replies = list(grid.send_and_receive(messages, timeout=self.timeout))
+        good, bad = self._judge(replies, lambda _: state)
+        book_replies(self.report, good, bad)
+        return good
+
+    def _judge(
+        self,
+        replies: Iterable[Message],
+        expected: Callable[[int], State] | None,
+        check: Callable[[ClientReply], None] = lambda _: None,
+    ) -> tuple[list[ClientReply], list[ClientRow]]:
+        """Split into good and bad; ``expected`` is the form of a reply's model, if it has one."""
+        replies = list(replies)
+        judge = ReplyJudge(
+            self._round.server_round,
             self._round.sampled,
-            sent,
+            expected,
+            check,
             num_channels=self.num_channels(),
             arrays_key=self.arrayrecord_key,
             examples_key=self.weighted_by_key,
             max_examples=self.max_examples,
             max_update_ratio=self.max_update_ratio,
         )
+        good, bad = judge.judge(replies)
+        if expected is not None:
+            add_costs_up(self.report, replies, good)
+        return good, bad
 
     def _keep_old_model(
         self, why: str, good: list[ClientReply]
@@ -316,7 +365,7 @@ class BaseStrategy(ReportingFedAvg):
         self.failed_rounds += 1
         self.report.clients = [reply.row() for reply in good] + self.report.clients
         self.report.metrics["round-failed"] = 1.0
-        log(WARNING, "round %d keeps the old model: %s", self._round.number, why)
+        log(WARNING, "round %d keeps the old model: %s", self._round.server_round, why)
         if self.failed_rounds >= self.max_failed_rounds:
             # Flower's loop ends here, so nobody else would hand this round to the callbacks.
             self.report_round()
@@ -324,4 +373,4 @@ class BaseStrategy(ReportingFedAvg):
                 f"stopped after {self.failed_rounds} failed rounds in a row, the last because of: "
                 f"{why}; {_WHERE}"
             )
-        return protocol.record_from_state(self._round.sent), MetricRecord(dict(self.report.metrics))
+        return self._round.record, MetricRecord(dict(self.report.metrics))

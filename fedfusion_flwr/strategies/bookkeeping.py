@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from logging import WARNING
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.rounds import ClientRow, RoundReport
 from fedfusion_flwr.strategies.replies import ClientReply
+
+COSTS = {
+    protocol.GRADIENT_STEPS: "client-steps",
+    protocol.FORWARD_EXAMPLES: "extra-forward-examples",
+}
+"""What clients report of their work: summed over them, not averaged."""
 
 MetricsMean = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -34,14 +40,38 @@ class Stopwatch:
         self._since = now
 
 
+def add(report: RoundReport, name: str, amount: float) -> None:
+    """Add to one of the round's metrics."""
+    report.metrics[name] = report.metrics.get(name, 0.0) + amount
+
+
+def add_costs_down(report: RoundReport, messages: Iterable[Message]) -> None:
+    """Count the bytes of the models on their way to clients."""
+    add(report, "bytes-down", sum(_num_bytes(message) for message in messages))
+
+
+def add_costs_up(
+    report: RoundReport, replies: Iterable[Message], good: Iterable[ClientReply]
+) -> None:
+    """Count the bytes of all replies, and the work that the good ones say they did."""
+    add(report, "bytes-up", sum(_num_bytes(reply) for reply in replies if reply.has_content()))
+    for reply in good:
+        for key, name in COSTS.items():
+            add(report, name, reply.metrics.get(key, 0.0))
+
+
+def _num_bytes(message: Message) -> int:
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
+
+
 def book_replies(report: RoundReport, good: list[ClientReply], bad: list[ClientRow]) -> None:
     """Count good and bad replies and log why each bad one was dropped."""
-    report.clients = bad
-    report.metrics["replies-valid"] = float(len(good))
-    report.metrics["replies-dropped"] = float(len(bad))
+    report.clients = report.clients + bad
+    add(report, "replies-valid", len(good))
+    add(report, "replies-dropped", len(bad))
     for row in bad:
-        key = f"dropped-{row.dropped}"
-        report.metrics[key] = report.metrics.get(key, 0.0) + 1
+        add(report, f"dropped-{row.dropped}", 1)
     log_dropped(report.server_round, "reply", bad)
 
 
@@ -60,7 +90,8 @@ def mean_metrics(good: list[ClientReply], mean: MetricsMean) -> dict[str, float]
     if not good:
         return {}
     # Flower's own averaging insists on equal keys.
-    shared = set.intersection(*(set(reply.metrics) for reply in good)) - {protocol.TRAIN_STARTED}
+    shared = set.intersection(*(set(reply.metrics) for reply in good))
+    shared -= {protocol.TRAIN_STARTED, protocol.CLUSTER, *COSTS}
     records: list[RecordDict] = []
     for reply in good:
         metrics = MetricRecord({key: reply.metrics[key] for key in sorted(shared)})

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FedAvg (McMahan et al. 2017) on the shared base: the control for every comparison."""
+"""FedAvg and FedAvgM: the controls for every comparison.
+
+McMahan et al. 2017, "Communication-efficient learning of deep networks from decentralized data";
+Hsu et al. 2019, "Measuring the effects of non-identical data distribution".
+
+Round t, cohort S_t:
+  1. every client k in S_t trains w_t on its data and returns w_k with its example count n_k
+  2. FedAvg:   w_t+1 = sum_k n_k w_k / sum_k n_k
+     FedAvgM:  v <- momentum v + (sum_k p_k w_k - w_t);  w_t+1 = w_t + rate v
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from fedfusion_flwr.fusion import example_weights
-from fedfusion_flwr.strategies.base import BaseStrategy
-from fedfusion_flwr.strategies.replies import ClientReply
+from fedfusion_flwr.strategies.single import SingleModelStrategy
 
 
-class FedAvg(BaseStrategy):
+class FedAvg(SingleModelStrategy):
     """Weights clients by their examples: p_k = n_k / sum_j n_j over this round's clients."""
 
-    def client_weights(self, replies: list[ClientReply]) -> Tensor:
-        """Example weights (K,)."""
-        return example_weights(torch.tensor([reply.num_examples for reply in replies]))
+
+class FedAvgM(FedAvg):
+    """FedAvg with server momentum and served average: the control for FedFusion's server step."""

@@ -28,6 +28,7 @@ from fedfusion_flwr.fusion import (
     StatisticsMemory,
     balanced_mixture,
     client_weights,
+    component_coefficients,
     example_weights,
     fuse_state_dicts,
     inhabited,
@@ -37,14 +38,14 @@ from fedfusion_flwr.fusion.absent import AbsentComponents
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import FusionSnapshot, State
-from fedfusion_flwr.strategies.base import BaseStrategy
 from fedfusion_flwr.strategies.replies import ClientReply
 from fedfusion_flwr.strategies.sampling import stratified_cohort
+from fedfusion_flwr.strategies.single import SingleModelStrategy
 
 Mixture = Literal["inferred", "balanced", "counts"]
 
 
-class FedFusion(BaseStrategy):
+class FedFusion(SingleModelStrategy):
     """Component-weighted aggregation with server-side inference; drop-in for Flower's FedAvg.
 
     Clients need no change: the statistics are read from the state dict they return, unless they
@@ -71,7 +72,7 @@ class FedFusion(BaseStrategy):
     inference : DistributionInference or None
         Replaces the default inference; its number of components must be ``num_components``.
     **base
-        Arguments of `BaseStrategy` and of Flower's FedAvg.
+        Arguments of `SingleModelStrategy` and of Flower's FedAvg.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class FedFusion(BaseStrategy):
         self.posterior: FusionPosterior | None = None
         self.width: int | None = None
         self._remembered_share = 0.0
+        self.component_models: dict[int, State] = {}
         self.mixture = torch.full((num_components,), 1 / num_components, dtype=torch.float64)
 
     def summary(self) -> None:
@@ -177,10 +179,36 @@ class FedFusion(BaseStrategy):
             return
         ids = [reply.client for reply in replies]
         self._record(ids, weights * (1 - self._remembered_share))
+        if self.evaluates(self.server_round):
+            self._fuse_components(replies)
         if self.absent is not None:
             examples = torch.tensor([reply.num_examples for reply in replies])
             states = [reply.state for reply in replies]
             self.absent.remember(states, self._assignments(ids), examples, self.current)
+
+    def personal_model(self, client: int) -> State:
+        """sum_m b_km w_m: the client's mixture of component models.
+
+        The served global model for clients unknown to the inference, and for those none of whose
+        components has had a model yet.
+        """
+        known = self.memory.clients.get(client)
+        if known is None or known.assignment is None:
+            return self.served
+        shares = self._assignments([client])[0].tolist()
+        parts = {m: share for m, share in enumerate(shares) if share and m in self.component_models}
+        if len(parts) <= 1:
+            return next((self.component_models[m] for m in parts), self.served)
+        weights = torch.tensor(list(parts.values()), dtype=torch.float64)
+        return fuse_state_dicts(
+            (self.component_models[m] for m in parts),
+            weights / weights.sum(),
+            pool_moments=self.pool_moments,
+        )
+
+    def models(self) -> dict[str, State]:
+        """The component models of the last round in which clients evaluated, ``m0``, ``m1``, ..."""
+        return {f"m{m}": state for m, state in sorted(self.component_models.items())}
 
     def num_channels(self) -> int | None:
         """Also known for other normalization layers, once a first round has told it."""
@@ -211,6 +239,18 @@ class FedFusion(BaseStrategy):
             posterior = self.inference.fit(self.memory.vectors(), self.memory.num_examples())
             self.posterior = self.memory.absorb(posterior)
             self.report.metrics["elbo"] = self.posterior.elbo
+
+    def _fuse_components(self, replies: list[ClientReply]) -> None:
+        """w_m = sum_k (n_k b_km / B_m) w_k; a component absent from the round keeps its last."""
+        assignments = self._assignments([reply.client for reply in replies])
+        examples = torch.tensor([reply.num_examples for reply in replies])
+        coefficients = component_coefficients(assignments, examples)
+        for component in torch.nonzero(inhabited(assignments)).flatten().tolist():
+            self.component_models[component] = fuse_state_dicts(
+                (reply.state for reply in replies),
+                coefficients[component],
+                pool_moments=self.pool_moments,
+            )
 
     def _statistics(self, reply: ClientReply) -> NormalizationStatistics:
         return reply.statistics or self._read(reply.state)
@@ -244,10 +284,9 @@ class FedFusion(BaseStrategy):
         everyone = torch.zeros(len(known), dtype=torch.float64)
         everyone[[known.index(client) for client in ids]] = weights
         self.report.fusion = FusionSnapshot(known, self.posterior, self.mixture, everyone)
-        occupied = torch.bincount(
-            self.posterior.assignments.argmax(1), minlength=self.num_components
-        )
-        self.report.metrics["components-occupied"] = float((occupied > 0).sum())
+        main = self.posterior.assignments.argmax(1).tolist()
+        self.report.clusters = dict(zip(known, main, strict=True))
+        self.report.metrics["components-occupied"] = float(len(set(main)))
 
     def _mixture_name(self) -> str:
         if self.mixture_kind == "balanced":

@@ -7,7 +7,7 @@ A bad reply loses its client for the round, with a named reason; the round goes 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,7 +46,12 @@ class ClientReply:
     statistics: NormalizationStatistics | None = None
     partition: int | None = None
 
-    def row(self, weight: float = 0.0, assignment: list[float] | None = None) -> ClientRow:
+    def row(
+        self,
+        weight: float = 0.0,
+        assignment: list[float] | None = None,
+        cluster: int | None = None,
+    ) -> ClientRow:
         """Show the reply as a line of the round's report."""
         return ClientRow(
             client=self.client,
@@ -55,6 +60,7 @@ class ClientReply:
             num_examples=self.num_examples,
             weight=weight,
             assignment=assignment,
+            cluster=cluster,
             metrics=self.metrics,
         )
 
@@ -68,8 +74,11 @@ class ReplyJudge:
         The round that a reply must belong to, where it says so.
     sampled : Mapping[int, int]
         Client id by node id: who was asked. Anybody else is a stranger.
-    sent : Mapping[str, Tensor]
-        The model that was sent; a train reply must match its keys, shapes and types.
+    expected : Callable[[int], Mapping[str, Tensor]] or None
+        The form of a client's reply: a train reply must match its keys, shapes and types. None if
+        replies hold no model.
+    check : Callable[[ClientReply], None]
+        Raises `BadReply` for what a strategy itself does not accept.
     num_channels : int or None
         Length that a ``normalization`` vector must have, where it is known.
     arrays_key, examples_key : str
@@ -84,7 +93,8 @@ class ReplyJudge:
         self,
         server_round: int,
         sampled: Mapping[int, int],
-        sent: Mapping[str, Tensor],
+        expected: Callable[[int], Mapping[str, Tensor]] | None,
+        check: Callable[[ClientReply], None] = lambda _: None,
         *,
         num_channels: int | None = None,
         arrays_key: str = protocol.ARRAYS,
@@ -94,16 +104,15 @@ class ReplyJudge:
     ) -> None:
         self.server_round = server_round
         self.sampled = sampled
-        self.sent = sent
+        self.expected = expected
+        self.check = check
         self.num_channels = num_channels
         self.arrays_key = arrays_key
         self.examples_key = examples_key
         self.max_examples = max_examples
         self.max_update_ratio = max_update_ratio
 
-    def judge(
-        self, replies: Iterable[Message], *, with_model: bool
-    ) -> tuple[list[ClientReply], list[ClientRow]]:
+    def judge(self, replies: Iterable[Message]) -> tuple[list[ClientReply], list[ClientRow]]:
         """Split replies into good ones, sorted by client id, and rows that say why one is not.
 
         Sampled clients that never answered are among the rows, as ``missing``.
@@ -120,7 +129,9 @@ class ReplyJudge:
                 if node in seen:
                     raise BadReply("duplicate", "this node answered before in this round")
                 seen.add(node)
-                good[client] = self._check(message, client, with_model)
+                reply = self._check(message, client)
+                self.check(reply)
+                good[client] = reply
             except BadReply as problem:
                 bad.append(ClientRow(client, node, dropped=problem.reason, detail=str(problem)))
             except Exception as problem:  # noqa: BLE001 - no reply may end the run
@@ -132,7 +143,7 @@ class ReplyJudge:
         bad.sort(key=lambda row: (row.client is None, row.client, row.node))
         return [good[client] for client in sorted(good)], bad
 
-    def _check(self, message: Message, client: int, with_model: bool) -> ClientReply:
+    def _check(self, message: Message, client: int) -> ClientReply:
         if message.has_error():
             raise BadReply("error", message.error.reason or "no reason given")
         content = message.content
@@ -141,8 +152,8 @@ class ReplyJudge:
         examples = self._examples(metrics.pop(self.examples_key, None))
         state: dict[str, Tensor] = {}
         statistics = None
-        if with_model:
-            state = self._model(content)
+        if self.expected is not None:
+            state = self._model(content, self.expected(client))
             statistics = self._statistics(content)
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         return ClientReply(
@@ -182,42 +193,44 @@ class ReplyJudge:
             )
         return count
 
-    def _model(self, content: RecordDict) -> dict[str, Tensor]:
+    def _model(self, content: RecordDict, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         others = [k for k in content.array_records if k != protocol.NORMALIZATION]
         if others != [self.arrays_key] and len(others) != 1:
             raise BadReply("structure", f"holds ArrayRecords {others}, not just one model")
         record = content.array_records[others[0]]
-        if record.keys() != self.sent.keys():
-            odd = sorted(record.keys() ^ self.sent.keys())
+        if record.keys() != expected.keys():
+            odd = sorted(record.keys() ^ expected.keys())
             raise BadReply("structure", f"its keys differ from the model's: {odd[:3]}")
         state: dict[str, Tensor] = {}
-        for key, sent in self.sent.items():
-            if len(record[key].data) > sent.nbytes + protocol.NPY_OVERHEAD:
+        for key, wanted in expected.items():
+            if len(record[key].data) > wanted.nbytes + protocol.NPY_OVERHEAD:
                 raise BadReply("size", f"'{key}' holds {len(record[key].data)} bytes")
             try:
                 view = protocol.array_view(record[key])
             except protocol.ProtocolError as problem:
                 raise BadReply("structure", f"'{key}': {problem}") from problem
-            if view.shape != tuple(sent.shape):
-                raise BadReply("shape", f"'{key}' is {view.shape}, not {tuple(sent.shape)}")
-            if view.dtype != sent.numpy().dtype:
-                raise BadReply("dtype", f"'{key}' is {view.dtype}, not {sent.numpy().dtype}")
+            if view.shape != tuple(wanted.shape):
+                raise BadReply("shape", f"'{key}' is {view.shape}, not {tuple(wanted.shape)}")
+            if view.dtype != wanted.numpy().dtype:
+                raise BadReply("dtype", f"'{key}' is {view.dtype}, not {wanted.numpy().dtype}")
             if view.dtype.kind == "f" and not np.isfinite(view).all():
                 raise BadReply("nonfinite", f"'{key}' is not finite")
             state[key] = protocol.tensor_view(view)
-        self._check_normalization(state)
-        leap = implausible(self.sent, state, self.max_update_ratio)
+        self._check_normalization(state, expected)
+        leap = implausible(expected, state, self.max_update_ratio)
         if leap:
             raise BadReply("update", leap)
         return state
 
-    def _check_normalization(self, state: Mapping[str, Tensor]) -> None:
+    def _check_normalization(
+        self, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    ) -> None:
         for key, value in state.items():
             name = key.rpartition(".")[2]
             if name == "running_var" and bool((value < 0).any()):
                 raise BadReply("statistics", f"'{key}' is negative")
             if name == "num_batches_tracked":
-                low, high = self.sent[key], self.sent[key] + MAX_BATCHES
+                low, high = expected[key], expected[key] + MAX_BATCHES
                 if not bool(((low <= value) & (value <= high)).all()):
                     raise BadReply("statistics", f"'{key}' = {value.tolist()} after {low.tolist()}")
             if name in ("running_mean", "running_var") and value.numel():

@@ -40,6 +40,8 @@ class ReportingFedAvg(FlowerFedAvg):
         self.callbacks = list(callbacks)
         self.report = RoundReport(0)
         self._stopwatch = Stopwatch()
+        self.num_rounds = 0
+        self.timeout = 3600.0
 
     def check_outcome(self, num_rounds: int) -> None:
         """Raise if a run that came to its end was none."""
@@ -68,6 +70,7 @@ class ReportingFedAvg(FlowerFedAvg):
         def end_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             return self._end_round(server_round, arrays, evaluate_fn)
 
+        self.num_rounds, self.timeout = num_rounds, timeout
         self._stopwatch.restart()
         result = super().start(
             grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, end_round

@@ -11,6 +11,7 @@ from fedfusion_flwr.tracking.artifacts import (
 )
 from fedfusion_flwr.tracking.console import ConsoleLine, one_line_per_round
 from fedfusion_flwr.tracking.recovery import ComponentRecovery
+from fedfusion_flwr.tracking.summary import RunSummary
 
 __all__ = [
     "BestModel",
@@ -20,6 +21,7 @@ __all__ = [
     "OutputError",
     "RunDirectory",
     "RunLog",
+    "RunSummary",
     "one_line_per_round",
     "state_digest",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from logging import INFO
 
@@ -40,10 +41,15 @@ class ConsoleLine:
         if "global-accuracy" in m:
             loss = f" loss {m['global-loss']:.3f}" if "global-loss" in m else ""
             parts.append(f"test acc {m['global-accuracy']:.4f}{loss}")
+        if "personalized-accuracy" in m:
+            parts.append(f"personal acc {m['personalized-accuracy']:.4f}")
         if report.fusion is not None:
             largest = sorted(report.fusion.mixture.tolist(), reverse=True)
             shown = " ".join(f"{value:.2f}" for value in largest if value >= 0.005)
             parts.append(f"components {m['components-occupied']:.0f} [{shown}]")
+        elif report.clusters:
+            sizes = sorted(Counter(report.clusters.values()).values(), reverse=True)
+            parts.append(f"clusters {len(sizes)} {sizes}")
         if "adjusted-rand-index" in m:
             parts.append(f"ARI {m['adjusted-rand-index']:.2f}")
         if report.server_round > 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well the inferred components match planted ones; for the `components` partition only."""
+"""How well inferred components or clusters match planted ones; for the `components` partition."""
 
 from __future__ import annotations
 
@@ -30,12 +30,9 @@ class ComponentRecovery:
             # What a client says of itself is checked, not believed.
             if row.partition in range(len(self.main_components)):
                 self.partition_of[row.client] = row.partition
-        if report.fusion is None:
-            return
-        inferred = report.fusion.posterior.assignments.argmax(1).tolist()
         pairs = [
-            (self.main_components[self.partition_of[client]], component)
-            for client, component in zip(report.fusion.clients, inferred, strict=True)
+            (self.main_components[self.partition_of[client]], cluster)
+            for client, cluster in report.clusters.items()
             if client in self.partition_of
         ]
         if len(pairs) > 1:

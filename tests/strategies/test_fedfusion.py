@@ -220,7 +220,7 @@ def test_served_model_is_the_average_and_training_goes_on_from_the_newest() -> N
     expected = fuse_state_dicts(plain, torch.tensor([1 / 3, 2 / 3]))
     for key, value in expected.items():
         torch.testing.assert_close(served.state[key], value)
-    assert_identical(served.strategy._round.sent, plain[0])
+    assert_identical(served.strategy.current, plain[0])
 
 
 def test_seed_decides_the_cohorts() -> None:

@@ -211,14 +211,14 @@ def spoil_evaluation(key: str, value: object) -> Any:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("validation-accuracy", math.nan), ("num-examples", 0), ("num-examples", math.inf)],
+    [("personalized-accuracy", math.nan), ("num-examples", 0), ("num-examples", math.inf)],
 )
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_bad_evaluation_is_left_out_and_counted(name: str, key: str, value: float) -> None:
     client = FakeClient(spoil_evaluation(key, value), hostile=(2,))
     outcome = run_federation(name, client, 3, rounds=1, fraction_evaluate=1.0)
     # partitions 0 and 1 report 0.0 on one example and 0.1 on two
-    assert outcome.result.evaluate_metrics_clientapp[1]["validation-accuracy"] == pytest.approx(
+    assert outcome.result.evaluate_metrics_clientapp[1]["personalized-accuracy"] == pytest.approx(
         0.2 / 3
     )
     assert outcome.reports[1].metrics["evaluate-replies-dropped"] == 1
@@ -226,7 +226,7 @@ def test_bad_evaluation_is_left_out_and_counted(name: str, key: str, value: floa
 
 
 def test_evaluation_with_no_good_reply_has_no_result() -> None:
-    client = FakeClient(spoil_evaluation("validation-accuracy", math.nan), hostile=EVERYBODY)
+    client = FakeClient(spoil_evaluation("personalized-accuracy", math.nan), hostile=EVERYBODY)
     outcome = run_federation("fedavg", client, 3, fraction_evaluate=1.0)
     assert not outcome.result.evaluate_metrics_clientapp
     assert outcome.reports[2].metrics["evaluate-replies-dropped"] == 3
@@ -249,7 +249,7 @@ def test_nan_accuracy_never_wins_best_model(tmp_path: Any) -> None:
 
 def judged(content: RecordDict | None, node: int = 11, **settings: Any) -> Any:
     sent = tiny_model().state_dict()
-    judge = ReplyJudge(4, {11: 0, 12: 1}, sent, num_channels=2, **settings)
+    judge = ReplyJudge(4, {11: 0, 12: 1}, lambda _: sent, num_channels=2, **settings)
     TamperingGrid(FakeClient(), 0)  # names this process as a message's sender
     request = Message(RecordDict(), node, "train")
     request.metadata.__dict__["_message_id"] = "m"
@@ -258,7 +258,7 @@ def judged(content: RecordDict | None, node: int = 11, **settings: Any) -> Any:
     else:
         reply = Message(content, reply_to=request)
     reply.metadata.__dict__["_src_node_id"] = node
-    good, bad = judge.judge([reply], with_model=True)
+    good, bad = judge.judge([reply])
     return good, {row.node: row for row in bad}
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from fedfusion_flwr.fusion import FusionPosterior
-from fedfusion_flwr.rounds import ClientRow, FusionSnapshot, RoundReport
+from fedfusion_flwr.rounds import ClientRow, RoundReport
 from fedfusion_flwr.tracking import ComponentRecovery
 
 ARI = "adjusted-rand-index"
@@ -20,17 +18,10 @@ def report(
     """Clients 0, 1, ... in the given components; ``known`` are the partitions they name."""
     count = len(components)
     known = {c: c for c in range(count)} if known is None else known
-    posterior = FusionPosterior(
-        torch.eye(4, dtype=torch.float64)[components] * 0.9 + 0.025,
-        torch.full((4,), 0.25),
-        torch.zeros(4, 1),
-        0.0,
-    )
-    weights = torch.full((count,), 1 / count)
     return RoundReport(
         server_round,
         clients=[ClientRow(c, 100 + c, partition=p) for c, p in known.items()],
-        fusion=FusionSnapshot(list(range(count)), posterior, posterior.mixture, weights),
+        clusters=dict(enumerate(components)),
     )
 
 

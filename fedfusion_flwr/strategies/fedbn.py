@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedBN (Li et al. 2021, "FedBN: federated learning on non-IID features via local batch
+normalization", arXiv 2102.07623).
+
+Round t, cohort S_t:
+  1. every client k in S_t is sent w_t with the normalization layers that it last returned itself
+  2. all other entries are averaged as in FedAvg; normalization layers stay the clients' own
+
+Flower's clients keep no state of their own between rounds here: the server stores each client's
+normalization layers, and returns them. The global model holds their average, which FedBN itself
+does not have; a client seen for the first time starts from it.
+"""
+
+from __future__ import annotations
+
+from logging import INFO
+from typing import Any
+
+from flwr.common.logger import log
+
+from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
+from fedfusion_flwr.rounds import State
+from fedfusion_flwr.strategies.fedavg import FedAvg
+from fedfusion_flwr.strategies.replies import ClientReply
+
+
+class FedBN(FedAvg):
+    """FedAvg with BatchNorm layers of each client's own."""
+
+    def __init__(self, **base: Any) -> None:
+        super().__init__(**base)
+        self.normalization_of: dict[int, State] = {}
+
+    def sent_to(self, client: int) -> State:
+        """The global model with the client's own normalization layers."""
+        return self._with_own(client, self.current)
+
+    def personal_model(self, client: int) -> State:
+        """The served model with the client's own normalization layers."""
+        return self._with_own(client, self.served)
+
+    def advance(self, replies: list[ClientReply]) -> State:
+        """FedAvg; and keep every client's normalization layers, if the round counts."""
+        model = super().advance(replies)
+        prefixes = tuple(batchnorm_prefixes(self.current))
+        for reply in replies:
+            # Copies: a view would keep the whole reply in memory.
+            self.normalization_of[reply.client] = {
+                key: value.clone() for key, value in reply.state.items() if key.startswith(prefixes)
+            }
+        return model
+
+    def _with_own(self, client: int, state: State) -> State:
+        own = self.normalization_of.get(client)
+        return {**state, **own} if own else state
+
+    def summary(self) -> None:
+        """Log the strategy's settings at the start of a run."""
+        log(INFO, "\t├──> FedBN: BatchNorm layers of each client's own, kept by the server")
+        super().summary()

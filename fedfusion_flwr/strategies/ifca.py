@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IFCA (Ghosh et al., NeurIPS 2020, "An efficient framework for clustered federated learning",
+arXiv 2006.04088), with model averaging.
+
+Round t, models theta_1 .. theta_k on the server, cohort S_t:
+  1. every client of S_t is sent all k models and picks j = argmin_j F_i(theta_j), its training loss
+  2. it trains from theta_j and returns j and its model
+  3. theta_j <- example-weighted mean of the models of those who picked j; the others stay
+
+Models must start different, and even then one of them often wins every client at once. So in the
+first rounds each model is trained by a fixed random share of the clients, as the authors do for
+FEMNIST.
+"""
+
+from __future__ import annotations
+
+from logging import INFO
+from typing import Any
+
+from flwr.common.logger import log
+
+from fedfusion_flwr import protocol
+from fedfusion_flwr.randomness import numpy_generator
+from fedfusion_flwr.rounds import State
+from fedfusion_flwr.strategies.base import Exchange
+from fedfusion_flwr.strategies.conversation import Setting
+from fedfusion_flwr.strategies.multi import MultiModelStrategy
+from fedfusion_flwr.strategies.replies import BadReply, ClientReply
+
+
+class IFCA(MultiModelStrategy):
+    """Clients choose among the models by their training loss.
+
+    Parameters
+    ----------
+    warmup_rounds : int
+        First rounds, in which a fixed random division says who trains which model.
+    **base
+        Arguments of `MultiModelStrategy`; more than one cluster needs ``initial_state``.
+    """
+
+    def __init__(self, *, warmup_rounds: int = 3, **base: Any) -> None:
+        super().__init__(**base)
+        self.warmup_rounds = warmup_rounds
+        self._packed: State = {}
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the division, not the clients, says who trains which model."""
+        return self.num_clusters > 1 and self.server_round <= self.warmup_rounds
+
+    def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
+        """Initialize the models; pack them for all clients of the round."""
+        self.cluster_models = self.cluster_models or self.distinct_models()
+        self._packed = protocol.pack_states(self.models())
+        if self.warms_up:
+            for client in clients:
+                self.cluster_of.setdefault(client, self._random_cluster(client))
+
+    def sent_to(self, client: int) -> State:
+        """All models; in the warm-up the one that the division says."""
+        return super().sent_to(client) if self.warms_up else self._packed
+
+    def expected_from(self, client: int) -> State:
+        """One model."""
+        return self.cluster_models[0]
+
+    def train_settings(self, client: int) -> dict[str, Setting]:
+        """Tell how many models were sent."""
+        return {} if self.warms_up else {protocol.NUM_MODELS: len(self.cluster_models)}
+
+    def check_reply(self, reply: ClientReply) -> None:
+        """Refuse a reply that names no model of ours."""
+        choice = reply.metrics.get(protocol.CLUSTER)
+        if not self.warms_up and choice not in range(len(self.cluster_models)):
+            raise BadReply("cluster", f"chose model {choice} of {len(self.cluster_models)}")
+
+    def assign(self, replies: list[ClientReply]) -> dict[int, int]:
+        """The clients' own choices."""
+        if self.warms_up:
+            return super().assign(replies)
+        return {reply.client: int(reply.metrics[protocol.CLUSTER]) for reply in replies}
+
+    def personal_model(self, client: int) -> State:
+        """All models: here too the client picks by its training loss."""
+        return self._packed
+
+    def prepare_evaluation(self) -> None:
+        """Pack the models of after the round."""
+        self._packed = protocol.pack_states(self.models())
+
+    def evaluate_settings(self, client: int) -> dict[str, Setting]:
+        """Tell how many models were sent."""
+        return {protocol.NUM_MODELS: len(self.cluster_models)}
+
+    def _random_cluster(self, client: int) -> int:
+        return int(numpy_generator(self.seed, "warm-up", client).integers(self.num_clusters))
+
+    def summary(self) -> None:
+        """Log the strategy's settings at the start of a run."""
+        log(
+            INFO,
+            "\t├──> IFCA: %d models, %d rounds of warm-up by a fixed random division",
+            *(self.num_clusters, self.warmup_rounds if self.num_clusters > 1 else 0),
+        )
+        super().summary()
