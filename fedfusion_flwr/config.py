@@ -87,6 +87,12 @@ DATASETS = (
     "npz",
 )
 MODELS = ("lenet", "resnet18", "mobilenetv2", "densenet121", "bilstm")
+BEST_METRICS = (
+    "global-accuracy",
+    "global-loss",
+    "personalized-accuracy",
+    "personalized-loss",
+)
 PARTITIONS = ("iid", "dirichlet", "pathological", "shards", "components", "user")
 
 
@@ -102,6 +108,10 @@ class RunConfig:
     seed: int = _key(0, _at_least(0))
     strategy: str = _key("fedfusion", _one_of(*STRATEGIES))
     output_dir: str = _key("", _ANY)
+    checkpoint_every: int = _key(10, _at_least(0))
+    resume_from: str = _key("", _ANY)
+    best_metric: str = _key("global-accuracy", _one_of(*BEST_METRICS))
+    patience: int = _key(0, _at_least(0))
 
     dataset: str = _key("mnist-5k", _one_of_or_function(*DATASETS))
     data_root: str = _key("", _ANY)

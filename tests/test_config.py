@@ -70,6 +70,9 @@ OUT_OF_RANGE: list[tuple[str, Value, str]] = [
     ("num-server-rounds", 0, "at least 1"),
     ("seed", -1, "at least 0"),
     ("strategy", "fedsgd", "'fedfusion', 'fedavg'"),
+    ("checkpoint-every", -1, "at least 0"),
+    ("best-metric", "train-loss", "'global-accuracy', 'global-loss'"),
+    ("patience", -1, "at least 0"),
     ("dataset", "imagenet", "'mnist-5k'"),
     ("dataset", "my data:load", "'module:function'"),
     ("vocabulary-size", 2, "at least 3"),
@@ -155,7 +158,7 @@ def test_out_of_range(key: str, value: Value, allowed: str) -> None:
 
 def test_every_limited_key_is_in_the_table() -> None:
     unlimited = {
-        *("output-dir", "data-root", "pool-moments", "augment", "compile"),
+        *("output-dir", "resume-from", "data-root", "pool-moments", "augment", "compile"),
         *("reshuffle-cycle", "warm-start"),
     }
     assert {key for key, _, _ in OUT_OF_RANGE} == set(KEYS) - unlimited

@@ -28,6 +28,8 @@ class AbsentComponents:
         As in `fuse_state_dicts`.
     """
 
+    STATE = ("last",)
+
     def __init__(self, pool_moments: bool = True) -> None:
         self.pool_moments = pool_moments
         self.last: dict[int, State] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -117,6 +118,24 @@ class DistributionInference:
         self._vae: FusionVAE | None = None
         self._optimizer: torch.optim.Adam | None = None
         self._fitted_shape = (0, 0)
+
+    def capture(self) -> dict[str, object]:
+        """All that later fits depend on; `restore` inverts it."""
+        return {
+            "fits": self.num_fits,
+            "shape": self._fitted_shape,
+            "network": None if self._vae is None else dict(self._vae.state_dict()),
+            "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on as the inference that was captured would have."""
+        self.num_fits, self._fitted_shape = state["fits"], state["shape"]
+        self._vae, self._optimizer = None, None
+        if state["network"] is not None:
+            self._vae, self._optimizer = self._new_vae(self._fitted_shape[1])
+            self._vae.load_state_dict(state["network"])
+            self._optimizer.load_state_dict(state["optimizer"])
 
     @one_thread()
     def fit(self, vectors: Tensor, num_examples: Tensor) -> FusionPosterior:

@@ -42,6 +42,8 @@ class StatisticsMemory:
         does not flicker between components. 0 takes the newest posterior as it is.
     """
 
+    STATE = ("clients",)
+
     def __init__(self, smoothing: float = 0.0, update_rate: float = 0.5) -> None:
         self.smoothing = smoothing
         self.update_rate = update_rate

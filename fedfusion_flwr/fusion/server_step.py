@@ -32,6 +32,8 @@ class ServerStep:
         In [0, 1).
     """
 
+    STATE = ("velocity",)
+
     def __init__(self, learning_rate: float = 1.0, momentum: float = 0.0) -> None:
         self.learning_rate = learning_rate
         self.momentum = momentum
@@ -70,6 +72,8 @@ class ServedAverage:
     decay : float
         d in [0, 1); 0 serves the newest model itself.
     """
+
+    STATE = ("count", "state", "_exact")
 
     def __init__(self, decay: float = 0.0) -> None:
         self.decay = decay

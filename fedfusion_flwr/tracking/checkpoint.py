@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: everything that the rest of a run depends on, in one safetensors file.
+
+A file appears whole or not at all, carries a digest of its content and is never executed: tensors
+as safetensors, all else as JSON in its header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from logging import WARNING
+from pathlib import Path
+from typing import Any
+
+from flwr.common.logger import log
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.tracking.artifacts import RunDirectory, state_digest
+from fedfusion_flwr.tracking.snapshot import Tree
+
+KEPT = 2
+"""Newest checkpoints that stay: if the last is damaged, there is one before it."""
+FORMAT = "fedfusion-checkpoint-1"
+_NAME = re.compile(r"checkpoint-(\d{6})\.safetensors")
+
+MAY_DIFFER = {
+    "num-server-rounds",
+    "output-dir",
+    "resume-from",
+    "checkpoint-every",
+    "patience",
+    "node-timeout",
+    "round-timeout",
+}
+"""Keys that a resumed run may change: none of them bears on a round's result."""
+
+
+class CheckpointError(FedFusionError, RuntimeError):
+    """There is no usable checkpoint, or it belongs to another run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after ``server_round`` finished rounds of the run with this config."""
+
+    server_round: int
+    config: dict[str, Any]
+    state: Tree
+
+
+def write_checkpoint(directory: RunDirectory, checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint-<round>.safetensors`` and remove all but the newest `KEPT`."""
+    tensors: dict[str, Tensor] = {}
+    tree = _without_tensors(checkpoint.state, tensors, {})
+    content = json.dumps(
+        {"round": checkpoint.server_round, "config": checkpoint.config, "state": tree}
+    )
+    stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    metadata = {"format": FORMAT, "content": content, "digest": _digest(content, stored)}
+    with directory.writing(f"checkpoint-{checkpoint.server_round:06d}.safetensors") as file:
+        file.write(save(stored, metadata))
+    for path in _files(directory.path)[KEPT:]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """One file, its digest verified.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not a whole, undamaged checkpoint.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as problem:
+        raise CheckpointError(f"checkpoint '{path}' is damaged ({problem})") from problem
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"'{path}' is not a checkpoint of format {FORMAT}")
+    if metadata.get("digest") != _digest(metadata["content"], tensors):
+        raise CheckpointError(f"checkpoint '{path}' is damaged: its digest does not fit")
+    content = json.loads(metadata["content"])
+    state = _with_tensors(content["state"], tensors)
+    return Checkpoint(content["round"], content["config"], state)
+
+
+def newest_checkpoint(directory: Path, config: RunConfig) -> Checkpoint:
+    """The newest undamaged checkpoint in a run directory; damaged ones are named and passed over.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it was made with another config.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"resume-from '{directory}' is not a run directory")
+    for path in _files(directory):
+        try:
+            checkpoint = read_checkpoint(path)
+        except CheckpointError as problem:
+            log(WARNING, "%s; trying the one before", problem)
+            continue
+        _check_config(checkpoint, config, directory)
+        return checkpoint
+    raise CheckpointError(
+        f"resume-from '{directory}' holds no usable checkpoint; start the run anew (and set "
+        "checkpoint-every to have some)"
+    )
+
+
+def _check_config(checkpoint: Checkpoint, config: RunConfig, directory: Path) -> None:
+    wanted = config.to_run_config()
+    for key in sorted((wanted.keys() | checkpoint.config.keys()) - MAY_DIFFER):
+        before, now = checkpoint.config.get(key), wanted.get(key)
+        if before != now:
+            raise CheckpointError(
+                f"{key} = {now!r}, but the run in '{directory}' has {before!r}: resume it with the "
+                "same value, or start another run"
+            )
+    if config.num_server_rounds < checkpoint.server_round:
+        raise CheckpointError(
+            f"num-server-rounds = {config.num_server_rounds}, but the run in '{directory}' has "
+            f"finished {checkpoint.server_round} rounds already"
+        )
+
+
+def _files(directory: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{content}{state_digest(tensors)}".encode()).hexdigest()
+
+
+def _without_tensors(tree: Tree, tensors: dict[str, Tensor], names: dict[int, str]) -> Tree:
+    """Move the tensors of a tree into ``tensors``; one that occurs twice is stored once."""
+    if isinstance(tree, Tensor):
+        if id(tree) not in names:
+            names[id(tree)] = f"t{len(tensors)}"
+            tensors[names[id(tree)]] = tree
+        return {"tensor": names[id(tree)]}
+    if isinstance(tree, dict):
+        return {key: _without_tensors(item, tensors, names) for key, item in tree.items()}
+    if isinstance(tree, list):
+        return [_without_tensors(item, tensors, names) for item in tree]
+    return tree
+
+
+def _with_tensors(tree: Tree, tensors: Mapping[str, Tensor]) -> Tree:
+    if isinstance(tree, dict):
+        if tree.keys() == {"tensor"}:
+            return tensors[tree["tensor"]]
+        return {key: _with_tensors(item, tensors) for key, item in tree.items()}
+    if isinstance(tree, list):
+        return [_with_tensors(item, tensors) for item in tree]
+    return tree

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint files: what goes in comes out, damage is seen, the one before is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedfusion_flwr import RunConfig
+from fedfusion_flwr.fusion import (
+    DistributionInference,
+    FusionPosterior,
+    ServedAverage,
+    ServerStep,
+    StatisticsMemory,
+)
+from fedfusion_flwr.tracking import RunDirectory
+from fedfusion_flwr.tracking.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from fedfusion_flwr.tracking.snapshot import SnapshotError, capture, rebuild
+
+CONFIG = RunConfig()
+
+
+def write(directory: RunDirectory, server_round: int, state: Any = None, **config: Any) -> Path:
+    values = dataclasses.replace(CONFIG, **config).to_run_config()
+    write_checkpoint(directory, Checkpoint(server_round, values, capture(state)))
+    return directory.path / f"checkpoint-{server_round:06d}.safetensors"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+def through_file(directory: RunDirectory, value: object, present: object = None) -> Any:
+    return rebuild(read_checkpoint(write(directory, 1, value)).state, present)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda items: (
+        st.lists(items, max_size=3)
+        | st.tuples(items, items)
+        | st.dictionaries(st.integers() | st.text(max_size=5), items, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(plain)
+def test_plain_values_come_back_with_their_types(value: object) -> None:
+    assert repr(rebuild(capture(value))) == repr(value)
+
+
+def test_tensors_arrays_and_records_come_back_bit_for_bit(directory: RunDirectory) -> None:
+    tensors = [
+        torch.tensor([1.0, float("nan"), -0.0]),
+        torch.tensor(3),
+        torch.zeros(0, 2),
+        torch.arange(6, dtype=torch.float64).reshape(2, 3).T,
+        torch.tensor([True, False]),
+    ]
+    posterior = FusionPosterior(torch.eye(2), torch.ones(2) / 2, torch.zeros(2, 1), -1.25)
+    value = {"tensors": tensors, 7: np.array([1, 2]), "posterior": posterior, "pair": (1, None)}
+    back = through_file(directory, value)
+    assert list(back) == list(value)
+    for before, after in zip(tensors, back["tensors"], strict=True):
+        assert before.dtype == after.dtype
+        assert before.shape == after.shape
+        assert before.contiguous().numpy().tobytes() == after.contiguous().numpy().tobytes()
+    np.testing.assert_array_equal(back[7], value[7])
+    assert isinstance(back["posterior"], FusionPosterior)
+    assert back["posterior"].elbo == -1.25
+    assert back["pair"] == (1, None)
+
+
+def test_a_tensor_that_occurs_twice_is_stored_once(directory: RunDirectory) -> None:
+    big = torch.zeros(10_000)
+    path = write(directory, 1, {"a": big, "b": [big]})
+    assert path.stat().st_size < 1.5 * big.nbytes
+
+
+def test_state_is_restored_in_place(directory: RunDirectory) -> None:
+    """A momentum step and an average go on as if nothing had happened."""
+    step, average = ServerStep(1.0, 0.9), ServedAverage(0.5)
+    models = [{"w": torch.tensor([float(i)])} for i in range(4)]
+    for before, after in itertools.pairwise(models[:3]):
+        average.update(step(before, after))
+    copies = ServerStep(1.0, 0.9), ServedAverage(0.5)
+    for original, copy in zip((step, average), copies, strict=True):
+        assert through_file(directory, original, copy) is copy
+    expected = average.update(step(models[2], models[3]))
+    assert torch.equal(copies[1].update(copies[0](models[2], models[3]))["w"], expected["w"])
+
+
+def test_inference_goes_on_as_it_would_have(directory: RunDirectory) -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(12) % 3
+    noise = [0.1 * torch.randn(12, 6, generator=generator) for _ in range(3)]
+    vectors = [torch.eye(6)[groups] + n for n in noise]
+    examples = torch.ones(12)
+
+    def fresh() -> tuple[DistributionInference, StatisticsMemory]:
+        return DistributionInference(4, 0, steps=20, refit_steps=5), StatisticsMemory(0.5)
+
+    inference, memory = fresh()
+    for server_round in (1, 2):
+        rows = dict(enumerate(vectors[server_round - 1]))
+        memory.remember(server_round, rows, dict.fromkeys(rows, 10))
+        memory.absorb(inference.fit(memory.vectors(), examples))
+    resumed, remembered = fresh()
+    through_file(directory, inference, resumed)
+    through_file(directory, memory, remembered)
+    assert torch.equal(remembered.vectors(), memory.vectors())
+    expected = memory.absorb(inference.fit(vectors[2], examples))
+    found = remembered.absorb(resumed.fit(vectors[2], examples))
+    assert torch.equal(found.assignments, expected.assignments)
+    assert torch.equal(found.components, expected.components)
+    assert found.elbo == expected.elbo
+
+
+def test_inference_that_never_ran(directory: RunDirectory) -> None:
+    resumed = DistributionInference(3, 0)
+    through_file(directory, DistributionInference(3, 0), resumed)
+    assert resumed.num_fits == 0
+
+
+def test_state_of_another_shape_is_refused() -> None:
+    tree = capture(ServerStep())
+    with pytest.raises(SnapshotError, match="ServedAverage does not fit"):
+        rebuild(tree, ServedAverage())
+    with pytest.raises(TypeError, match="cannot be part of a state"):
+        capture(object())
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_the_newest_two_stay_and_the_newest_is_found(directory: RunDirectory) -> None:
+    for server_round in (1, 2, 10):
+        write(directory, server_round, torch.tensor(server_round))
+    names = sorted(path.name for path in directory.path.glob("checkpoint-*"))
+    assert names == ["checkpoint-000002.safetensors", "checkpoint-000010.safetensors"]
+    found = newest_checkpoint(directory.path, CONFIG)
+    assert found.server_round == 10
+    assert found.state.item() == 10
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "garbage", "other"])
+def test_a_damaged_one_is_passed_over(directory: RunDirectory, damage: str) -> None:
+    write(directory, 4, torch.arange(100))
+    path = write(directory, 5, torch.arange(100))
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": content[:-1],
+            "flipped": content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+            "garbage": b"x" * 1000,
+            "other": (directory.path / "checkpoint-000004.safetensors").read_bytes()[:200],
+        }[damage]
+    )
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_checkpoint(path)
+    assert newest_checkpoint(directory.path, CONFIG).server_round == 4
+    path.with_name("checkpoint-000004.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        newest_checkpoint(directory.path, CONFIG)
+
+
+def test_every_flipped_byte_is_seen(directory: RunDirectory) -> None:
+    path = write(directory, 1, {"w": torch.arange(4.0), "n": 3})
+    content = path.read_bytes()
+    for position in range(0, len(content), 11):
+        spoiled = bytearray(content)
+        spoiled[position] ^= 255
+        path.write_bytes(bytes(spoiled))
+        with pytest.raises(CheckpointError):
+            read_checkpoint(path)
+
+
+def test_another_file_of_tensors_is_no_checkpoint(directory: RunDirectory) -> None:
+    directory.write_state("checkpoint-000003.safetensors", {"w": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="not a checkpoint of format"):
+        read_checkpoint(directory.path / "checkpoint-000003.safetensors")
+
+
+def test_another_config_is_refused_by_the_key_that_differs(directory: RunDirectory) -> None:
+    write(directory, 3)
+    with pytest.raises(CheckpointError, match=r"^learning-rate = 0.5, but the run in .* 0.02"):
+        newest_checkpoint(directory.path, dataclasses.replace(CONFIG, learning_rate=0.5))
+    longer = dataclasses.replace(
+        CONFIG, num_server_rounds=50, output_dir="elsewhere", resume_from="run", patience=3
+    )
+    assert newest_checkpoint(directory.path, longer).server_round == 3
+    with pytest.raises(CheckpointError, match=r"num-server-rounds = 2, .* finished 3 rounds"):
+        newest_checkpoint(directory.path, dataclasses.replace(CONFIG, num_server_rounds=2))
+
+
+def test_no_such_directory(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a run directory"):
+        newest_checkpoint(tmp_path / "none", CONFIG)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(directory, 1, torch.arange(10))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(directory, 2, torch.arange(10))
+    assert sorted(p.name for p in directory.path.iterdir() if "checkpoint" in p.name) == [
+        "checkpoint-000001.safetensors"
+    ]
+    assert newest_checkpoint(directory.path, CONFIG).server_round == 1
