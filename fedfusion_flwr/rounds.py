@@ -66,6 +66,10 @@ class RoundReport:
         return [row for row in self.clients if row.dropped]
 
 
+class StopRun(Exception):
+    """A callback raises it to end a run well after the round it was told of; says why."""
+
+
 class RoundCallback(Protocol):
     """Sees every round after its evaluation; round 0 is the initial model."""
 

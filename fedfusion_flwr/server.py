@@ -27,7 +27,6 @@ from fedfusion_flwr.tracking import (
     RunDirectory,
     RunLog,
     RunSummary,
-    one_line_per_round,
     state_digest,
 )
 from fedfusion_flwr.training import choose_device, evaluate, place_model
@@ -78,14 +77,13 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     _check_federation(grid, strategy, config)
     log(INFO, "Run directory: %s", directory.path)
     try:
-        with one_line_per_round():
-            result = strategy.start(
-                grid,
-                initial_arrays=protocol.record_from_state(model.state_dict()),
-                num_rounds=config.num_server_rounds,
-                timeout=config.round_timeout,
-                evaluate_fn=central_evaluation(config),
-            )
+        result = strategy.start(
+            grid,
+            initial_arrays=protocol.record_from_state(model.state_dict()),
+            num_rounds=config.num_server_rounds,
+            timeout=config.round_timeout,
+            evaluate_fn=central_evaluation(config),
+        )
     finally:
         # Also when the run is stopped: the last good model is worth keeping.
         if strategy.average.state:

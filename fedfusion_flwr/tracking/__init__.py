@@ -9,7 +9,7 @@ from fedfusion_flwr.tracking.artifacts import (
     RunLog,
     state_digest,
 )
-from fedfusion_flwr.tracking.console import ConsoleLine, one_line_per_round
+from fedfusion_flwr.tracking.console import ConsoleLine
 from fedfusion_flwr.tracking.recovery import ComponentRecovery
 from fedfusion_flwr.tracking.summary import RunSummary
 
@@ -22,6 +22,5 @@ __all__ = [
     "RunDirectory",
     "RunLog",
     "RunSummary",
-    "one_line_per_round",
     "state_digest",
 ]

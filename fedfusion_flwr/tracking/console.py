@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections import Counter
-from collections.abc import Iterator
 from logging import INFO
 
-from flwr.common.logger import FLOWER_LOGGER, log
+from flwr.common.logger import log
 
 from fedfusion_flwr.rounds import RoundReport
 
@@ -62,19 +59,3 @@ class ConsoleLine:
             shown = " ".join(f"{name} {seconds[name]:.1f}" for name in PHASES if name in seconds)
             parts.append(f"{shown} s")
         return " | ".join(parts)
-
-
-@contextlib.contextmanager
-def one_line_per_round() -> Iterator[None]:
-    """Silence the several lines a round that Flower's own loop logs; warnings stay."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not (
-            record.levelno == INFO and record.module == "strategy" and record.funcName == "start"
-        )
-
-    FLOWER_LOGGER.addFilter(keep)
-    try:
-        yield
-    finally:
-        FLOWER_LOGGER.removeFilter(keep)
