@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import nn
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.dataset import FederatedData
-from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.models.entry import DataShape, ModelEntry, ModelError
 from fedfusion_flwr.models.lenet import LeNet
-from fedfusion_flwr.models.small_image import resnet18
+from fedfusion_flwr.models.normalization import Normalization, convert_normalization
+from fedfusion_flwr.models.small_image import densenet121, mobilenetv2, resnet18
 
 __all__ = [
     "MODELS",
@@ -22,57 +22,19 @@ __all__ = [
     "ModelEntry",
     "ModelError",
     "build_model",
+    "convert_normalization",
+    "densenet121",
+    "mobilenetv2",
     "model_for",
     "resnet18",
 ]
 
 
-class ModelError(FedFusionError, ValueError):
-    """An unknown model, or one that the data does not fit."""
-
-
-class DataShape(NamedTuple):
-    """What a model must know of the data.
-
-    Attributes
-    ----------
-    input_shape : tuple[int, ...]
-        (channels, height, width) of an image, or (length,) of a text.
-    num_classes : int
-        Width of the output.
-    vocabulary_size : int
-        Number of words of texts.
-    """
-
-    input_shape: tuple[int, ...]
-    num_classes: int
-    vocabulary_size: int = 0
-
-    @property
-    def image(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        channels, height, width = self.input_shape
-        return channels, height, width
-
-
-class ModelEntry(NamedTuple):
-    """A model of the registry.
-
-    Attributes
-    ----------
-    build : Callable[[DataShape], nn.Module]
-        Makes it.
-    smallest_image : int
-        Smallest height and width it takes, in pixels; 0 for a model of texts.
-    """
-
-    build: Callable[[DataShape], nn.Module]
-    smallest_image: int
-
-
 MODELS: dict[str, ModelEntry] = {
     "lenet": ModelEntry(lambda shape: LeNet(shape.image, shape.num_classes), 8),
     "resnet18": ModelEntry(lambda shape: resnet18(shape.image, shape.num_classes), 8),
+    "mobilenetv2": ModelEntry(lambda shape: mobilenetv2(shape.image, shape.num_classes), 8),
+    "densenet121": ModelEntry(lambda shape: densenet121(shape.image, shape.num_classes), 8),
 }
 
 
@@ -83,6 +45,8 @@ def build_model(
     seed: int,
     *,
     vocabulary_size: int = 0,
+    normalization: Normalization = "batch",
+    groups: int = 2,
 ) -> nn.Module:
     """A freshly initialized model; the global random state stays as it was.
 
@@ -98,6 +62,10 @@ def build_model(
         Equal seeds give equal weights.
     vocabulary_size : int
         Number of words, for texts.
+    normalization : {"batch", "group", "layer", "none"}
+        What BatchNorm layers become, see `convert_normalization`; all other weights are the same.
+    groups : int
+        Number of groups for ``group``.
 
     Returns
     -------
@@ -118,7 +86,9 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also reseed the accelerators.
         torch.default_generator.manual_seed(seed)
-        return entry.build(DataShape(input_shape, num_classes, vocabulary_size))
+        model = entry.build(DataShape(input_shape, num_classes, vocabulary_size))
+    convert_normalization(model, normalization, groups)
+    return model
 
 
 def model_for(config: RunConfig, data: FederatedData, seed: int) -> nn.Module:
@@ -129,6 +99,8 @@ def model_for(config: RunConfig, data: FederatedData, seed: int) -> nn.Module:
         data.num_classes,
         seed,
         vocabulary_size=len(data.vocabulary),
+        normalization=cast(Normalization, config.normalization),
+        groups=config.normalization_groups,
     )
 
 
