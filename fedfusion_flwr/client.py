@@ -69,7 +69,7 @@ def _train(work: _Work) -> RecordDict:
     has_validation = len(data.x_validation) > 0
     x_check = data.x_validation if has_validation else data.x
     y_check = data.y_validation if has_validation else data.y
-    loss_before, _ = evaluate(work.model, x_check, y_check)
+    loss_before, _ = evaluate(work.model, x_check, y_check, config.precision)
     loss = train(
         work.model,
         data.x,
@@ -82,8 +82,10 @@ def _train(work: _Work) -> RecordDict:
         generator=torch_generator(config.seed, "training", work.server_round, work.partition_id),
         fused_normalization=config.local_normalization == "fused"
         and work.server_round >= config.fused_from_round,
+        precision=config.precision,
+        compiled=config.compile,
     )
-    loss_after, _ = evaluate(work.model, x_check, y_check)
+    loss_after, _ = evaluate(work.model, x_check, y_check, config.precision)
     state = work.model.state_dict()
     content = RecordDict({protocol.ARRAYS: protocol.record_from_state(state)})
     try:
@@ -109,7 +111,9 @@ def _train(work: _Work) -> RecordDict:
 def _evaluate(work: _Work) -> RecordDict:
     if not len(work.data.x_validation):
         raise FedFusionError("this client has no validation examples; raise validation-fraction")
-    loss, accuracy = evaluate(work.model, work.data.x_validation, work.data.y_validation)
+    loss, accuracy = evaluate(
+        work.model, work.data.x_validation, work.data.y_validation, work.config.precision
+    )
     metrics = MetricRecord(
         {
             protocol.NUM_EXAMPLES: len(work.data.x_validation),

@@ -100,7 +100,7 @@ def central_evaluation(config: RunConfig) -> EvaluateFn:
 
     def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(protocol.state_from_record(arrays))
-        loss, accuracy = evaluate(model, x, y)
+        loss, accuracy = evaluate(model, x, y, config.precision)
         return MetricRecord({"global-accuracy": accuracy, "global-loss": loss})
 
     return evaluate_global

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,8 @@ def train(
     weight_decay: float,
     generator: torch.Generator,
     fused_normalization: bool = False,
+    precision: str = "fp32",
+    compiled: bool = False,
 ) -> float:
     """Minimize the cross-entropy by SGD with momentum, in place.
 
@@ -45,10 +49,16 @@ def train(
     epochs, batch_size, learning_rate, momentum, weight_decay
         As usual; a last batch of one example joins the one before.
     generator : torch.Generator
-        Source of the shuffles, on the CPU.
+        Source of the shuffles, on the CPU. Its seed is also that of dropout and whatever else the
+        model draws; the global random state is left as it was.
     fused_normalization : bool
         Normalize with the received running statistics instead of those of the batch; affine
         parameters are trained all the same. Afterwards the running statistics are measured on x.
+    precision : {"fp32", "bf16"}
+        ``bf16`` computes the forward pass under autocast; parameters, statistics and the loss stay
+        float32.
+    compiled : bool
+        Train through ``torch.compile``; the first call for a model takes tens of seconds.
 
     Returns
     -------
@@ -58,8 +68,8 @@ def train(
     Raises
     ------
     TrainingError
-        If there are no examples, just one where BatchNorm needs two, or the loss turns
-        non-finite.
+        If there are no examples, just one where BatchNorm needs two, the loss turns non-finite, or
+        the model cannot be compiled.
     """
     if len(x) == 0:
         raise TrainingError("this client has no training examples; give it data or leave it out")
@@ -76,22 +86,26 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
     )
+    forward = compiled_forward(model) if compiled else model
     mean_loss = math.nan
-    for epoch in range(epochs):
-        total = torch.zeros((), dtype=torch.float64)
-        for index in shuffled_batches(len(x), batch_size, generator):
-            rows = index.to(x.device)
-            loss = F.cross_entropy(model(x[rows]), y[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += loss.detach().double().cpu() * len(index)
-        mean_loss = float(total) / len(x)
-        if not math.isfinite(mean_loss):
-            raise TrainingError(
-                f"the training loss turned non-finite in local epoch {epoch + 1}; "
-                "lower learning-rate or check the data for bad values"
-            )
+    with own_random_state(generator.initial_seed(), x.device), compiler_errors():
+        for epoch in range(epochs):
+            total = torch.zeros((), dtype=torch.float64)
+            for index in shuffled_batches(len(x), batch_size, generator):
+                rows = index.to(x.device)
+                with autocast(x.device, precision):
+                    logits = forward(x[rows])
+                loss = F.cross_entropy(logits.float(), y[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total += loss.detach().double().cpu() * len(index)
+            mean_loss = float(total) / len(x)
+            if not math.isfinite(mean_loss):
+                raise TrainingError(
+                    f"the training loss turned non-finite in local epoch {epoch + 1}; "
+                    "lower learning-rate or check the data for bad values"
+                )
     if fused_normalization:
         measure_running_statistics(model, x)
     return mean_loss
@@ -109,8 +123,12 @@ def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) ->
         start = end
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, x: Tensor, y: Tensor, precision: str = "fp32"
+) -> tuple[float, float]:
     """Mean cross-entropy and accuracy in [0, 1], in eval mode; the mode is left at eval.
+
+    ``precision`` is that of `train`.
 
     Raises
     ------
@@ -125,10 +143,66 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
         for rows, labels in zip(
             torch.split(x, EVALUATION_BATCH), torch.split(y, EVALUATION_BATCH), strict=True
         ):
-            logits = model(rows)
+            with autocast(x.device, precision):
+                logits = model(rows).float()
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(1) == labels).sum())
     return loss / len(x), correct / len(x)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context that computes in bfloat16 where that is safe, or changes nothing for ``fp32``."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """While open, the global generators of the CPU and the device start from ``seed``.
+
+    Layers such as dropout draw from them: no generator can be handed to those.
+    """
+    accelerators = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=accelerators):
+        torch.default_generator.manual_seed(seed)
+        if accelerators:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+@functools.lru_cache(maxsize=2)
+def compiled_forward(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model's forward pass through ``torch.compile``, made once; the model stays as it is.
+
+    Evaluation and probes go on calling the model itself: hooks are not seen by compiled code.
+    """
+    run = torch.compile(model)
+
+    def forward(x: Tensor) -> Tensor:
+        # One graph for all batch sizes: code made for the size that happens to come first would
+        # make a client's result depend on who else trained in this process.
+        torch._dynamo.mark_dynamic(x, 0)
+        logits: Tensor = run(x)
+        return logits
+
+    return forward
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """While open, say in one sentence why a model does not compile and what to do."""
+    try:
+        yield
+    except RuntimeError as problem:
+        # Not above: only a run that compiles has paid for this import.
+        from torch._dynamo.exc import TorchDynamoException
+
+        if not isinstance(problem, TorchDynamoException):
+            raise
+        reason = str(problem).strip().splitlines()[0]
+        raise TrainingError(
+            f"compile = true, but the model cannot be compiled here ({reason}); install a C++ "
+            "compiler or use compile = false"
+        ) from problem
 
 
 def measure_running_statistics(model: nn.Module, x: Tensor) -> None:
