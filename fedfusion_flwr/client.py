@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from torch import nn
 
@@ -65,7 +65,7 @@ def _train(work: _Work) -> RecordDict:
     if not len(data.x):
         raise FedFusionError("this client has no training examples; give it data or leave it out")
     started, clock = time.time(), time.perf_counter()
-    probed = _probe(work) if config.statistics_source == "probe" else None
+    normalization = _normalization(_probe, work) if config.statistics_source == "probe" else {}
     has_validation = len(data.x_validation) > 0
     x_check = data.x_validation if has_validation else data.x
     y_check = data.y_validation if has_validation else data.y
@@ -86,15 +86,11 @@ def _train(work: _Work) -> RecordDict:
         compiled=config.compile,
     )
     loss_after, _ = evaluate(work.model, x_check, y_check, config.precision)
-    state = work.model.state_dict()
-    content = RecordDict({protocol.ARRAYS: protocol.record_from_state(state)})
-    try:
-        statistics = probed or NormalizationStatistics.from_state_dict(
-            state, layers=_layers(config)
-        )
-        content[protocol.NORMALIZATION] = protocol.record_from_statistics(statistics)
-    except StatisticsError:
-        pass  # no running statistics: only a strategy that needs them may object
+    if config.statistics_source == "local":
+        normalization = _normalization(_trained_statistics, work)
+    content = RecordDict(
+        {protocol.ARRAYS: protocol.record_from_state(work.model.state_dict()), **normalization}
+    )
     content[protocol.METRICS] = MetricRecord(
         {
             protocol.NUM_EXAMPLES: len(work.data.x),
@@ -130,6 +126,25 @@ def _query(work: _Work) -> RecordDict:
             protocol.NORMALIZATION: protocol.record_from_statistics(_probe(work)),
             protocol.METRICS: MetricRecord({protocol.NUM_EXAMPLES: len(work.data.x)}),
         }
+    )
+
+
+def _normalization(
+    read: Callable[[_Work], NormalizationStatistics], work: _Work
+) -> dict[str, ArrayRecord]:
+    """The normalization record, or none of a model that has no such statistics.
+
+    A strategy that needs them has objected at the start of the run.
+    """
+    try:
+        return {protocol.NORMALIZATION: protocol.record_from_statistics(read(work))}
+    except StatisticsError:
+        return {}
+
+
+def _trained_statistics(work: _Work) -> NormalizationStatistics:
+    return NormalizationStatistics.from_state_dict(
+        work.model.state_dict(), layers=_layers(work.config)
     )
 
 

@@ -15,9 +15,9 @@ from flwr.serverapp.strategy import Result
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.data import central_test_data, data_for, partition_for
-from fedfusion_flwr.models import model_for
+from fedfusion_flwr.models import model_for, shape_of
 from fedfusion_flwr.rounds import RoundCallback
-from fedfusion_flwr.strategies import BaseStrategy, build_strategy
+from fedfusion_flwr.strategies import BaseStrategy, build_strategy, check_fits
 from fedfusion_flwr.strategies.reporting import EvaluateFn
 from fedfusion_flwr.tracking import (
     BestModel,
@@ -55,6 +55,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     # Refuses an infeasible partition here, before any client trains.
     cut = partition_for(config)
     model = model_for(config, data, config.seed)
+    check_fits(config, model, shape_of(data).examples(2))
     directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.dataset import FederatedData
+from fedfusion_flwr.models.custom import build_custom, check_logits
 from fedfusion_flwr.models.entry import DataShape, ModelEntry, ModelError
 from fedfusion_flwr.models.lenet import LeNet
 from fedfusion_flwr.models.normalization import Normalization, convert_normalization
@@ -27,6 +28,7 @@ __all__ = [
     "mobilenetv2",
     "model_for",
     "resnet18",
+    "shape_of",
 ]
 
 
@@ -53,7 +55,8 @@ def build_model(
     Parameters
     ----------
     name : str
-        A key of `MODELS`.
+        A key of `MODELS`, or ``"module:function"``: a function that takes a `DataShape` and returns
+        a module, which is tried on two examples.
     input_shape : tuple[int, ...]
         Shape of an example: (channels, height, width) of an image or (length,) of a text.
     num_classes : int
@@ -75,36 +78,48 @@ def build_model(
     Raises
     ------
     ModelError
-        If the name is unknown or the examples or classes do not fit the model.
+        If the name is unknown, the examples or classes do not fit the model, or the model of the
+        user's own cannot be made or fails.
     """
-    if name not in MODELS:
-        raise ModelError(f"`model` is {name!r}; known models: {', '.join(sorted(MODELS))}.")
-    entry = MODELS[name]
-    _check_fit(name, entry, input_shape)
+    custom = ":" in name
+    if not custom:
+        _check_fit(name, input_shape)
     if num_classes < 1:
         raise ModelError(f"`model` {name!r} needs at least one class, got {num_classes}.")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also reseed the accelerators.
         torch.default_generator.manual_seed(seed)
-        model = entry.build(DataShape(input_shape, num_classes, vocabulary_size))
-    convert_normalization(model, normalization, groups)
+        shape = DataShape(input_shape, num_classes, vocabulary_size)
+        model = build_custom(name, shape) if custom else MODELS[name].build(shape)
+        convert_normalization(model, normalization, groups)
+        if custom:
+            check_logits(name, model, shape)
     return model
+
+
+def shape_of(data: FederatedData) -> DataShape:
+    """What a model must know of the given data."""
+    return DataShape(data.input_shape, data.num_classes, len(data.vocabulary))
 
 
 def model_for(config: RunConfig, data: FederatedData, seed: int) -> nn.Module:
     """The model that a run config names, for the given data."""
+    shape = shape_of(data)
     return build_model(
         config.model,
-        data.input_shape,
-        data.num_classes,
+        shape.input_shape,
+        shape.num_classes,
         seed,
-        vocabulary_size=len(data.vocabulary),
+        vocabulary_size=shape.vocabulary_size,
         normalization=cast(Normalization, config.normalization),
         groups=config.normalization_groups,
     )
 
 
-def _check_fit(name: str, entry: ModelEntry, input_shape: tuple[int, ...]) -> None:
+def _check_fit(name: str, input_shape: tuple[int, ...]) -> None:
+    if name not in MODELS:
+        raise ModelError(f"`model` is {name!r}; known models: {', '.join(sorted(MODELS))}.")
+    entry = MODELS[name]
     is_text = len(input_shape) == 1
     if is_text != (entry.smallest_image == 0):
         takes, given = ("texts", "images") if not is_text else ("images", "texts")

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedfusion_flwr.errors import FedFusionError
 
@@ -37,6 +38,11 @@ class DataShape(NamedTuple):
         """Channels, height and width."""
         channels, height, width = self.input_shape
         return channels, height, width
+
+    def examples(self, count: int) -> Tensor:
+        """Inputs to try a model with, all ones: white images, or texts of the unknown word."""
+        is_text = len(self.input_shape) == 1
+        return torch.ones(count, *self.input_shape, dtype=torch.int64 if is_text else torch.float32)
 
 
 class ModelEntry(NamedTuple):

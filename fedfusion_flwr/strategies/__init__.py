@@ -12,6 +12,7 @@ from fedfusion_flwr.rounds import RoundCallback
 from fedfusion_flwr.strategies.base import BaseStrategy, RunStopped
 from fedfusion_flwr.strategies.fedavg import FedAvg
 from fedfusion_flwr.strategies.fedfusion import FedFusion
+from fedfusion_flwr.strategies.fit import check_fits
 from fedfusion_flwr.strategies.roster import NotEnoughNodes
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "NotEnoughNodes",
     "RunStopped",
     "build_strategy",
+    "check_fits",
 ]
 
 

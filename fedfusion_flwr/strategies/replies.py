@@ -17,6 +17,7 @@ from torch import Tensor
 from fedfusion_flwr import protocol
 from fedfusion_flwr.fusion import NormalizationStatistics
 from fedfusion_flwr.fusion.server_step import implausible
+from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 from fedfusion_flwr.rounds import ClientRow
 
 MAX_STATISTIC = 1e6
@@ -71,7 +72,8 @@ class ReplyJudge:
     sent : Mapping[str, Tensor]
         The model that was sent; a train reply must match its keys, shapes and types.
     num_channels : int or None
-        Length that a ``normalization`` vector must have, where it is known.
+        Length that a ``normalization`` vector must have, where it is known. A model without running
+        statistics does not tell it: where it is known all the same, every reply needs the record.
     arrays_key, examples_key : str
         Names of the ArrayRecord and of the example count.
     max_examples : int
@@ -230,6 +232,8 @@ class ReplyJudge:
     def _statistics(self, content: RecordDict) -> NormalizationStatistics | None:
         record = content.array_records.get(protocol.NORMALIZATION)
         if record is None:
+            if self.num_channels is not None and not batchnorm_prefixes(self.sent):
+                raise BadReply("statistics", "no normalization record, which this model needs")
             return None
         if self.num_channels is not None:
             allowed = 4 * self.num_channels + protocol.NPY_OVERHEAD
