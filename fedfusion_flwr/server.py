@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from logging import INFO
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
@@ -57,6 +57,12 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     model = model_for(config, data, config.seed)
     directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
+    # What a device needs beside its own examples: see docs/data.md.
+    if data.classes:
+        directory.write_lines("classes.txt", data.classes)
+    if data.vocabulary:
+        directory.write_lines("vocabulary.txt", data.vocabulary)
+    sent = ConfigRecord({protocol.DATA_SIGNATURE: data.signature})
 
     best = BestModel(directory)
     callbacks: list[RoundCallback] = []
@@ -78,6 +84,8 @@ def run(grid: Grid, context: Context) -> RunOutcome:
                 initial_arrays=protocol.record_from_state(model.state_dict()),
                 num_rounds=config.num_server_rounds,
                 timeout=config.round_timeout,
+                train_config=sent,
+                evaluate_config=sent,
                 evaluate_fn=central_evaluation(config),
             )
     finally:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ def train(
     weight_decay: float,
     generator: torch.Generator,
     fused_normalization: bool = False,
+    augment: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Minimize the cross-entropy by SGD with momentum, in place.
 
@@ -49,6 +50,8 @@ def train(
     fused_normalization : bool
         Normalize with the received running statistics instead of those of the batch; affine
         parameters are trained all the same. Afterwards the running statistics are measured on x.
+    augment : Callable[[Tensor], Tensor], optional
+        Applied to the inputs of every batch.
 
     Returns
     -------
@@ -81,7 +84,8 @@ def train(
         total = torch.zeros((), dtype=torch.float64)
         for index in shuffled_batches(len(x), batch_size, generator):
             rows = index.to(x.device)
-            loss = F.cross_entropy(model(x[rows]), y[rows])
+            inputs = x[rows] if augment is None else augment(x[rows])
+            loss = F.cross_entropy(model(inputs), y[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
