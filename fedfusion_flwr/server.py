@@ -14,7 +14,8 @@ from flwr.serverapp.strategy import Result
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data import central_test_data, data_for, partition_for
+from fedfusion_flwr.data import FederatedData, central_test_data, data_for, partition_for
+from fedfusion_flwr.data.roots import CLASSES_FILE, MOMENTS_FILE, moments_lines
 from fedfusion_flwr.models import model_for
 from fedfusion_flwr.rounds import RoundCallback
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy
@@ -57,11 +58,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     model = model_for(config, data, config.seed)
     directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
-    # What a device needs beside its own examples: see docs/data.md.
-    if data.classes:
-        directory.write_lines("classes.txt", data.classes)
-    if data.vocabulary:
-        directory.write_lines("vocabulary.txt", data.vocabulary)
+    _write_for_devices(directory, data)
     sent = ConfigRecord({protocol.DATA_SIGNATURE: data.signature})
 
     best = BestModel(directory)
@@ -121,6 +118,16 @@ def _check_federation(grid: Grid, strategy: BaseStrategy, config: RunConfig) -> 
             f"num-clients = {config.num_clients}, but {len(connected)} clients are connected; "
             "make num-clients and the federation's num-supernodes equal"
         )
+
+
+def _write_for_devices(directory: RunDirectory, data: FederatedData) -> None:
+    """What a device with data of its own needs in its data-root: see docs/data.md."""
+    if data.classes:
+        directory.write_lines(CLASSES_FILE, data.classes)
+    if data.mean:
+        directory.write_lines(MOMENTS_FILE, moments_lines(data.mean, data.std))
+    if data.vocabulary:
+        directory.write_lines("vocabulary.txt", data.vocabulary)
 
 
 def _save_final(directory: RunDirectory, strategy: BaseStrategy) -> None:

@@ -18,7 +18,7 @@ from PIL import __version__ as pillow_version
 from fedfusion_flwr.data.augmentation import CROP_AND_FLIP
 from fedfusion_flwr.data.cache import cached_arrays
 from fedfusion_flwr.data.dataset import DataError, FederatedData
-from fedfusion_flwr.data.roots import CLASSES_FILE, existing_root, read_classes
+from fedfusion_flwr.data.roots import CLASSES_FILE, existing_root, read_classes, read_moments
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _GREY_MODES = ("1", "L")
@@ -41,7 +41,8 @@ def imagefolder(root: str) -> FederatedData:
     """Images of one size, grey where all of them are, else RGB; classes are folder names, sorted.
 
     ``classes.txt`` in the root fixes the classes and their order instead; then a split may lack
-    some of them.
+    some of them. ``moments.txt`` fixes what pixels are normalized by, instead of the moments of
+    the training part.
 
     Raises
     ------
@@ -60,6 +61,7 @@ def imagefolder(root: str) -> FederatedData:
     number = {name: label for label, name in enumerate(classes)}
     labels = torch.tensor([number[name] for name in train.classes + test.classes])
     cut = len(train.files)
+    mean, std = read_moments(folder) or (arrays["mean"].tolist(), arrays["std"].tolist())
     return FederatedData(
         name="imagefolder",
         x_train=pixels[:cut],
@@ -67,8 +69,8 @@ def imagefolder(root: str) -> FederatedData:
         x_test=pixels[cut:],
         y_test=labels[cut:],
         num_classes=len(classes),
-        mean=tuple(arrays["mean"].tolist()),
-        std=tuple(arrays["std"].tolist()),
+        mean=tuple(mean),
+        std=tuple(std),
         augmentation=CROP_AND_FLIP,
         classes=classes,
     )

@@ -10,7 +10,7 @@ import torch
 
 from fedfusion_flwr.data.dataset import DataError, FederatedData
 from fedfusion_flwr.data.imagefolder import pixel_moments
-from fedfusion_flwr.data.roots import existing_root, read_classes
+from fedfusion_flwr.data.roots import Moments, existing_root, read_classes, read_moments
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _CHANNELS_LAST = (1, 3)
@@ -20,9 +20,9 @@ def npz(root: str) -> FederatedData:
     """The arrays of a .npz file.
 
     Images are (N, H, W), (N, H, W, C) where the last axis has length 1 or 3, or else (N, C, H, W).
-    uint8 pixels are normalized by the moments of the training part, floating point ones are used
-    as they are. ``classes.txt`` beside the file names the classes; without it there are as many as
-    the largest label says.
+    uint8 pixels are normalized by ``moments.txt`` beside the file, or else by the moments of the
+    training part; floating point ones are used as they are. ``classes.txt`` beside the file names
+    the classes; without it there are as many as the largest label says.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def npz(root: str) -> FederatedData:
     num_classes = len(classes) or 1 + max(int(y.max(initial=0)) for y in (y_train, y_test))
     if num_classes < 2:
         raise DataError(f"{path} has labels of one class only; it needs at least two.")
-    mean, std = pixel_moments(x_train) if x_train.dtype == np.uint8 else (np.empty(0),) * 2
+    mean, std = _moments(path.parent, x_train) if x_train.dtype == np.uint8 else ((), ())
     return FederatedData(
         name=str(path),
         x_train=torch.from_numpy(x_train),
@@ -45,10 +45,18 @@ def npz(root: str) -> FederatedData:
         x_test=torch.from_numpy(x_test),
         y_test=torch.from_numpy(y_test),
         num_classes=num_classes,
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
+        mean=mean,
+        std=std,
         classes=classes,
     )
+
+
+def _moments(folder: Path, x_train: np.ndarray) -> Moments:
+    given = read_moments(folder)
+    if given:
+        return given
+    mean, std = pixel_moments(x_train)
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _file(root: Path) -> Path:

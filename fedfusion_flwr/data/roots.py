@@ -9,6 +9,10 @@ from fedfusion_flwr.data.cache import cache_directory
 from fedfusion_flwr.data.dataset import DataError
 
 CLASSES_FILE = "classes.txt"
+MOMENTS_FILE = "moments.txt"
+
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of pixels in [0, 1], one number per channel."""
 
 
 def data_folder(root: str) -> Path:
@@ -58,16 +62,51 @@ def read_classes(folder: Path) -> tuple[str, ...]:
         If the file is not text, names fewer than two classes, or one twice.
     """
     path = folder / CLASSES_FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    lines = _lines(path)
+    if lines is None:
         return ()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({problem}).") from problem
-    names = tuple(line.strip() for line in lines if line.strip())
+    names = tuple(lines)
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise DataError(f"{path} names class {repeated!r} twice; leave one line of the two.")
     if len(names) < 2:
         raise DataError(f"{path} must name at least two classes, one a line; it has {len(names)}.")
     return names
+
+
+def read_moments(folder: Path) -> Moments | None:
+    """The pixels' moments in ``moments.txt``: a line of means, then one of deviations; or none.
+
+    Raises
+    ------
+    DataError
+        If the file is not that.
+    """
+    path = folder / MOMENTS_FILE
+    lines = _lines(path)
+    if lines is None:
+        return None
+    try:
+        mean, std = (tuple(float(number) for number in line.split()) for line in lines)
+    except ValueError as problem:
+        raise DataError(
+            f"{path} must hold two lines, the mean and the standard deviation of each channel; "
+            "copy it from the run directory."
+        ) from problem
+    return mean, std
+
+
+def moments_lines(mean: tuple[float, ...], std: tuple[float, ...]) -> list[str]:
+    """What `read_moments` reads."""
+    return [" ".join(map(repr, numbers)) for numbers in (mean, std)]
+
+
+def _lines(path: Path) -> list[str] | None:
+    """The lines that are not blank, stripped; None where there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({problem}).") from problem
+    return [line.strip() for line in text.splitlines() if line.strip()]
