@@ -187,6 +187,8 @@ def test_a_run_of_devices(config: dict[str, Any], tmp_path: Path) -> None:
     first = dropped("first", "two", "three")
     assert first[0] is None
     assert "differs from the server's in the number of classes and the class names" in first[1]
+    metrics = (tmp_path / "first" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(metrics[-1])["evaluate-replies-dropped"] == 1
     shutil.copytree(tmp_path / "three", tmp_path / "four")
     for name in ("classes.txt", "moments.txt"):
         shutil.copy(tmp_path / "first" / name, tmp_path / "four")
