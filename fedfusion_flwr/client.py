@@ -2,11 +2,12 @@
 """What a client does with a message: train, evaluate, or answer a probe query.
 
 Data and model are built once per process and reused over rounds and clients; a reply depends only
-on the message, the run config and the partition id.
+on the message, the run config and the node config.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -16,11 +17,20 @@ from typing import Literal, cast
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from torch import nn
+from torch import Tensor, nn
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data import LocalData, data_for, local_data, on_device
+from fedfusion_flwr.data import (
+    NO_AUGMENTATION,
+    LocalData,
+    augment,
+    client_key,
+    data_for,
+    local_data,
+    on_device,
+    signature_difference,
+)
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
 from fedfusion_flwr.models import model_for
@@ -36,10 +46,14 @@ from fedfusion_flwr.training import (
 
 @dataclass(frozen=True)
 class _Work:
-    """A message made ready: config, partition, data and a model that holds the sent parameters."""
+    """A message made ready: config, partition, data and a model that holds the sent parameters.
+
+    ``key`` is what the client's generators are derived of.
+    """
 
     config: RunConfig
-    partition_id: int
+    partition_id: int | None
+    key: int
     server_round: int
     model: nn.Module
     data: LocalData
@@ -79,11 +93,12 @@ def _train(work: _Work) -> RecordDict:
         learning_rate=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        generator=torch_generator(config.seed, "training", work.server_round, work.partition_id),
+        generator=torch_generator(config.seed, "training", work.server_round, work.key),
         fused_normalization=config.local_normalization == "fused"
         and work.server_round >= config.fused_from_round,
         precision=config.precision,
         compiled=config.compile,
+        augment=_augmenter(work),
     )
     loss_after, _ = evaluate(work.model, x_check, y_check, config.precision)
     if config.statistics_source == "local":
@@ -102,6 +117,17 @@ def _train(work: _Work) -> RecordDict:
         }
     )
     return content
+
+
+def _augmenter(work: _Work) -> Callable[[Tensor], Tensor] | None:
+    """What training does to a batch of inputs, with a generator of its own."""
+    data = data_for(work.config)
+    if not work.config.augment or data.augmentation == NO_AUGMENTATION:
+        return None
+    generator = torch_generator(work.config.seed, "augmentation", work.server_round, work.key)
+    return functools.partial(
+        augment, augmentation=data.augmentation, generator=generator, fill=data.black
+    )
 
 
 def _evaluate(work: _Work) -> RecordDict:
@@ -167,24 +193,50 @@ def _answer(message: Message, context: Context, work: Callable[[_Work], RecordDi
         content = work(ready)
     except (FedFusionError, StatisticsError) as problem:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(problem)), reply_to=message)
-    content[protocol.CLIENT] = ConfigRecord(
-        {protocol.SERVER_ROUND: ready.server_round, protocol.PARTITION_ID: ready.partition_id}
-    )
+    identity = ConfigRecord({protocol.SERVER_ROUND: ready.server_round})
+    if ready.partition_id is not None:
+        identity[protocol.PARTITION_ID] = ready.partition_id
+    content[protocol.CLIENT] = identity
     return Message(content, reply_to=message)
 
 
 def _prepare(message: Message, context: Context) -> _Work:
-    config = RunConfig.from_run_config(context.run_config)
+    config = _node_config(context)
     torch.set_num_threads(config.threads_per_client)
     partition_id = _partition_id(context, config)
+    sent = message.content.config_records[protocol.CONFIG]
+    _check_signature(sent, config)
     device = choose_device(config.device)
     data = on_device(local_data(config, partition_id), device)
     model = _model(config, device.type)
     model.load_state_dict(
         protocol.state_from_record(message.content.array_records[protocol.ARRAYS])
     )
-    server_round = message.content.config_records[protocol.CONFIG][protocol.SERVER_ROUND]
-    return _Work(config, partition_id, int(cast(int, server_round)), model, data)
+    server_round = int(cast(int, sent[protocol.SERVER_ROUND]))
+    key = client_key(config, partition_id)
+    return _Work(config, partition_id, key, server_round, model, data)
+
+
+def _node_config(context: Context) -> RunConfig:
+    """The run's config, with the folder in which this node has its data."""
+    config = RunConfig.from_run_config(context.run_config)
+    root = context.node_config.get("data-root", config.data_root)
+    if not isinstance(root, str):
+        raise ConfigError(f"this node's data-root = {root!r} is not allowed: it must be a string")
+    return dataclasses.replace(config, data_root=root)
+
+
+def _check_signature(sent: ConfigRecord, config: RunConfig) -> None:
+    """Refuse to train on data that the model was not made for; the server need not say."""
+    expected = sent.get(protocol.DATA_SIGNATURE)
+    if expected is None:
+        return
+    difference = signature_difference(str(expected), data_for(config).signature)
+    if difference:
+        raise FedFusionError(
+            f"this node's data set differs from the server's in {difference}; copy classes.txt or "
+            "vocabulary.txt from the run directory into this node's data-root"
+        )
 
 
 @functools.lru_cache(maxsize=2)
@@ -194,21 +246,20 @@ def _model(config: RunConfig, device: str) -> nn.Module:
     return place_model(model, torch.device(device))
 
 
-def _partition_id(context: Context, config: RunConfig) -> int:
+def _partition_id(context: Context, config: RunConfig) -> int | None:
+    """Which partition this node has; none where it is told of none and has data of its own."""
     partition_id = context.node_config.get("partition-id")
-    if not isinstance(partition_id, int):
-        raise ConfigError(
-            "this node has no partition-id; start its SuperNode with "
-            '--node-config "partition-id=0 num-partitions=10", say'
-        )
+    if partition_id is None:
+        return None
     partitions = context.node_config.get("num-partitions", config.num_clients)
     if partitions != config.num_clients:
         raise ConfigError(
             f"num-clients = {config.num_clients}, but this federation has {partitions} partitions; "
             "make num-clients and the federation's num-supernodes equal"
         )
-    if not 0 <= partition_id < config.num_clients:
+    if type(partition_id) is not int or not 0 <= partition_id < config.num_clients:
         raise ConfigError(
-            f"partition-id = {partition_id} is not allowed: from 0 to {config.num_clients - 1}"
+            f"partition-id = {partition_id!r} is not allowed: a whole number from 0 to "
+            f"{config.num_clients - 1}"
         )
     return partition_id

@@ -35,6 +35,7 @@ def train(
     weight_decay: float,
     generator: torch.Generator,
     fused_normalization: bool = False,
+    augment: Callable[[Tensor], Tensor] | None = None,
     precision: str = "fp32",
     compiled: bool = False,
 ) -> float:
@@ -54,6 +55,8 @@ def train(
     fused_normalization : bool
         Normalize with the received running statistics instead of those of the batch; affine
         parameters are trained all the same. Afterwards the running statistics are measured on x.
+    augment : Callable[[Tensor], Tensor], optional
+        Applied to the inputs of every batch.
     precision : {"fp32", "bf16"}
         ``bf16`` computes the forward pass under autocast; parameters, statistics and the loss stay
         float32.
@@ -93,8 +96,9 @@ def train(
             total = torch.zeros((), dtype=torch.float64)
             for index in shuffled_batches(len(x), batch_size, generator):
                 rows = index.to(x.device)
+                inputs = x[rows] if augment is None else augment(x[rows])
                 with autocast(x.device, precision):
-                    logits = forward(x[rows])
+                    logits = forward(inputs)
                 loss = F.cross_entropy(logits.float(), y[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -180,7 +184,7 @@ def compiled_forward(model: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         # One graph for all batch sizes: code made for the size that happens to come first would
         # make a client's result depend on who else trained in this process.
-        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
         logits: Tensor = run(x)
         return logits
 

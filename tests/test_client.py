@@ -135,7 +135,8 @@ def test_fused_normalization_measures_its_own_statistics() -> None:
     ("settings", "sentence"),
     [
         ({"learning-rate": 1e6}, "lower learning-rate"),
-        ({"node": {"num-partitions": 10}}, "no partition-id"),
+        ({"node": {"partition-id": "0"}}, "partition-id = '0' is not allowed"),
+        ({"node": {"data-root": 3}}, "data-root = 3 is not allowed"),
         ({"node": {"partition-id": 0, "num-partitions": 2}}, "num-clients = 10"),
         ({"node": {"partition-id": 12, "num-partitions": 10}}, "from 0 to 9"),
         ({"learning_rate": 0.1}, "did you mean 'learning-rate'"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfusion_flwr.models.entry import DataShape, ModelError
-from fedfusion_flwr.plugins import PluginError, in_one_line, load_function
+from fedfusion_flwr.user_code import described, load_function
 
 
 def build_custom(reference: str, shape: DataShape) -> nn.Module:
@@ -18,15 +18,12 @@ def build_custom(reference: str, shape: DataShape) -> nn.Module:
     ModelError
         If it cannot be imported, fails, or returns something else than a module.
     """
-    try:
-        function = load_function(reference, "model")
-    except PluginError as problem:
-        raise ModelError(str(problem)) from problem
+    function = load_function("model", reference, ModelError)
     try:
         model = function(shape)
     except Exception as problem:
         raise ModelError(
-            f"`model` {reference!r} fails for {shape} with {in_one_line(problem)}."
+            f"`model` {reference!r} fails for {shape} with {described(problem)}."
         ) from problem
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -52,7 +49,7 @@ def check_logits(reference: str, model: nn.Module, shape: DataShape) -> None:
             logits = model(examples)
     except Exception as problem:
         raise ModelError(
-            f"`model` {reference!r} must take {takes}, but it fails with {in_one_line(problem)}."
+            f"`model` {reference!r} must take {takes}, but it fails with {described(problem)}."
         ) from problem
     model.train()
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
