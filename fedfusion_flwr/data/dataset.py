@@ -71,10 +71,11 @@ class FederatedData:
         """Raise `DataError` unless shapes, types and labels fit."""
         self._check_split("train", self.x_train, self.y_train)
         self._check_split("test", self.x_test, self.y_test)
-        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+        one, other = ((tuple(x.shape[1:]), x.dtype) for x in (self.x_train, self.x_test))
+        if one != other:
             raise DataError(
-                f"Both splits of data set {self.name!r} must have examples of one shape, got "
-                f"{tuple(self.x_train.shape[1:])} and {tuple(self.x_test.shape[1:])}."
+                f"Both splits of data set {self.name!r} must have examples of one shape and type, "
+                f"got {one} and {other}."
             )
         if self.x_train.dtype == torch.uint8:
             channels = self.x_train.shape[1]

@@ -125,7 +125,10 @@ def _key(folder: Path, files: Sequence[Path]) -> str:
     """Changes with the name, size or time of any file, and with what decodes them."""
     digest = hashlib.sha256(f"{_FORMAT} {pillow_version} {folder.resolve()}".encode())
     for path in files:
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as problem:
+            raise DataError(f"{path} cannot be read ({problem}); repair or remove it.") from problem
         name = os.fsencode(path.relative_to(folder))
         digest.update(b"\0%b %d %d" % (name, status.st_size, status.st_mtime_ns))
     return f"imagefolder-{digest.hexdigest()[:32]}"

@@ -72,7 +72,7 @@ class RunDirectory:
         name = config.output_dir
         if not name:
             now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-            name = f"{now}-{config.strategy}-{config.dataset}"
+            name = f"{now}-{config.strategy}-{config.dataset.replace(':', '-')}"
         return cls(Path.home() / RUNS_FOLDER / Path(name).expanduser())
 
     @contextlib.contextmanager

@@ -180,6 +180,10 @@ def truncated_jpg(tree: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def broken_link(tree: Path) -> None:
+    (tree / "train" / "dog" / "a.png").symlink_to(tree / "nowhere.png")
+
+
 def damaged_png(tree: Path) -> None:
     path = tree / "test" / "dog" / "0.png"
     content = bytearray(path.read_bytes())
@@ -243,6 +247,7 @@ def classes_no_text(tree: Path) -> None:
         (empty_class, "train/cow is an empty class folder"),
         (text_as_jpg, "train/dog/a.jpg cannot be decoded"),
         (truncated_jpg, "train/dog/b.jpg cannot be decoded .*truncated"),
+        (broken_link, "train/dog/a.png cannot be read .*No such file"),
         (damaged_png, "test/dog/0.png cannot be decoded"),
         (other_classes, "Class 'dog' has no folder in .*tree/test"),
         (class_of_test_only, "Class 'aardvark' has no folder in .*tree/train"),
