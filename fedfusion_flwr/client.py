@@ -2,11 +2,12 @@
 """What a client does with a message: train, evaluate, or answer a probe query.
 
 Data and model are built once per process and reused over rounds and clients; a reply depends only
-on the message, the run config and the partition id.
+on the message, the run config and the node config.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -14,13 +15,23 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from torch import nn
+from torch import Tensor, nn
 
 from fedfusion_flwr import protocol
+from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data import LocalData, data_for, local_data, on_device
+from fedfusion_flwr.data import (
+    NO_AUGMENTATION,
+    LocalData,
+    augment,
+    client_key,
+    data_for,
+    local_data,
+    on_device,
+    signature_difference,
+)
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
 from fedfusion_flwr.models import model_for
@@ -28,21 +39,23 @@ from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.rounds import State
 from fedfusion_flwr.training import (
     EVALUATION_BATCH,
-    choose_device,
     evaluate,
     freeze,
     least_loss,
-    place_model,
     train,
 )
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A message made ready: config, partition, data and the received models, the first loaded."""
+    """A message made ready: config, partition, data and the received models, the first loaded.
+
+    ``key`` is what the client's generators are derived of.
+    """
 
     config: RunConfig
-    partition_id: int
+    partition_id: int | None
+    key: int
     settings: ConfigRecord
     received: list[State]
     model: nn.Module
@@ -86,15 +99,15 @@ def _train(work: _Work) -> RecordDict:
         raise FedFusionError("this client has no training examples; give it data or leave it out")
     started, clock = time.time(), time.perf_counter()
     reported: dict[str, float] = {protocol.NUM_EXAMPLES: len(data.x), **work.choose()}
-    probed = None
+    normalization: dict[str, ArrayRecord] = {}
     if config.statistics_source == "probe":
-        probed = _probe(work)
+        normalization = _normalization(_probe, work)
         looked = reported.get(protocol.FORWARD_EXAMPLES, 0)
         reported[protocol.FORWARD_EXAMPLES] = looked + len(data.x)
     has_validation = len(data.x_validation) > 0
     x_check = data.x_validation if has_validation else data.x
     y_check = data.y_validation if has_validation else data.y
-    reported["loss-before"], _ = evaluate(work.model, x_check, y_check)
+    reported["loss-before"], _ = evaluate(work.model, x_check, y_check, config.precision)
     phase = str(work.settings.get(protocol.PHASE, "training"))
     freeze(work.model, cast(list[str], work.settings.get(protocol.FROZEN, [])))
     result = train(
@@ -106,27 +119,37 @@ def _train(work: _Work) -> RecordDict:
         learning_rate=work.setting(protocol.LEARNING_RATE, config.learning_rate),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        generator=torch_generator(config.seed, phase, work.server_round, work.partition_id),
+        generator=torch_generator(config.seed, phase, work.server_round, work.key),
         fused_normalization=config.local_normalization == "fused"
         and work.server_round >= config.fused_from_round,
+        augment=_augmenter(work),
+        precision=config.precision,
+        compiled=config.compile,
         proximal_mu=work.setting(protocol.PROXIMAL_MU, 0),
         max_steps=int(work.setting(protocol.MAX_STEPS, 0)) or None,
     )
     reported[protocol.TRAIN_LOSS], reported[protocol.GRADIENT_STEPS] = result
-    reported["loss-after"], _ = evaluate(work.model, x_check, y_check)
-    state = work.model.state_dict()
-    content = RecordDict({protocol.ARRAYS: protocol.record_from_state(state)})
-    try:
-        statistics = probed or NormalizationStatistics.from_state_dict(
-            state, layers=_layers(config)
-        )
-        content[protocol.NORMALIZATION] = protocol.record_from_statistics(statistics)
-    except StatisticsError:
-        pass  # no running statistics: only a strategy that needs them may object
+    reported["loss-after"], _ = evaluate(work.model, x_check, y_check, config.precision)
+    if config.statistics_source == "local":
+        normalization = _normalization(_trained_statistics, work)
     reported[protocol.TRAIN_STARTED] = started
     reported[protocol.TRAIN_SECONDS] = time.perf_counter() - clock
+    content = RecordDict(
+        {protocol.ARRAYS: protocol.record_from_state(work.model.state_dict()), **normalization}
+    )
     content[protocol.METRICS] = MetricRecord(dict(reported))
     return content
+
+
+def _augmenter(work: _Work) -> Callable[[Tensor], Tensor] | None:
+    """What training does to a batch of inputs, with a generator of its own."""
+    data = data_for(work.config)
+    if not work.config.augment or data.augmentation == NO_AUGMENTATION:
+        return None
+    generator = torch_generator(work.config.seed, "augmentation", work.server_round, work.key)
+    return functools.partial(
+        augment, augmentation=data.augmentation, generator=generator, fill=data.black
+    )
 
 
 def _evaluate(work: _Work) -> RecordDict:
@@ -134,7 +157,9 @@ def _evaluate(work: _Work) -> RecordDict:
         raise FedFusionError("this client has no validation examples; raise validation-fraction")
     reported: dict[str, float] = {protocol.NUM_EXAMPLES: len(work.data.x_validation)}
     reported |= work.choose()
-    loss, accuracy = evaluate(work.model, work.data.x_validation, work.data.y_validation)
+    loss, accuracy = evaluate(
+        work.model, work.data.x_validation, work.data.y_validation, work.config.precision
+    )
     reported |= {"personalized-loss": loss, "personalized-accuracy": accuracy}
     return RecordDict({protocol.METRICS: MetricRecord(dict(reported))})
 
@@ -145,6 +170,25 @@ def _query(work: _Work) -> RecordDict:
             protocol.NORMALIZATION: protocol.record_from_statistics(_probe(work)),
             protocol.METRICS: MetricRecord({protocol.NUM_EXAMPLES: len(work.data.x)}),
         }
+    )
+
+
+def _normalization(
+    read: Callable[[_Work], NormalizationStatistics], work: _Work
+) -> dict[str, ArrayRecord]:
+    """The normalization record, or none of a model that has no such statistics.
+
+    A strategy that needs them has objected at the start of the run.
+    """
+    try:
+        return {protocol.NORMALIZATION: protocol.record_from_statistics(read(work))}
+    except StatisticsError:
+        return {}
+
+
+def _trained_statistics(work: _Work) -> NormalizationStatistics:
+    return NormalizationStatistics.from_state_dict(
+        work.model.state_dict(), layers=_layers(work.config)
     )
 
 
@@ -167,25 +211,50 @@ def _answer(message: Message, context: Context, work: Callable[[_Work], RecordDi
         content = work(ready)
     except (FedFusionError, StatisticsError) as problem:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(problem)), reply_to=message)
-    content[protocol.CLIENT] = ConfigRecord(
-        {protocol.SERVER_ROUND: ready.server_round, protocol.PARTITION_ID: ready.partition_id}
-    )
+    identity = ConfigRecord({protocol.SERVER_ROUND: ready.server_round})
+    if ready.partition_id is not None:
+        identity[protocol.PARTITION_ID] = ready.partition_id
+    content[protocol.CLIENT] = identity
     return Message(content, reply_to=message)
 
 
 def _prepare(message: Message, context: Context) -> _Work:
-    config = RunConfig.from_run_config(context.run_config)
+    config = _node_config(context)
     torch.set_num_threads(config.threads_per_client)
     partition_id = _partition_id(context, config)
+    sent = message.content.config_records[protocol.CONFIG]
+    _check_signature(sent, config)
     device = choose_device(config.device)
     data = on_device(local_data(config, partition_id), device)
     model = _model(config, device.type)
-    settings = message.content.config_records[protocol.CONFIG]
     state = protocol.state_from_record(message.content.array_records[protocol.ARRAYS])
-    packed = protocol.NUM_MODELS in settings
+    packed = protocol.NUM_MODELS in sent
     received = list(protocol.unpack_states(state).values()) if packed else [state]
     model.load_state_dict(received[0])
-    return _Work(config, partition_id, settings, received, model, data)
+    key = client_key(config, partition_id)
+    return _Work(config, partition_id, key, sent, received, model, data)
+
+
+def _node_config(context: Context) -> RunConfig:
+    """The run's config, with the folder in which this node has its data."""
+    config = RunConfig.from_run_config(context.run_config)
+    root = context.node_config.get("data-root", config.data_root)
+    if not isinstance(root, str):
+        raise ConfigError(f"this node's data-root = {root!r} is not allowed: it must be a string")
+    return dataclasses.replace(config, data_root=root)
+
+
+def _check_signature(sent: ConfigRecord, config: RunConfig) -> None:
+    """Refuse to train on data that the model was not made for; the server need not say."""
+    expected = sent.get(protocol.DATA_SIGNATURE)
+    if expected is None:
+        return
+    difference = signature_difference(str(expected), data_for(config).signature)
+    if difference:
+        raise FedFusionError(
+            f"this node's data set differs from the server's in {difference}; copy classes.txt or "
+            "vocabulary.txt from the run directory into this node's data-root"
+        )
 
 
 @functools.lru_cache(maxsize=2)
@@ -195,21 +264,20 @@ def _model(config: RunConfig, device: str) -> nn.Module:
     return place_model(model, torch.device(device))
 
 
-def _partition_id(context: Context, config: RunConfig) -> int:
+def _partition_id(context: Context, config: RunConfig) -> int | None:
+    """Which partition this node has; none where it is told of none and has data of its own."""
     partition_id = context.node_config.get("partition-id")
-    if not isinstance(partition_id, int):
-        raise ConfigError(
-            "this node has no partition-id; start its SuperNode with "
-            '--node-config "partition-id=0 num-partitions=10", say'
-        )
+    if partition_id is None:
+        return None
     partitions = context.node_config.get("num-partitions", config.num_clients)
     if partitions != config.num_clients:
         raise ConfigError(
             f"num-clients = {config.num_clients}, but this federation has {partitions} partitions; "
             "make num-clients and the federation's num-supernodes equal"
         )
-    if not 0 <= partition_id < config.num_clients:
+    if type(partition_id) is not int or not 0 <= partition_id < config.num_clients:
         raise ConfigError(
-            f"partition-id = {partition_id} is not allowed: from 0 to {config.num_clients - 1}"
+            f"partition-id = {partition_id!r} is not allowed: a whole number from 0 to "
+            f"{config.num_clients - 1}"
         )
     return partition_id

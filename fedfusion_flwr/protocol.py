@@ -5,10 +5,11 @@
 record         kind          content
 =============  ============  =========================================================
 arrays         ArrayRecord   the full state dict
-config         ConfigRecord  server -> client: ``server-round`` and what the strategy adds
+config         ConfigRecord  server -> client: ``server-round``, ``data-signature`` and what the
+                             strategy adds
 metrics        MetricRecord  client -> server: ``num-examples`` and numbers to average
 normalization  ArrayRecord   client -> server: ``mean std shift scale``, each (C,)
-client         ConfigRecord  client -> server: ``server-round`` echoed, ``partition-id``
+client         ConfigRecord  client -> server: ``server-round`` echoed, ``partition-id`` if any
 =============  ============  =========================================================
 """
 
@@ -37,6 +38,7 @@ CLIENT = "client"
 
 SERVER_ROUND = "server-round"
 PARTITION_ID = "partition-id"
+DATA_SIGNATURE = "data-signature"
 NUM_EXAMPLES = "num-examples"
 TRAIN_LOSS = "train-loss"
 TRAIN_STARTED = "train-started"

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from logging import INFO
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedfusion_flwr import protocol
+from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data import central_test_data, data_for, partition_for
-from fedfusion_flwr.models import model_for
+from fedfusion_flwr.data import FederatedData, central_test_data, data_for, partition_for
+from fedfusion_flwr.data.roots import CLASSES_FILE, MOMENTS_FILE, moments_lines
+from fedfusion_flwr.models import model_for, shape_of
 from fedfusion_flwr.rounds import RoundCallback, State
-from fedfusion_flwr.strategies import BaseStrategy, build_strategy
+from fedfusion_flwr.strategies import BaseStrategy, build_strategy, check_fits
 from fedfusion_flwr.strategies.reporting import EvaluateFn
 from fedfusion_flwr.tracking import (
     BestModel,
@@ -29,7 +31,7 @@ from fedfusion_flwr.tracking import (
     RunSummary,
     state_digest,
 )
-from fedfusion_flwr.training import choose_device, evaluate, place_model
+from fedfusion_flwr.training import evaluate
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,11 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     # Refuses an infeasible partition here, before any client trains.
     cut = partition_for(config)
     model = model_for(config, data, config.seed)
+    check_fits(config, model, shape_of(data).examples(2))
     directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
+    _write_for_devices(directory, data)
+    sent = ConfigRecord({protocol.DATA_SIGNATURE: data.signature})
 
     best, history = BestModel(directory), RunSummary()
     callbacks: list[RoundCallback] = []
@@ -82,6 +87,8 @@ def run(grid: Grid, context: Context) -> RunOutcome:
             initial_arrays=protocol.record_from_state(model.state_dict()),
             num_rounds=config.num_server_rounds,
             timeout=config.round_timeout,
+            train_config=sent,
+            evaluate_config=sent,
             evaluate_fn=central_evaluation(config),
         )
     finally:
@@ -105,7 +112,7 @@ def central_evaluation(config: RunConfig) -> EvaluateFn:
 
     def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(protocol.state_from_record(arrays))
-        loss, accuracy = evaluate(model, x, y)
+        loss, accuracy = evaluate(model, x, y, config.precision)
         return MetricRecord({"global-accuracy": accuracy, "global-loss": loss})
 
     return evaluate_global
@@ -118,6 +125,16 @@ def _check_federation(grid: Grid, strategy: BaseStrategy, config: RunConfig) -> 
             f"num-clients = {config.num_clients}, but {len(connected)} clients are connected; "
             "make num-clients and the federation's num-supernodes equal"
         )
+
+
+def _write_for_devices(directory: RunDirectory, data: FederatedData) -> None:
+    """What a device with data of its own needs in its data-root: see docs/data.md."""
+    if data.classes:
+        directory.write_lines(CLASSES_FILE, data.classes)
+    if data.mean:
+        directory.write_lines(MOMENTS_FILE, moments_lines(data.mean, data.std))
+    if data.vocabulary:
+        directory.write_lines("vocabulary.txt", data.vocabulary)
 
 
 def _save_final(directory: RunDirectory, strategy: BaseStrategy) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.computation import (
+    TrainingError,
+    autocast,
+    compiled_forward,
+    compiler_errors,
+    own_random_state,
+)
 from fedfusion_flwr.fusion.statistics import collected_moments
 
 EVALUATION_BATCH = 512
-
-
-class TrainingError(FedFusionError, RuntimeError):
-    """Local training that cannot start or went wrong; the client's reply says why."""
 
 
 class TrainingResult(NamedTuple):
@@ -42,6 +44,9 @@ def train(
     weight_decay: float,
     generator: torch.Generator,
     fused_normalization: bool = False,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    precision: str = "fp32",
+    compiled: bool = False,
     proximal_mu: float = 0.0,
     max_steps: int | None = None,
 ) -> TrainingResult:
@@ -56,10 +61,18 @@ def train(
     epochs, batch_size, learning_rate, momentum, weight_decay
         As usual; a last batch of one example joins the one before.
     generator : torch.Generator
-        Source of the shuffles, on the CPU.
+        Source of the shuffles, on the CPU. Its seed is also that of dropout and whatever else the
+        model draws; the global random state is left as it was.
     fused_normalization : bool
         Normalize with the received running statistics instead of those of the batch; affine
         parameters are trained all the same. Afterwards the running statistics are measured on x.
+    augment : Callable[[Tensor], Tensor], optional
+        Applied to the inputs of every batch.
+    precision : {"fp32", "bf16"}
+        ``bf16`` computes the forward pass under autocast; parameters, statistics and the loss stay
+        float32.
+    compiled : bool
+        Train through ``torch.compile``; the first call for a model takes tens of seconds.
     proximal_mu : float
         Weight of the squared distance to the model as it was received, (mu / 2) ||w - w_t||^2 over
         all trained parameters (FedProx, Li et al. 2020).
@@ -74,8 +87,8 @@ def train(
     Raises
     ------
     TrainingError
-        If there are no examples, just one where BatchNorm needs two, or the loss turns
-        non-finite.
+        If there are no examples, just one where BatchNorm needs two, the loss turns non-finite, or
+        the model cannot be compiled.
     """
     if len(x) == 0:
         raise TrainingError("this client has no training examples; give it data or leave it out")
@@ -93,31 +106,36 @@ def train(
     optimizer = torch.optim.SGD(
         trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
     )
+    forward = compiled_forward(model) if compiled else model
     received = [p.detach().clone() for p in trained] if proximal_mu else []
     mean_loss, steps = math.nan, 0
-    for epoch in itertools.count():
-        if (epoch == epochs) if max_steps is None else (steps == max_steps):
-            break
-        total, seen = torch.zeros((), dtype=torch.float64), 0
-        for index in shuffled_batches(len(x), batch_size, generator):
-            rows = index.to(x.device)
-            loss = F.cross_entropy(model(x[rows]), y[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if proximal_mu:
-                add_proximal_gradient(trained, received, proximal_mu)
-            optimizer.step()
-            total += loss.detach().double().cpu() * len(index)
-            seen += len(index)
-            steps += 1
-            if steps == max_steps:
+    with own_random_state(generator.initial_seed(), x.device), compiler_errors():
+        for epoch in itertools.count():
+            if (epoch == epochs) if max_steps is None else (steps == max_steps):
                 break
-        mean_loss = float(total) / seen
-        if not math.isfinite(mean_loss):
-            raise TrainingError(
-                f"the training loss turned non-finite in local epoch {epoch + 1}; "
-                "lower learning-rate or check the data for bad values"
-            )
+            total, seen = torch.zeros((), dtype=torch.float64), 0
+            for index in shuffled_batches(len(x), batch_size, generator):
+                rows = index.to(x.device)
+                inputs = x[rows] if augment is None else augment(x[rows])
+                with autocast(x.device, precision):
+                    logits = forward(inputs)
+                loss = F.cross_entropy(logits.float(), y[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                if proximal_mu:
+                    add_proximal_gradient(trained, received, proximal_mu)
+                optimizer.step()
+                total += loss.detach().double().cpu() * len(index)
+                seen += len(index)
+                steps += 1
+                if steps == max_steps:
+                    break
+            mean_loss = float(total) / seen
+            if not math.isfinite(mean_loss):
+                raise TrainingError(
+                    f"the training loss turned non-finite in local epoch {epoch + 1}; "
+                    "lower learning-rate or check the data for bad values"
+                )
     if fused_normalization:
         measure_running_statistics(model, x)
     return TrainingResult(mean_loss, steps)
@@ -152,11 +170,18 @@ def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) ->
 
 
 def evaluate(
-    model: nn.Module, x: Tensor, y: Tensor, *, batch_statistics: bool = False
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    precision: str = "fp32",
+    *,
+    batch_statistics: bool = False,
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy in [0, 1]; the mode is left at eval.
 
     ``batch_statistics`` normalizes with those of each batch, as training does.
+
+    ``precision`` is that of `train`.
 
     Raises
     ------
@@ -171,7 +196,8 @@ def evaluate(
         for rows, labels in zip(
             torch.split(x, EVALUATION_BATCH), torch.split(y, EVALUATION_BATCH), strict=True
         ):
-            logits = model(rows)
+            with autocast(x.device, precision):
+                logits = model(rows).float()
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(1) == labels).sum())
     model.eval()
@@ -215,23 +241,3 @@ def measure_running_statistics(model: nn.Module, x: Tensor) -> None:
         if isinstance(layer.running_mean, Tensor) and isinstance(layer.running_var, Tensor):
             layer.running_mean.copy_(mean)
             layer.running_var.copy_(variance * unbiased)
-
-
-def place_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model to its device; channels-last, which convolutions are faster in."""
-    return model.to(device).to(memory_format=torch.channels_last)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
-
-    Raises
-    ------
-    TrainingError
-        If ``cuda`` is asked for and absent.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("device = 'cuda', but no GPU is visible here; use device = 'auto'")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -135,7 +136,8 @@ def test_fused_normalization_measures_its_own_statistics() -> None:
     ("settings", "sentence"),
     [
         ({"learning-rate": 1e6}, "lower learning-rate"),
-        ({"node": {"num-partitions": 10}}, "no partition-id"),
+        ({"node": {"partition-id": "0"}}, "partition-id = '0' is not allowed"),
+        ({"node": {"data-root": 3}}, "data-root = 3 is not allowed"),
         ({"node": {"partition-id": 0, "num-partitions": 2}}, "num-clients = 10"),
         ({"node": {"partition-id": 12, "num-partitions": 10}}, "from 0 to 9"),
         ({"learning_rate": 0.1}, "did you mean 'learning-rate'"),
@@ -148,6 +150,19 @@ def test_what_a_user_can_mend_is_an_error_reply_of_one_sentence(
     assert reply.has_error()
     assert sentence in reply.error.reason
     assert "\n" not in reply.error.reason
+
+
+def test_compilation_without_a_compiler_is_an_error_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    reply = ask("train", compile=True)
+    assert re.search(
+        r"compile = true, but .*; install .* or use compile = false", reply.error.reason
+    )
+    assert not ask("evaluate", compile=True).has_error()
+    torch.compiler.reset()
 
 
 def test_evaluate_without_validation_part_says_so() -> None:

@@ -13,14 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedfusion_flwr.computation import TrainingError, choose_device, place_model
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.training import (
-    TrainingError,
-    choose_device,
     evaluate,
     measure_running_statistics,
-    place_model,
     shuffled_batches,
     train,
 )

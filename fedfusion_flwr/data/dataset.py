@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,10 +71,11 @@ class FederatedData:
         """Raise `DataError` unless shapes, types and labels fit."""
         self._check_split("train", self.x_train, self.y_train)
         self._check_split("test", self.x_test, self.y_test)
-        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+        one, other = ((tuple(x.shape[1:]), x.dtype) for x in (self.x_train, self.x_test))
+        if one != other:
             raise DataError(
-                f"Both splits of data set {self.name!r} must have examples of one shape, got "
-                f"{tuple(self.x_train.shape[1:])} and {tuple(self.x_test.shape[1:])}."
+                f"Both splits of data set {self.name!r} must have examples of one shape and type, "
+                f"got {one} and {other}."
             )
         if self.x_train.dtype == torch.uint8:
             channels = self.x_train.shape[1]
@@ -107,12 +109,17 @@ class FederatedData:
 
     @property
     def signature(self) -> str:
-        """A digest of all that a model trained on this data depends on; not of the examples.
+        """All that a model trained on this data depends on, and nothing of the examples.
 
-        Nodes that hold different parts of a data set have the same signature.
+        Nodes that hold different parts of a data set have the same signature; of two that differ,
+        `signature_difference` says in what.
         """
-        parts = (self.input_shape, self.num_classes, self.classes, self.vocabulary)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        names, words = (
+            hashlib.sha256(repr(part).encode()).hexdigest()[:16]
+            for part in (self.classes, self.vocabulary)
+        )
+        shape = "x".join(map(str, self.input_shape))
+        return f"{shape} {self.num_classes} {names} {words}"
 
     def inputs(self, x: Tensor) -> Tensor:
         """Examples as a model takes them: uint8 pixels become normalized float32 images."""
@@ -146,3 +153,15 @@ class FederatedData:
                 f"{where} must have labels from 0 to {self.num_classes - 1}, "
                 f"got labels from {low} to {high}."
             )
+
+
+_SIGNED = ("the shape of an example", "the number of classes", "the class names", "the vocabulary")
+
+
+def signature_difference(one: str, other: str) -> str:
+    """In which of `FederatedData.signature`'s parts two of them differ, in words; empty in none."""
+    parts, others = one.split(), other.split()
+    if len(parts) != len(_SIGNED) or len(others) != len(_SIGNED):
+        return "" if one == other else "the form of the signature"
+    different = (a != b for a, b in zip(parts, others, strict=True))
+    return " and ".join(itertools.compress(_SIGNED, different))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -62,16 +63,38 @@ def _partition(data: FederatedData, spec: PartitionSpec) -> Partition:
 
 
 @functools.lru_cache(maxsize=1024)
-def local_data(config: RunConfig, partition_id: int) -> LocalData:
-    """The examples of one client, transformed as its components ask."""
+def local_data(config: RunConfig, partition_id: int | None) -> LocalData:
+    """The examples of one client.
+
+    A partition of the training data, transformed as its components ask; or without a partition id
+    all of it: then the client is a device with data of its own.
+    """
     data = data_for(config)
-    cut = partition_for(config)
-    indices = cut.indices[partition_id]
-    x, y = data.inputs(data.x_train[indices]), data.y_train[indices]
-    if cut.example_components is not None:
-        x = _shown(x, cut.example_components[partition_id], config)
-    train, validation = local_split(indices, config.validation_fraction, config.seed, partition_id)
+    if partition_id is None:
+        indices = np.arange(len(data.y_train))
+        x = data.inputs(data.x_train)
+    else:
+        cut = partition_for(config)
+        indices = cut.indices[partition_id]
+        x = data.inputs(data.x_train[indices])
+        if cut.example_components is not None:
+            x = _shown(x, cut.example_components[partition_id], config)
+    y = data.y_train[indices]
+    key = client_key(config, partition_id)
+    train, validation = local_split(indices, config.validation_fraction, config.seed, key)
     return LocalData(x[train], y[train], x[validation], y[validation])
+
+
+def client_key(config: RunConfig, partition_id: int | None) -> int:
+    """What a client's generators are derived of: its partition id, or a digest of its labels.
+
+    A device without partition id has no other number that is the same in every run; two of them
+    with the very same labels draw the same.
+    """
+    if partition_id is not None:
+        return partition_id
+    labels = data_for(config).y_train.numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(labels).digest()[:8])
 
 
 def central_test_data(config: RunConfig) -> tuple[Tensor, Tensor]:

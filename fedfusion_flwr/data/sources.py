@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,9 +15,17 @@ import torch
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.cache import cached_arrays
 from fedfusion_flwr.data.dataset import DataError, FederatedData
-
-MNIST_MEAN = 0.1307
-MNIST_STD = 0.3081
+from fedfusion_flwr.data.imagefolder import imagefolder
+from fedfusion_flwr.data.npz import npz
+from fedfusion_flwr.data.torchvision_sets import (
+    MNIST_MEAN,
+    MNIST_STD,
+    cifar10,
+    fashion_mnist,
+    mnist,
+)
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.user_code import described, load_function
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,8 @@ def load_data(name: str, root: str = "", **options: int) -> FederatedData:
     Parameters
     ----------
     name : str
-        A key of `SOURCES`.
+        A key of `SOURCES`, or one's own loader as ``module:function``, which is called with the
+        `SourceOptions` if it takes an argument.
     root, **options
         Fields of `SourceOptions`.
 
@@ -56,7 +66,7 @@ def load_data(name: str, root: str = "", **options: int) -> FederatedData:
     DataError
         If the name is unknown, or the files are missing or not what they should be.
     """
-    if name not in SOURCES:
+    if name not in SOURCES and ":" not in name:
         raise DataError(f"`dataset` is {name!r}; known data sets: {', '.join(sorted(SOURCES))}.")
     return _load(name, SourceOptions(root, **options))
 
@@ -73,7 +83,24 @@ def data_for(config: RunConfig) -> FederatedData:
 
 @lru_cache(maxsize=2)
 def _load(name: str, options: SourceOptions) -> FederatedData:
-    return SOURCES[name](options)
+    return _own(name, options) if ":" in name else SOURCES[name](options)
+
+
+def _own(name: str, options: SourceOptions) -> FederatedData:
+    """What the user's function returns."""
+    function = load_function("dataset", name, DataError)
+    try:
+        takes_options = bool(inspect.signature(function).parameters)
+        data = function(options) if takes_options else function()
+    except FedFusionError:
+        raise
+    except Exception as problem:
+        raise DataError(f"`dataset` {name!r} failed: {described(problem)}.") from problem
+    if not isinstance(data, FederatedData):
+        raise DataError(
+            f"`dataset` {name!r} must return a FederatedData, not {type(data).__name__}."
+        )
+    return data
 
 
 def _mnist_5k(_options: SourceOptions) -> FederatedData:
@@ -105,5 +132,12 @@ def _decode_mnist_5k() -> dict[str, np.ndarray]:
     }
 
 
-SOURCES: dict[str, Callable[[SourceOptions], FederatedData]] = {"mnist-5k": _mnist_5k}
+SOURCES: dict[str, Callable[[SourceOptions], FederatedData]] = {
+    "mnist-5k": _mnist_5k,
+    "mnist": lambda options: mnist(options.root),
+    "fashion-mnist": lambda options: fashion_mnist(options.root),
+    "cifar10": lambda options: cifar10(options.root),
+    "imagefolder": lambda options: imagefolder(options.root),
+    "npz": lambda options: npz(options.root),
+}
 """Loaders by name."""

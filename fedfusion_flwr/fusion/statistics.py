@@ -28,7 +28,11 @@ class StatisticsError(ValueError):
 
 @dataclass(frozen=True)
 class NormalizationStatistics:
-    """Per-channel normalization parameters of one model, layers concatenated in state-dict order.
+    """Per-channel normalization parameters of one model.
+
+    Layers are concatenated in the order in which the model defines them, which is that of its state
+    dict and need not be that of its forward pass: ResNet's shortcuts come after the layers that
+    they bypass.
 
     Attributes
     ----------

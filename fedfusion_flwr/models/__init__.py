@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import nn
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.dataset import FederatedData
-from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.models.custom import build_custom, check_logits
+from fedfusion_flwr.models.entry import DataShape, ModelEntry, ModelError
 from fedfusion_flwr.models.lenet import LeNet
-from fedfusion_flwr.models.small_image import resnet18
+from fedfusion_flwr.models.normalization import Normalization, convert_normalization
+from fedfusion_flwr.models.small_image import densenet121, mobilenetv2, resnet18
 
 __all__ = [
     "MODELS",
@@ -22,57 +23,20 @@ __all__ = [
     "ModelEntry",
     "ModelError",
     "build_model",
+    "convert_normalization",
+    "densenet121",
+    "mobilenetv2",
     "model_for",
     "resnet18",
+    "shape_of",
 ]
-
-
-class ModelError(FedFusionError, ValueError):
-    """An unknown model, or one that the data does not fit."""
-
-
-class DataShape(NamedTuple):
-    """What a model must know of the data.
-
-    Attributes
-    ----------
-    input_shape : tuple[int, ...]
-        (channels, height, width) of an image, or (length,) of a text.
-    num_classes : int
-        Width of the output.
-    vocabulary_size : int
-        Number of words of texts.
-    """
-
-    input_shape: tuple[int, ...]
-    num_classes: int
-    vocabulary_size: int = 0
-
-    @property
-    def image(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        channels, height, width = self.input_shape
-        return channels, height, width
-
-
-class ModelEntry(NamedTuple):
-    """A model of the registry.
-
-    Attributes
-    ----------
-    build : Callable[[DataShape], nn.Module]
-        Makes it.
-    smallest_image : int
-        Smallest height and width it takes, in pixels; 0 for a model of texts.
-    """
-
-    build: Callable[[DataShape], nn.Module]
-    smallest_image: int
 
 
 MODELS: dict[str, ModelEntry] = {
     "lenet": ModelEntry(lambda shape: LeNet(shape.image, shape.num_classes), 8),
     "resnet18": ModelEntry(lambda shape: resnet18(shape.image, shape.num_classes), 8),
+    "mobilenetv2": ModelEntry(lambda shape: mobilenetv2(shape.image, shape.num_classes), 8),
+    "densenet121": ModelEntry(lambda shape: densenet121(shape.image, shape.num_classes), 8),
 }
 
 
@@ -83,13 +47,16 @@ def build_model(
     seed: int,
     *,
     vocabulary_size: int = 0,
+    normalization: Normalization = "batch",
+    groups: int = 2,
 ) -> nn.Module:
     """A freshly initialized model; the global random state stays as it was.
 
     Parameters
     ----------
     name : str
-        A key of `MODELS`.
+        A key of `MODELS`, or ``"module:function"``: a function that takes a `DataShape` and returns
+        a module, which is tried on two examples.
     input_shape : tuple[int, ...]
         Shape of an example: (channels, height, width) of an image or (length,) of a text.
     num_classes : int
@@ -98,6 +65,10 @@ def build_model(
         Equal seeds give equal weights.
     vocabulary_size : int
         Number of words, for texts.
+    normalization : {"batch", "group", "layer", "none"}
+        What BatchNorm layers become, see `convert_normalization`; all other weights are the same.
+    groups : int
+        Number of groups for ``group``.
 
     Returns
     -------
@@ -107,32 +78,48 @@ def build_model(
     Raises
     ------
     ModelError
-        If the name is unknown or the examples or classes do not fit the model.
+        If the name is unknown, the examples or classes do not fit the model, or the model of the
+        user's own cannot be made or fails.
     """
-    if name not in MODELS:
-        raise ModelError(f"`model` is {name!r}; known models: {', '.join(sorted(MODELS))}.")
-    entry = MODELS[name]
-    _check_fit(name, entry, input_shape)
+    custom = ":" in name
+    if not custom:
+        _check_fit(name, input_shape)
     if num_classes < 1:
         raise ModelError(f"`model` {name!r} needs at least one class, got {num_classes}.")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also reseed the accelerators.
         torch.default_generator.manual_seed(seed)
-        return entry.build(DataShape(input_shape, num_classes, vocabulary_size))
+        shape = DataShape(input_shape, num_classes, vocabulary_size)
+        model = build_custom(name, shape) if custom else MODELS[name].build(shape)
+        convert_normalization(model, normalization, groups)
+        if custom:
+            check_logits(name, model, shape)
+    return model
+
+
+def shape_of(data: FederatedData) -> DataShape:
+    """What a model must know of the given data."""
+    return DataShape(data.input_shape, data.num_classes, len(data.vocabulary))
 
 
 def model_for(config: RunConfig, data: FederatedData, seed: int) -> nn.Module:
     """The model that a run config names, for the given data."""
+    shape = shape_of(data)
     return build_model(
         config.model,
-        data.input_shape,
-        data.num_classes,
+        shape.input_shape,
+        shape.num_classes,
         seed,
-        vocabulary_size=len(data.vocabulary),
+        vocabulary_size=shape.vocabulary_size,
+        normalization=cast(Normalization, config.model_normalization),
+        groups=config.normalization_groups,
     )
 
 
-def _check_fit(name: str, entry: ModelEntry, input_shape: tuple[int, ...]) -> None:
+def _check_fit(name: str, input_shape: tuple[int, ...]) -> None:
+    if name not in MODELS:
+        raise ModelError(f"`model` is {name!r}; known models: {', '.join(sorted(MODELS))}.")
+    entry = MODELS[name]
     is_text = len(input_shape) == 1
     if is_text != (entry.smallest_image == 0):
         takes, given = ("texts", "images") if not is_text else ("images", "texts")

@@ -1,5 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision networks with a stem for small images."""
+"""torchvision networks with a stem for small images.
+
+Made for 224x224 pixels, they would shrink one of 32x32 or 28x28 to a single pixel or two before
+their last stage. Here they shrink it less; the feature maps of these images are
+
+============  =================================  ================  ================
+network       what is measured                   of 32x32          of 28x28
+============  =================================  ================  ================
+resnet18      stages 1 to 4                      32, 16, 8, 4      28, 14, 7, 4
+densenet121   dense blocks 1 to 4                32, 16, 8, 4      28, 14, 7, 3
+mobilenetv2   stem; 24, 32, 64, 160 channels     32; 32, 16, 8, 4  28; 28, 14, 7, 4
+============  =================================  ================  ================
+
+A replaced convolution is initialized as torchvision initializes it. torchvision is imported inside
+the functions: the import takes about a second, in every process of a simulation.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +22,7 @@ from torch import nn
 
 
 def resnet18(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """ResNet-18, untrained, that does not shrink the image before its first stage.
-
-    The stem made for 224x224 pixels would leave 8x8 of a 32x32 image: here it is a 3x3 convolution
-    of stride 1 without pooling.
+    """ResNet-18, untrained, with a 3x3 stem of stride 1 and without the pooling after it.
 
     Parameters
     ----------
@@ -19,12 +31,70 @@ def resnet18(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     num_classes : int
         Width of the output.
     """
-    # Here and not above: the import takes about a second, in every process of a simulation.
     from torchvision import models
 
     model: nn.Module = models.resnet18(weights=None, num_classes=num_classes)
-    model.conv1 = nn.Conv2d(input_shape[0], 64, kernel_size=3, padding=1, bias=False)
-    # As torchvision initializes the convolution that this one replaces.
+    model.conv1 = _stem(input_shape[0], 64)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     return model
+
+
+def densenet121(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """DenseNet-121, untrained, with a 3x3 stem of stride 1 and without the pooling after it.
+
+    Parameters
+    ----------
+    input_shape : tuple[int, int, int]
+        Channels, height and width of an image.
+    num_classes : int
+        Width of the output.
+    """
+    from torchvision import models
+
+    model = models.densenet121(weights=None, num_classes=num_classes)
+    model.features.conv0 = _stem(input_shape[0], 64)
+    nn.init.kaiming_normal_(model.features.conv0.weight)
+    del model.features.pool0
+    network: nn.Module = model
+    return network
+
+
+MOBILENETV2_STAGES = [
+    # expansion, channels, blocks, stride of the first block; torchvision's second has stride 2
+    [1, 16, 1, 1],
+    [6, 24, 2, 1],
+    [6, 32, 3, 2],
+    [6, 64, 4, 2],
+    [6, 96, 3, 1],
+    [6, 160, 3, 2],
+    [6, 320, 1, 1],
+]
+
+
+def mobilenetv2(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """MobileNetV2, untrained, with stride 1 in its stem and in its second stage.
+
+    torchvision's dropout of 0.2 before the classifier stays, so that results compare with those
+    that others report; `training.train` draws it from the client's own generator.
+
+    Parameters
+    ----------
+    input_shape : tuple[int, int, int]
+        Channels, height and width of an image.
+    num_classes : int
+        Width of the output.
+    """
+    from torchvision import models
+
+    model: nn.Module = models.mobilenet_v2(
+        weights=None, num_classes=num_classes, inverted_residual_setting=MOBILENETV2_STAGES
+    )
+    stem = _stem(input_shape[0], 32)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out")
+    model.set_submodule("features.0.0", stem)
+    return model
+
+
+def _stem(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)

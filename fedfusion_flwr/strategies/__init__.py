@@ -10,6 +10,7 @@ from fedfusion_flwr.strategies.fedfusion import FedFusion
 from fedfusion_flwr.strategies.fedgroup import FedGroup
 from fedfusion_flwr.strategies.fedprox import FedProx
 from fedfusion_flwr.strategies.fesem import FeSEM
+from fedfusion_flwr.strategies.fit import check_fits
 from fedfusion_flwr.strategies.ifca import IFCA
 from fedfusion_flwr.strategies.multi import MultiModelStrategy
 from fedfusion_flwr.strategies.registry import REGISTRY, StrategyEntry, build_strategy
@@ -36,4 +37,5 @@ __all__ = [
     "SingleModelStrategy",
     "StrategyEntry",
     "build_strategy",
+    "check_fits",
 ]

@@ -222,13 +222,18 @@ class FedFusion(SingleModelStrategy):
         return [round(value, 6) for value in known.assignment.tolist()]
 
     def _infer(self, replies: list[ClientReply]) -> None:
-        vectors = {reply.client: self._statistics(reply).vector(log_std=True) for reply in replies}
-        received = None
+        received, told = None, replies
         if batchnorm_prefixes(self.current):
             received = self._read(self.current).vector(log_std=True)
+        else:
+            # One who says nothing must not end the run; from the next round on it is dropped.
+            told = [reply for reply in replies if reply.statistics is not None] or replies
+        vectors = {reply.client: self._statistics(reply).vector(log_std=True) for reply in told}
         widths = Counter(len(vector) for vector in vectors.values())
         if self.width is None:
             self.width = widths.most_common(1)[0][0]
+        if len(told) < len(replies):
+            raise InferenceError("some clients sent no normalization record")
         if set(widths) != {self.width}:
             raise InferenceError(f"clients' statistics differ in length: {sorted(widths)}")
         self.memory.remember(

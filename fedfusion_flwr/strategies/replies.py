@@ -17,6 +17,7 @@ from torch import Tensor
 from fedfusion_flwr import protocol
 from fedfusion_flwr.fusion import NormalizationStatistics
 from fedfusion_flwr.fusion.server_step import implausible
+from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 from fedfusion_flwr.rounds import ClientRow
 
 MAX_STATISTIC = 1e6
@@ -80,7 +81,8 @@ class ReplyJudge:
     check : Callable[[ClientReply], None]
         Raises `BadReply` for what a strategy itself does not accept.
     num_channels : int or None
-        Length that a ``normalization`` vector must have, where it is known.
+        Length that a ``normalization`` vector must have, where it is known. A model without running
+        statistics does not tell it: where it is known all the same, every reply needs the record.
     arrays_key, examples_key : str
         Names of the ArrayRecord and of the example count.
     max_examples : int
@@ -154,7 +156,7 @@ class ReplyJudge:
         statistics = None
         if self.expected is not None:
             state = self._model(content, self.expected(client))
-            statistics = self._statistics(content)
+            statistics = self._statistics(content, state)
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         return ClientReply(
             client, message.metadata.src_node_id, examples, numbers, state, statistics, partition
@@ -240,9 +242,13 @@ class ReplyJudge:
                     if tensor is not None and float(tensor.abs().max()) > MAX_STATISTIC:
                         raise BadReply("statistics", f"'{prefix}{part}' exceeds {MAX_STATISTIC:g}")
 
-    def _statistics(self, content: RecordDict) -> NormalizationStatistics | None:
+    def _statistics(
+        self, content: RecordDict, state: Mapping[str, Tensor]
+    ) -> NormalizationStatistics | None:
         record = content.array_records.get(protocol.NORMALIZATION)
         if record is None:
+            if self.num_channels is not None and not batchnorm_prefixes(state):
+                raise BadReply("statistics", "no normalization record, which this model needs")
             return None
         if self.num_channels is not None:
             allowed = 4 * self.num_channels + protocol.NPY_OVERHEAD

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,7 +72,7 @@ class RunDirectory:
         name = config.output_dir
         if not name:
             now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-            name = f"{now}-{config.strategy}-{config.dataset}"
+            name = f"{now}-{config.strategy}-{config.dataset.replace(':', '-')}"
         return cls(Path.home() / RUNS_FOLDER / Path(name).expanduser())
 
     @contextlib.contextmanager
@@ -95,6 +95,11 @@ class RunDirectory:
         """Write a JSON file, keys in the order given."""
         with self.writing(name) as file:
             file.write((json.dumps(value, indent=2) + "\n").encode())
+
+    def write_lines(self, name: str, lines: Iterable[str]) -> None:
+        """Write a text file, one string a line, UTF-8."""
+        with self.writing(name) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
 
     def write_state(self, name: str, state: Mapping[str, Tensor], **metadata: object) -> None:
         """Write a state dict as safetensors; metadata values become strings."""

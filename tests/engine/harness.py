@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,6 +123,17 @@ class Engine:
         )
         for pid in found.stdout.split():
             os.kill(int(pid), signal.SIGTERM)
+
+
+def copy_of_app(folder: Path) -> Path:
+    """The app's sources in ``folder / "app"``, to put modules of one's own beside."""
+    app = folder / "app"
+    app.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "client_app.py", "server_app.py"):
+        shutil.copy(ROOT / name, app / name)
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fedfusion_flwr", app / "fedfusion_flwr", ignore=skip)
+    return app
 
 
 def _free_ports(count: int) -> list[int]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -56,17 +58,56 @@ def test_lenet_layers() -> None:
     assert sum(p.numel() for p in model.parameters()) == 400 + 12800 + 96 + 94140 + 610
 
 
-def test_resnet18_keeps_small_images() -> None:
-    model = build_model("resnet18", (3, 32, 32), 10, seed=0)
-    shapes: list[torch.Size] = []
-    first_stage = model.get_submodule("layer1")
-    first_stage.register_forward_hook(lambda _module, _args, output: shapes.append(output.shape))
-    model.eval()(torch.randn(1, 3, 32, 32))
-    assert shapes == [(1, 64, 32, 32)]
+STAGES = {
+    "resnet18": ["layer1", "layer2", "layer3", "layer4"],
+    "densenet121": [f"features.denseblock{n}" for n in (1, 2, 3, 4)],
+    # The stem and the last blocks of 24, 32, 64 and 160 channels.
+    "mobilenetv2": [f"features.{n}" for n in (0, 3, 6, 10, 16)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "sizes"),
+    [
+        ("resnet18", 32, [32, 16, 8, 4]),
+        ("resnet18", 28, [28, 14, 7, 4]),
+        ("densenet121", 32, [32, 16, 8, 4]),
+        ("densenet121", 28, [28, 14, 7, 3]),
+        ("mobilenetv2", 32, [32, 32, 16, 8, 4]),
+        ("mobilenetv2", 28, [28, 28, 14, 7, 4]),
+        ("mobilenetv2", 8, [8, 8, 4, 2, 1]),
+    ],
+)
+def test_small_images_keep_their_size(name: str, pixels: int, sizes: list[int]) -> None:
+    """Height and width after each stage, as the table in `small_image` says."""
+    model = build_model(name, (1, pixels, pixels), 10, seed=0).eval()
+    shapes: list[tuple[int, ...]] = []
+    for stage in STAGES[name]:
+        model.get_submodule(stage).register_forward_hook(
+            lambda _module, _args, output: shapes.append(tuple(output.shape[2:]))
+        )
+    model(torch.randn(1, 1, pixels, pixels))
+    assert shapes == [(size, size) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "std"),
+    [
+        # fan out: 64 * 9 weights a channel reach; fan in: 3 * 9; gain sqrt(2)
+        ("resnet18", "conv1", math.sqrt(2 / (64 * 9))),
+        ("densenet121", "features.conv0", math.sqrt(2 / (3 * 9))),
+        ("mobilenetv2", "features.0.0", math.sqrt(2 / (32 * 9))),
+    ],
+)
+def test_stems_are_initialized_as_torchvision_does(name: str, stem: str, std: float) -> None:
+    weight = build_model(name, (3, 32, 32), 10, seed=0).get_parameter(f"{stem}.weight")
+    assert weight.shape[1:] == (3, 3, 3)
+    assert float(weight.detach().std()) == pytest.approx(std, rel=0.1)
+    assert abs(float(weight.detach().mean())) < 0.1 * std
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ModelError, match=r"`model` is 'lenet5'; known models: lenet, resnet18"):
+    with pytest.raises(ModelError, match=r"`model` is 'lenet5'; known models: .*lenet.*resnet18"):
         build_model("lenet5", (1, 28, 28), 10, seed=0)
 
 

@@ -182,6 +182,8 @@ def test_output_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert unnamed.parent == runs
     assert unnamed.name.endswith("-fedfusion-mnist-5k")
     assert unnamed.is_dir()
+    own = RunDirectory.for_config(RunConfig(dataset="my.data:load")).path
+    assert own.name.endswith("-fedfusion-my.data-load")
 
 
 def test_state_file(directory: RunDirectory) -> None:

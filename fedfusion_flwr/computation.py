@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model is computed: device, precision, compilation, random state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fedfusion_flwr.errors import FedFusionError
+
+
+class TrainingError(FedFusionError, RuntimeError):
+    """Local training that cannot start or went wrong; the client's reply says why."""
+
+
+def place_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to its device; channels-last, which convolutions are faster in."""
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises
+    ------
+    TrainingError
+        If ``cuda`` is asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("device = 'cuda', but no GPU is visible here; use device = 'auto'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context that computes in bfloat16 where that is safe, or changes nothing for ``fp32``."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """While open, the global generators of the CPU and the device start from ``seed``.
+
+    Layers such as dropout draw from them: no generator can be handed to those.
+    """
+    accelerators = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=accelerators):
+        torch.default_generator.manual_seed(seed)
+        if accelerators:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+@functools.lru_cache(maxsize=2)
+def compiled_forward(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model's forward pass through ``torch.compile``, made once; the model stays as it is.
+
+    Evaluation and probes go on calling the model itself: hooks are not seen by compiled code.
+    """
+    run = torch.compile(model)
+
+    def forward(x: Tensor) -> Tensor:
+        # One graph for all batch sizes: code made for the size that happens to come first would
+        # make a client's result depend on who else trained in this process.
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        logits: Tensor = run(x)
+        return logits
+
+    return forward
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """While open, say in one sentence why a model does not compile and what to do."""
+    try:
+        yield
+    except RuntimeError as problem:
+        # Not above: only a run that compiles has paid for this import.
+        from torch._dynamo.exc import TorchDynamoException
+
+        if not isinstance(problem, TorchDynamoException):
+            raise
+        reason = str(problem).strip().splitlines()[0]
+        raise TrainingError(
+            f"compile = true, but the model cannot be compiled here ({reason}); install a C++ "
+            "compiler or use compile = false"
+        ) from problem

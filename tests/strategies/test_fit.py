@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models a strategy takes: refused at the start of a run, or run to the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from torch import nn
+
+from client_app import app
+from fedfusion_flwr import FedFusion, RunConfig, protocol
+from fedfusion_flwr.fusion import NormalizationStatistics
+from fedfusion_flwr.models import DataShape, ModelError, build_model
+from fedfusion_flwr.server import run
+from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.strategies import check_fits
+from tests.support import Recorder
+
+SHAPE = DataShape((1, 8, 8), 3)
+
+
+def check(model: nn.Module | None = None, **settings: Any) -> None:
+    config = RunConfig(**settings)
+    built = model or build_model(
+        config.model,
+        SHAPE.input_shape,
+        SHAPE.num_classes,
+        0,
+        normalization=config.normalization,  # type: ignore[arg-type]
+    )
+    check_fits(config, built, SHAPE.examples(2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"statistics_source": "probe"},
+        {"statistics_source": "probe", "normalization": "group"},
+        {"statistics_source": "probe", "normalization": "layer", "statistics_layers": "ends"},
+        {"strategy": "fedavg", "normalization": "group"},
+        {"strategy": "fedavg", "normalization": "none", "statistics_source": "probe"},
+        {"local_normalization": "fused"},
+    ],
+)
+def test_what_fits_passes(settings: dict[str, Any]) -> None:
+    check(**settings)
+
+
+@pytest.mark.parametrize("normalization", ["group", "layer"])
+def test_local_statistics_need_batchnorm(normalization: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        check(normalization=normalization)
+    assert str(refusal.value) == (
+        "strategy = 'fedfusion' needs normalization statistics, and model = 'lenet' with "
+        f"normalization = '{normalization}' has no BatchNorm layer for statistics-source = 'local' "
+        'to read; use statistics-source = "probe", normalization = "batch", another model or a '
+        'strategy without statistics, such as "fedavg"'
+    )
+
+
+@pytest.mark.parametrize("source", ["local", "probe"])
+def test_a_model_without_normalization_is_refused(source: str) -> None:
+    with pytest.raises(ModelError, match=r"no normalization layer; use normalization = \"batch"):
+        check(normalization="none", statistics_source=source)
+    # A model that never had one: no remedy is named that would not help.
+    with pytest.raises(ModelError, match="has no normalization layer; use another model or"):
+        check(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), statistics_source=source)
+
+
+def test_a_model_that_cannot_be_probed_is_refused() -> None:
+    model = nn.Sequential(nn.LayerNorm((1, 8, 8)), nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(ModelError, match=r"cannot be probed: .*only one channel axis"):
+        check(model, statistics_source="probe")
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedfusion"])
+def test_fused_normalization_needs_batchnorm(strategy: str) -> None:
+    with pytest.raises(ModelError, match="local-normalization = 'fused' needs running statistics"):
+        check(
+            strategy=strategy,
+            normalization="group",
+            local_normalization="fused",
+            statistics_source="probe",
+        )
+
+
+def run_here(folder: Path, **config: Any) -> list[dict[str, Any]]:
+    run_config: dict[str, Any] = {
+        "num-server-rounds": 2,
+        "partition": "components",
+        "output-dir": str(folder / "run"),
+        **config,
+    }
+    run(InProcessGrid(app, 10, run_config), Context(1, 0, {}, RecordDict(), run_config))
+    text = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"statistics-source = \"probe\""):
+        run_here(tmp_path, normalization="group")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("normalization", ["group", "layer"])
+def test_fedfusion_runs_on_probed_layers(tmp_path: Path, normalization: str) -> None:
+    rows = run_here(tmp_path, normalization=normalization, **{"statistics-source": "probe"})
+    for row in rows[1:]:
+        assert row["replies-valid"] == 10
+        assert row["fusion-fallback"] == 0
+        assert row["components-occupied"] > 1
+    assert rows[-1]["train-loss"] < rows[1]["train-loss"]
+
+
+@pytest.mark.parametrize("source", ["local", "probe"])
+def test_fedavg_runs_without_any_normalization(tmp_path: Path, source: str) -> None:
+    config = {"strategy": "fedavg", "normalization": "none", "statistics-source": source}
+    rows = run_here(tmp_path, **config)
+    assert [row["replies-valid"] for row in rows[1:]] == [10, 10]
+    assert rows[-1]["train-loss"] < rows[1]["train-loss"]
+
+
+def test_bfloat16_reaches_clients_and_server(tmp_path: Path) -> None:
+    full = run_here(tmp_path / "a")[-1]
+    half = run_here(tmp_path / "b", precision="bf16")[-1]
+    for key in ("train-loss", "global-loss"):
+        assert half[key] != full[key]
+        assert half[key] == pytest.approx(full[key], rel=0.2)
+
+
+def test_a_client_that_says_nothing_loses_its_reply_and_ends_no_run() -> None:
+    """GroupNorm has no statistics in the state dict: who sends no record cannot be weighted."""
+    model = nn.Sequential(nn.Linear(2, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2))
+
+    def answer(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])  # type: ignore[arg-type]
+        received = message.content.array_records["arrays"]
+        model.load_state_dict(protocol.state_from_record(received))
+        content = RecordDict({"arrays": received})
+        content["metrics"] = MetricRecord({"num-examples": 8, "train-loss": 1.0})
+        if partition != 1:
+            x = torch.randn(8, 2, generator=torch.Generator().manual_seed(partition)) + partition
+            statistics = NormalizationStatistics.probe(model, [x])
+            content["normalization"] = protocol.record_from_statistics(statistics)
+        return Message(content, reply_to=message)
+
+    recorder = Recorder()
+    strategy = FedFusion(
+        num_components=2, min_available_nodes=5, fraction_evaluate=0.0, callbacks=[recorder]
+    )
+    initial = protocol.record_from_state(model.state_dict())
+    strategy.start(InProcessGrid(answer, 5), initial, 3)
+    first, *later = recorder.reports[1:]
+    assert first.metrics["fusion-fallback"] == 1
+    for report in later:
+        assert report.metrics["fusion-fallback"] == 0
+        dropped = {row.client: row.dropped for row in report.clients if row.dropped}
+        assert dropped == {1: "statistics"}
