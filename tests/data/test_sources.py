@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedfusion_flwr.config import DATASETS
 from fedfusion_flwr.data import cache, sources
 from fedfusion_flwr.data.cache import cached_arrays
 from fedfusion_flwr.data.sources import DataError, FederatedData, load_data
@@ -210,3 +211,9 @@ def test_empty_split_is_refused() -> None:
     x, y = torch.zeros(3, 1, 4, 4), torch.tensor([0, 1, 0])
     with pytest.raises(DataError, match="at least one example"):
         FederatedData("toy", x, y, x[:0], y[:0], num_classes=2)
+
+
+def test_every_data_set_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for name in DATASETS:
+        assert f"| `{name}`" in text
