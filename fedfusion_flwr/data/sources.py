@@ -14,6 +14,7 @@ import torch
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.cache import cached_arrays
 from fedfusion_flwr.data.dataset import DataError, FederatedData
+from fedfusion_flwr.data.sentiment140 import sentiment140
 
 MNIST_MEAN = 0.1307
 MNIST_STD = 0.3081
@@ -105,5 +106,8 @@ def _decode_mnist_5k() -> dict[str, np.ndarray]:
     }
 
 
-SOURCES: dict[str, Callable[[SourceOptions], FederatedData]] = {"mnist-5k": _mnist_5k}
+SOURCES: dict[str, Callable[[SourceOptions], FederatedData]] = {
+    "mnist-5k": _mnist_5k,
+    "sentiment140": lambda o: sentiment140(o.root, o.vocabulary_size, o.text_length),
+}
 """Loaders by name."""

@@ -12,11 +12,13 @@ from torch import nn
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.dataset import FederatedData
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.models.bilstm import BiLSTM
 from fedfusion_flwr.models.lenet import LeNet
 from fedfusion_flwr.models.small_image import resnet18
 
 __all__ = [
     "MODELS",
+    "BiLSTM",
     "DataShape",
     "LeNet",
     "ModelEntry",
@@ -71,6 +73,7 @@ class ModelEntry(NamedTuple):
 
 
 MODELS: dict[str, ModelEntry] = {
+    "bilstm": ModelEntry(lambda shape: BiLSTM(shape.vocabulary_size, shape.num_classes), 0),
     "lenet": ModelEntry(lambda shape: LeNet(shape.image, shape.num_classes), 8),
     "resnet18": ModelEntry(lambda shape: resnet18(shape.image, shape.num_classes), 8),
 }
