@@ -30,6 +30,7 @@ def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
     from fedfusion_flwr.server import run
     from fedfusion_flwr.simulation import InProcessGrid
 
+    commit = _commit()  # Before the run, while nobody has changed a file.
     with tempfile.TemporaryDirectory() as folder:
         context = Context(1, 0, {}, RecordDict(), {**config, "output-dir": folder})
         started = time.perf_counter()
@@ -42,7 +43,7 @@ def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "flwr": version("flwr"),
-        "commit": _commit(),
+        "commit": commit,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }
 

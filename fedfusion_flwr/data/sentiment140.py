@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentiment140 (Go, Bhayani and Huang 2009): tweets, negative or positive, from the official file."""
+"""Sentiment140 (Go, Bhayani and Huang 2009): tweets that are negative or positive."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ _PATTERNS = ("*.csv", "*.csv.gz", "*.zip")
 _LABELS = {"0": 0, "4": 1}
 _NEUTRAL = "2"
 _HELD_OUT = 10
+_Bytes = IO[bytes] | gzip.GzipFile
 _FORMAT = 1
 """Of the cached arrays; to be raised with every change of tokens, split or encoding."""
 
@@ -211,7 +212,7 @@ def _add(tweets: Tweets, number: int, row: list[str]) -> None:
         tweets.users.append(row[4])
 
 
-def _rows(file: IO[bytes]) -> Iterator[list[str]]:
+def _rows(file: _Bytes) -> Iterator[list[str]]:
     """The rows of a CSV file; one that the csv module refuses is empty."""
     reader = csv.reader(io.TextIOWrapper(file, encoding="latin-1", newline=""))
     while True:
@@ -224,12 +225,12 @@ def _rows(file: IO[bytes]) -> Iterator[list[str]]:
         yield row
 
 
-def _open(path: Path, stack: ExitStack) -> IO[bytes]:
+def _open(path: Path, stack: ExitStack) -> _Bytes:
     if path.suffix == ".zip":
         archive = stack.enter_context(zipfile.ZipFile(path))
         return stack.enter_context(archive.open(_member(path, archive)))
     if path.suffix == ".gz":
-        return stack.enter_context(gzip.open(path))
+        return stack.enter_context(gzip.GzipFile(path))
     return stack.enter_context(path.open("rb"))
 
 

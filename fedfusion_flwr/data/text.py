@@ -127,8 +127,8 @@ def encode(texts: Sequence[Sequence[str]], vocabulary: Sequence[str], length: in
     Returns
     -------
     np.ndarray
-        Shape (N, L), int32. Words out of the vocabulary are 1, and so is a text without words: every
-        row begins with a word.
+        Shape (N, L), int32. Words out of the vocabulary are 1, and a text without words is one
+        unknown word: no row is all padding.
     """
     numbers = {word: number for number, word in enumerate(vocabulary)}
     unknown = numbers[UNKNOWN]
