@@ -11,16 +11,11 @@ is not repeated. The federation is simulated in process, without Ray; a run's nu
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.in_process import Row, append_row, read_rows, run_federation, run_in_processes
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 SEEDS = (0, 1, 2)
@@ -104,24 +99,11 @@ def cells() -> list[tuple[str, str, int]]:
     ]
 
 
-def run_cell(scenario: str, variant: str, seed: int) -> dict[str, Any]:
+def run_cell(scenario: str, variant: str, seed: int) -> Row:
     """Run one federation in this process and return its row."""
-    import torch
-    from flwr.app import Context, RecordDict
-
-    from client_app import app
-    from fedfusion_flwr.server import run
-    from fedfusion_flwr.simulation import InProcessGrid
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = {**SHARED, **SCENARIOS[scenario], **VARIANTS[variant], "seed": seed}
-        context = Context(1, 0, {}, RecordDict(), {**config, "output-dir": folder})
-        started = time.perf_counter()
-        outcome = run(InProcessGrid(app, config["num-clients"], context.run_config), context)
-        seconds = time.perf_counter() - started
-        text = (outcome.directory / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    accuracies = [row["global-accuracy"] for row in rows[1:]]
+    config = {**SHARED, **SCENARIOS[scenario], **VARIANTS[variant], "seed": seed}
+    metrics, about = run_federation(config)
+    accuracies = [row["global-accuracy"] for row in metrics[1:]]
     return {
         "scenario": scenario,
         "variant": variant,
@@ -131,38 +113,20 @@ def run_cell(scenario: str, variant: str, seed: int) -> dict[str, Any]:
         "last-five-accuracy": statistics.mean(accuracies[-5:]),
         "best-accuracy": max(accuracies),
         "accuracy": accuracies,
-        "adjusted-rand-index": [row.get("adjusted-rand-index") for row in rows[1:]],
-        "digest": outcome.digest,
-        "seconds": round(seconds, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "adjusted-rand-index": [row.get("adjusted-rand-index") for row in metrics[1:]],
+        **about,
     }
 
 
-def stored() -> list[dict[str, Any]]:
+def stored() -> list[Row]:
     """The rows that are there already."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    return read_rows(RESULTS)
 
 
 def run_missing(workers: int) -> None:
     """Run every cell that has no row yet, each in a process of its own."""
-    RESULTS.parent.mkdir(exist_ok=True)
     done = {(row["scenario"], row["variant"], row["seed"]) for row in stored()}
-    waiting = [cell for cell in cells() if cell not in done]
-    running: list[subprocess.Popen[bytes]] = []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    while waiting or running:
-        running = [process for process in running if process.poll() is None]
-        while waiting and len(running) < workers:
-            scenario, variant, seed = waiting.pop(0)
-            print(f"{len(waiting)} left | {scenario} | {variant} | seed {seed}", flush=True)
-            arguments = ["--cell", scenario, variant, str(seed)]
-            command = [sys.executable, __file__, *arguments]
-            running.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
-        time.sleep(0.5)
+    run_in_processes([cell for cell in cells() if cell not in done], [], workers)
 
 
 def table() -> str:
@@ -198,9 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.cell:
         scenario, variant, seed = arguments.cell
-        row = run_cell(scenario, variant, int(seed))
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(RESULTS, run_cell(scenario, variant, int(seed)))
         return
     if not arguments.table:
         run_missing(arguments.workers)

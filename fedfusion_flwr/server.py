@@ -17,6 +17,7 @@ from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.data import FederatedData, central_test_data, data_for, partition_for
 from fedfusion_flwr.data.roots import CLASSES_FILE, MOMENTS_FILE, moments_lines
+from fedfusion_flwr.data.text import VOCABULARY_FILE
 from fedfusion_flwr.models import model_for, shape_of
 from fedfusion_flwr.rounds import RoundCallback, State
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy, check_fits
@@ -134,7 +135,7 @@ def _write_for_devices(directory: RunDirectory, data: FederatedData) -> None:
     if data.mean:
         directory.write_lines(MOMENTS_FILE, moments_lines(data.mean, data.std))
     if data.vocabulary:
-        directory.write_lines("vocabulary.txt", data.vocabulary)
+        directory.write_lines(VOCABULARY_FILE, data.vocabulary)
 
 
 def _save_final(directory: RunDirectory, strategy: BaseStrategy) -> None:

@@ -16,6 +16,7 @@ from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.dataset import FederatedData
 from fedfusion_flwr.data.partition import (
     Partition,
+    PartitionError,
     PartitionSpec,
     central_components,
     local_split,
@@ -59,7 +60,12 @@ def partition_for(config: RunConfig) -> Partition:
 
 @functools.lru_cache(maxsize=4)
 def _partition(data: FederatedData, spec: PartitionSpec) -> Partition:
-    return make_partition(data.y_train.numpy(), data.num_classes, spec)
+    if data.is_text and (spec.kind, spec.component_transform) == ("components", "rotate"):
+        raise PartitionError(
+            f"`component-transform` is 'rotate', which turns images, but data set {data.name!r} "
+            "holds texts; set it to 'none'."
+        )
+    return make_partition(data.y_train.numpy(), data.num_classes, spec, data.users)
 
 
 @functools.lru_cache(maxsize=1024)

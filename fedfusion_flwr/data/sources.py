@@ -17,6 +17,7 @@ from fedfusion_flwr.data.cache import cached_arrays
 from fedfusion_flwr.data.dataset import DataError, FederatedData
 from fedfusion_flwr.data.imagefolder import imagefolder
 from fedfusion_flwr.data.npz import npz
+from fedfusion_flwr.data.sentiment140 import sentiment140
 from fedfusion_flwr.data.torchvision_sets import (
     MNIST_MEAN,
     MNIST_STD,
@@ -139,5 +140,6 @@ SOURCES: dict[str, Callable[[SourceOptions], FederatedData]] = {
     "cifar10": lambda options: cifar10(options.root),
     "imagefolder": lambda options: imagefolder(options.root),
     "npz": lambda options: npz(options.root),
+    "sentiment140": lambda o: sentiment140(o.root, o.vocabulary_size, o.text_length),
 }
 """Loaders by name."""

@@ -107,7 +107,8 @@ class NormalizationStatistics:
         Raises
         ------
         StatisticsError
-            If the model has no normalization layer or there is no data.
+            If the model has no normalization layer, there is no data, or the moments are not finite
+            (deep models whose running statistics are still those of the start).
         """
         modules = dict(normalization_layers(model))
         batchnorms: dict[str, nn.Module] = {
@@ -132,7 +133,13 @@ class NormalizationStatistics:
                 )
             std = (variance + BATCHNORM_EPS).sqrt()
             parts.append((mean.float(), std.float(), shift, scale))
-        return cls(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+        found = cls(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+        if not found.vector().isfinite().all():
+            raise StatisticsError(
+                f"the moments of the data under this {type(model).__name__} are not finite: its "
+                "running statistics have seen too few batches"
+            )
+        return found
 
     def vector(self, *, log_std: bool = False) -> Tensor:
         """The concatenation (mean, std, shift, scale), shape (4C,); ``log_std`` takes log sigma."""

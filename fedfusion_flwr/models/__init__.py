@@ -10,6 +10,7 @@ from torch import nn
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.dataset import FederatedData
+from fedfusion_flwr.models.bilstm import BiLSTM
 from fedfusion_flwr.models.custom import build_custom, check_logits
 from fedfusion_flwr.models.entry import DataShape, ModelEntry, ModelError
 from fedfusion_flwr.models.lenet import LeNet
@@ -18,6 +19,7 @@ from fedfusion_flwr.models.small_image import densenet121, mobilenetv2, resnet18
 
 __all__ = [
     "MODELS",
+    "BiLSTM",
     "DataShape",
     "LeNet",
     "ModelEntry",
@@ -33,6 +35,7 @@ __all__ = [
 
 
 MODELS: dict[str, ModelEntry] = {
+    "bilstm": ModelEntry(lambda shape: BiLSTM(shape.vocabulary_size, shape.num_classes), 0),
     "lenet": ModelEntry(lambda shape: LeNet(shape.image, shape.num_classes), 8),
     "resnet18": ModelEntry(lambda shape: resnet18(shape.image, shape.num_classes), 8),
     "mobilenetv2": ModelEntry(lambda shape: mobilenetv2(shape.image, shape.num_classes), 8),

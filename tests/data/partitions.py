@@ -16,6 +16,7 @@ from fedfusion_flwr.data.partition import (
 )
 
 LABELS = np.arange(10).repeat(40)
+USERS = np.arange(400) % 100
 KINDS = get_args(PartitionKind)
 FAST = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -28,7 +29,7 @@ def spec_of(kind: Any, num_clients: int = 10, seed: int = 0, **fields: Any) -> P
 
 
 def made(kind: Any, num_clients: int = 10, seed: int = 0, **fields: Any) -> Partition:
-    return make_partition(LABELS, 10, spec_of(kind, num_clients, seed, **fields))
+    return make_partition(LABELS, 10, spec_of(kind, num_clients, seed, **fields), USERS)
 
 
 def sizes(result: Partition) -> list[int]:

@@ -35,12 +35,12 @@ from tests.data.partitions import (
 FINGERPRINT = """
 import sys, hashlib, numpy as np
 from fedfusion_flwr.data.partition import PartitionSpec, make_partition
-labels = np.arange(10).repeat(40)
+labels, users = np.arange(10).repeat(40), np.arange(400) % 100
 for kind in sys.argv[1:]:
     spec = PartitionSpec(
         kind, 12, 7, dirichlet_alpha=0.5, min_partition_size=1, component_mixing=0.3
     )
-    indices = make_partition(labels, 10, spec).indices
+    indices = make_partition(labels, 10, spec, users).indices
     print(hashlib.sha256(b"|".join(part.tobytes() for part in indices)).hexdigest())
 """
 
@@ -65,7 +65,7 @@ def test_parts_are_disjoint_and_repeatable(kind: str, num_clients: int, seed: in
     assert not same(result, made(kind, num_clients, seed + 1))
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "user"])
 def test_nothing_is_left_out(kind: str) -> None:
     assert sum(sizes(made(kind, 13))) == len(LABELS)
 

@@ -58,6 +58,7 @@ class Engine:
             # flwr looks its other programs up by name, also where the environment is not activated.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(self.home),
+            "FEDFUSION_CACHE": str(folder / "cache"),
             "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(first),
             "FLWR_LOCAL_CONTROL_API_PORT": str(second),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -70,3 +70,16 @@ def test_mobilenetv2_without_normalization_is_as_dead_as_the_text_says() -> None
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = build_model("mobilenetv2", (3, 32, 32), 10, 0, normalization="none").eval()
     assert model(x).abs().max() < 1e-6
+
+
+def test_what_is_said_of_the_bilstm() -> None:
+    model = build_model("bilstm", (40,), 2, seed=0, vocabulary_size=20_000)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    record = protocol.record_from_state(model.state_dict())
+    megabytes = sum(len(array.data) for array in record.values()) / 1e6
+    channels = len(NormalizationStatistics.from_state_dict(model.state_dict()).mean)
+    said = (
+        f"{parameters / 1e6:.2f} million parameters and {megabytes:.2f} MB",
+        f"one BatchNorm layer of {channels} channels ({4 * channels} statistics)",
+    )
+    assert all(text in TEXT.replace("\n", " ") for text in said)

@@ -7,9 +7,8 @@ without communication.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -22,9 +21,8 @@ from fedfusion_flwr.data.components import (
     seeded,
     transform_component,
 )
-
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
+from fedfusion_flwr.data.flower_partitions import draw_with_flower
+from fedfusion_flwr.data.users import deal_users
 
 __all__ = [
     "Partition",
@@ -36,7 +34,7 @@ __all__ = [
     "transform_component",
 ]
 
-PartitionKind = Literal["iid", "dirichlet", "pathological", "shards", "components"]
+PartitionKind = Literal["iid", "dirichlet", "pathological", "shards", "components", "user"]
 
 MAX_CONCENTRATION = 1e6
 """Beyond it a Dirichlet draw is equal shares to six digits; far beyond, it is not a number."""
@@ -53,7 +51,8 @@ class PartitionSpec:
     ----------
     kind : PartitionKind
         ``iid``; ``dirichlet`` (label shares drawn per class); ``pathological`` (few classes each);
-        ``shards`` (runs of the examples sorted by label); ``components`` (planted mixtures).
+        ``shards`` (runs of the examples sorted by label); ``components`` (planted mixtures);
+        ``user`` (whole users).
     num_clients, seed : int
         K, and the seed that every draw derives from.
     dirichlet_alpha : float
@@ -135,7 +134,9 @@ class Partition:
         return None if self.mixtures is None else self.mixtures.argmax(1)
 
 
-def make_partition(labels: np.ndarray, num_classes: int, spec: PartitionSpec) -> Partition:
+def make_partition(
+    labels: np.ndarray, num_classes: int, spec: PartitionSpec, users: np.ndarray | None = None
+) -> Partition:
     """Divide the training examples among the clients.
 
     Parameters
@@ -146,6 +147,8 @@ def make_partition(labels: np.ndarray, num_classes: int, spec: PartitionSpec) ->
         C.
     spec : PartitionSpec
         What is wanted.
+    users : np.ndarray or None
+        Who made each example, shape (N,); only kind ``user`` needs it.
 
     Returns
     -------
@@ -162,7 +165,9 @@ def make_partition(labels: np.ndarray, num_classes: int, spec: PartitionSpec) ->
     _check(labels, num_classes, spec)
     if spec.kind == "components":
         return Partition(*plant(labels, num_classes, spec))
-    return Partition(_drawn_by_flower(labels, spec))
+    if spec.kind == "user":
+        return Partition(deal_users(users, spec))
+    return Partition(draw_with_flower(labels, spec))
 
 
 def local_split(
@@ -231,75 +236,3 @@ def _check(labels: np.ndarray, num_classes: int, spec: PartitionSpec) -> None:
         if spec.component_transform == "none":
             allowed = f"at most {num_classes}, the classes, unless `component-transform` is rotate"
             _require(components <= num_classes, "planted-components", components, allowed)
-
-
-def _drawn_by_flower(labels: np.ndarray, spec: PartitionSpec) -> tuple[np.ndarray, ...]:
-    # Here and not above: the imports take seconds, and planted components do without.
-    from datasets import Dataset
-
-    rng = seeded(spec.seed, f"partition-{spec.kind}")
-    # The partitioners take rows in order, and data sets come sorted by class.
-    order = rng.permutation(len(labels))
-    # In a seeded order of the classes, so that no two classes always come together.
-    relabelled = rng.permutation(int(labels.max()) + 1)[labels[order]]
-    seed = int(rng.integers(2**31))
-    partitioner, pieces = _partitioner(spec, len(np.unique(labels)), seed)
-    partitioner.dataset = Dataset.from_dict({"index": order, "label": relabelled})
-    try:
-        with warnings.catch_warnings():
-            # Of every redraw, and of the classes that more clients would be needed for.
-            warnings.simplefilter("ignore")
-            drawn = [
-                np.asarray(partitioner.load_partition(piece)["index"][:], dtype=np.int64)
-                for piece in range(spec.num_clients * pieces)
-            ]
-    except ValueError as error:
-        raise PartitionError(_advice(spec, len(labels))) from error
-    grouped = (drawn[k * pieces : (k + 1) * pieces] for k in range(spec.num_clients))
-    return tuple(np.sort(np.concatenate(group)) for group in grouped)
-
-
-def _partitioner(spec: PartitionSpec, num_classes: int, seed: int) -> tuple[Partitioner, int]:
-    """Flower's partitioner, and how many of its pieces make one client."""
-    from flwr_datasets import partitioner as flower
-
-    clients = spec.num_clients
-    if spec.kind == "iid":
-        return flower.IidPartitioner(clients), 1
-    if spec.kind == "dirichlet":
-        return flower.DirichletPartitioner(
-            clients,
-            "label",
-            spec.dirichlet_alpha,
-            min_partition_size=spec.min_partition_size,
-            self_balancing=False,
-            seed=seed,
-        ), 1
-    if spec.kind == "shards":
-        return flower.ShardPartitioner(
-            clients, "label", num_shards_per_partition=spec.shards_per_client, seed=seed
-        ), 1
-    # Every class is used where clients times classes allow it: with enough clients by their first
-    # class, with fewer by dealing out the classes in turn, one piece of one class after the other.
-    if clients >= num_classes:
-        return flower.PathologicalPartitioner(
-            clients, "label", spec.classes_per_client, "first-deterministic", seed=seed
-        ), 1
-    pieces = spec.classes_per_client
-    return flower.PathologicalPartitioner(
-        clients * pieces, "label", 1, "deterministic", seed=seed
-    ), pieces
-
-
-def _advice(spec: PartitionSpec, total: int) -> str:
-    clients = f"`num-clients` {spec.num_clients}"
-    if spec.kind == "dirichlet":
-        return (
-            f"No draw with `dirichlet-alpha` {spec.dirichlet_alpha} and {clients} gave every "
-            f"client `min-partition-size` {spec.min_partition_size} of the {total} examples: raise "
-            f"`dirichlet-alpha`, or lower `min-partition-size` or `num-clients`."
-        )
-    return (
-        f"With `classes-per-client` {spec.classes_per_client} and {clients} a class is divided "
-        f"among more clients than it has examples: lower `num-clients` or `classes-per-client`."
-    )

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentiment140 (Go, Bhayani and Huang 2009): tweets that are negative or positive."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from logging import WARNING
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from flwr.common.logger import log
+
+from fedfusion_flwr.data.cache import cached_arrays
+from fedfusion_flwr.data.dataset import DataError, FederatedData
+from fedfusion_flwr.data.roots import data_folder
+from fedfusion_flwr.data.text import build_vocabulary, encode, read_vocabulary, tokenize
+
+TRAINING_FILE = "training.1600000.processed.noemoticon.csv"
+ARCHIVE = "trainingandtestdata.zip"
+CLASSES = ("negative", "positive")
+COLUMNS = 6
+"""target, id, date, flag, user, text."""
+
+_TEST_FILE = "testdata.manual.2009.06.14.csv"
+_KNOWN_NAMES = (TRAINING_FILE, f"{TRAINING_FILE}.gz", ARCHIVE)
+_PATTERNS = ("*.csv", "*.csv.gz", "*.zip")
+_LABELS = {"0": 0, "4": 1}
+_NEUTRAL = "2"
+_HELD_OUT = 10
+_Bytes = IO[bytes] | gzip.GzipFile
+_FORMAT = 1
+"""Of the cached arrays; to be raised with every change of tokens, split or encoding."""
+
+
+@dataclass
+class Tweets:
+    """The usable rows of a file.
+
+    Attributes
+    ----------
+    texts : list[list[str]]
+        Tokens of each tweet.
+    labels, rows : list[int]
+        0 negative or 1 positive, and the number of the row in the file, from 0.
+    users : list[str]
+        Who wrote it.
+    left_out : Counter[str]
+        How many rows were not usable, by reason.
+    """
+
+    texts: list[list[str]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    users: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def sentiment140(root: str, vocabulary_size: int, text_length: int) -> FederatedData:
+    """The tweets of a file, a tenth of them held out; the vocabulary is of the others.
+
+    The vocabulary is ``vocabulary.txt`` where one lies beside the file. What is held out depends on
+    the number of the row alone.
+
+    Parameters
+    ----------
+    root : str
+        The CSV file, plain, gzipped or in a zip archive, or a folder that holds it; empty for
+        ``data`` in the cache folder.
+    vocabulary_size, text_length : int
+        Most words and most tokens of a tweet.
+
+    Raises
+    ------
+    DataError
+        If there is no such file, several fit, it cannot be read, or has too few usable rows.
+    """
+    path = find_file(data_folder(root))
+    vocabulary = read_vocabulary(path.parent)
+    about = path.stat()
+    identity = (path.name, about.st_size, about.st_mtime_ns, vocabulary_size, text_length)
+    key = hashlib.sha256(repr((_FORMAT, identity, vocabulary)).encode()).hexdigest()[:32]
+    arrays = cached_arrays(
+        f"sentiment140-{key}", lambda: _decode(path, vocabulary, vocabulary_size, text_length)
+    )
+
+    def tensor(name: str) -> torch.Tensor:
+        return torch.from_numpy(arrays[name].astype(np.int64))
+
+    return FederatedData(
+        name="sentiment140",
+        x_train=tensor("x_train"),
+        y_train=tensor("y_train"),
+        x_test=tensor("x_test"),
+        y_test=tensor("y_test"),
+        num_classes=len(CLASSES),
+        classes=CLASSES,
+        vocabulary=tuple(arrays["vocabulary"].tolist()),
+        users=arrays["users"],
+    )
+
+
+def find_file(root: Path) -> Path:
+    """The file that ``root`` is, or the one in the folder that it is.
+
+    Raises
+    ------
+    DataError
+        If there is none, or several and none has an official name.
+    """
+    if root.is_file():
+        return root
+    known = [root / name for name in _KNOWN_NAMES if (root / name).is_file()]
+    fitting = known[:1] or sorted(
+        path for pattern in _PATTERNS for path in root.glob(pattern) if path.name != _TEST_FILE
+    )
+    if not fitting:
+        raise DataError(
+            f"`dataset` 'sentiment140' finds no tweets in {root}: download {ARCHIVE} from "
+            f"help.sentiment140.com/for-students and put it, or the {TRAINING_FILE} inside, into "
+            "that folder, or set `data-root` to where it lies."
+        )
+    if len(fitting) > 1:
+        raise DataError(
+            f"`dataset` 'sentiment140' cannot choose in {root} between "
+            f"{', '.join(path.name for path in fitting)}: set `data-root` to one of them."
+        )
+    return fitting[0]
+
+
+def read_tweets(path: Path) -> Tweets:
+    """The usable tweets of a file, tokenized; what is left out is logged in one line.
+
+    Raises
+    ------
+    DataError
+        If the file is damaged, or an archive without one CSV file.
+    """
+    tweets = Tweets()
+    try:
+        with ExitStack() as stack:
+            for number, row in enumerate(_rows(_open(path, stack))):
+                _add(tweets, number, row)
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as problem:
+        raise DataError(
+            f"{path} cannot be read ({type(problem).__name__}: {problem}); download it again."
+        ) from problem
+    if tweets.left_out:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(tweets.left_out.items()))
+        total = len(tweets.labels) + tweets.left_out.total()
+        log(WARNING, "%s: left out %s of %d rows", path.name, reasons, total)
+    return tweets
+
+
+def held_out(rows: np.ndarray) -> np.ndarray:
+    """Whether each row of the file is a test example, (N,), bool; about one in ten.
+
+    By a hash of its number, so that files sorted in any way, by label or in turns, are cut evenly.
+    """
+    return np.array([zlib.crc32(b"%d" % row) % _HELD_OUT == 0 for row in rows], dtype=bool)
+
+
+def _decode(
+    path: Path, vocabulary: tuple[str, ...] | None, size: int, length: int
+) -> dict[str, np.ndarray]:
+    tweets = read_tweets(path)
+    test = held_out(np.array(tweets.rows))
+    if test.all() or not test.any():
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(tweets.left_out.items()))
+        raise DataError(
+            f"{path} has {len(test)} usable tweets, too few to train and test on (left out: "
+            f"{reasons or 'nothing'}); it must hold the columns target (0 or 4), id, date, flag, "
+            "user and text."
+        )
+    if vocabulary is None:
+        training = (tokens for tokens, tested in zip(tweets.texts, test, strict=True) if not tested)
+        vocabulary = build_vocabulary(training, size)
+    x, y = encode(tweets.texts, vocabulary, length), np.array(tweets.labels, dtype=np.uint8)
+    return {
+        "x_train": x[~test],
+        "y_train": y[~test],
+        "x_test": x[test],
+        "y_test": y[test],
+        "users": np.array(tweets.users)[~test],
+        "vocabulary": np.array(vocabulary),
+    }
+
+
+def _add(tweets: Tweets, number: int, row: list[str]) -> None:
+    if len(row) != COLUMNS:
+        tweets.left_out["with a wrong number of columns"] += 1
+    elif row[0] == _NEUTRAL:
+        tweets.left_out["neutral"] += 1
+    elif row[0] not in _LABELS:
+        tweets.left_out["with an unknown label"] += 1
+    elif not row[5].strip():
+        tweets.left_out["without text"] += 1
+    else:
+        tweets.texts.append(tokenize(row[5]))
+        tweets.labels.append(_LABELS[row[0]])
+        tweets.rows.append(number)
+        tweets.users.append(row[4])
+
+
+def _rows(file: _Bytes) -> Iterator[list[str]]:
+    """The rows of a CSV file; one that the csv module refuses is empty."""
+    reader = csv.reader(io.TextIOWrapper(file, encoding="latin-1", newline=""))
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            row = []
+        yield row
+
+
+def _open(path: Path, stack: ExitStack) -> _Bytes:
+    if path.suffix == ".zip":
+        archive = stack.enter_context(zipfile.ZipFile(path))
+        return stack.enter_context(archive.open(_member(path, archive)))
+    if path.suffix == ".gz":
+        return stack.enter_context(gzip.GzipFile(path))
+    return stack.enter_context(path.open("rb"))
+
+
+def _member(path: Path, archive: zipfile.ZipFile) -> str:
+    names = {Path(name).name: name for name in archive.namelist() if name.endswith(".csv")}
+    names.pop(_TEST_FILE, None)
+    if TRAINING_FILE in names:
+        return names[TRAINING_FILE]
+    if len(names) != 1:
+        raise DataError(
+            f"{path} must hold {TRAINING_FILE} or just one CSV file, it holds "
+            f"{', '.join(sorted(names)) or 'none'}."
+        )
+    return next(iter(names.values()))

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tweets' file: where it is found, what is read of it, and what becomes of that."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedfusion_flwr.data import DataError, FederatedData, load_data
+from fedfusion_flwr.data import sentiment140 as module
+from fedfusion_flwr.data.sentiment140 import ARCHIVE, TRAINING_FILE, held_out, read_tweets
+from fedfusion_flwr.data.text import RESERVED, VOCABULARY_FILE, tokenize
+from tests.data.tweets import (
+    FILLERS,
+    MOODS,
+    REAL,
+    csv_bytes,
+    needs_real,
+    toy_rows,
+    tweet,
+    write_tweets,
+    write_zip,
+)
+
+TEST_FILE = "testdata.manual.2009.06.14.csv"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FEDFUSION_CACHE", str(folder))
+    return folder
+
+
+def load(root: Path, size: int = 1000, length: int = 8) -> FederatedData:
+    return module.sentiment140(str(root), size, length)
+
+
+def texts(data: FederatedData, x: torch.Tensor) -> list[list[str]]:
+    return [[data.vocabulary[n] for n in row if n] for row in x.tolist()]
+
+
+# --- what is loaded
+
+
+def test_rows_become_numbers(tmp_path: Path) -> None:
+    rows = toy_rows(200, users=7)
+    data = load(write_tweets(tmp_path / "tweets.csv", rows))
+    test = held_out(np.arange(200))
+    assert texts(data, data.x_train) == [
+        tokenize(r[5]) for r, t in zip(rows, test, strict=True) if not t
+    ]
+    assert texts(data, data.x_test) == [
+        tokenize(r[5]) for r, t in zip(rows, test, strict=True) if t
+    ]
+    labels = np.arange(200) // 100
+    assert data.y_train.tolist() == labels[~test].tolist()
+    assert data.y_test.tolist() == labels[test].tolist()
+    assert data.users is not None
+    assert data.users.tolist() == [r[4] for r, t in zip(rows, test, strict=True) if not t]
+    assert data.x_train.dtype == data.y_train.dtype == torch.int64
+    assert data.input_shape == (8,)
+    assert data.is_text
+    assert data.classes == ("negative", "positive")
+    assert set(data.vocabulary) == {*RESERVED, *FILLERS, *MOODS["0"], *MOODS["4"]}
+
+
+def test_a_tenth_is_held_out_whatever_the_order_of_labels() -> None:
+    test = held_out(np.arange(20_000))
+    assert test.mean() == pytest.approx(0.1, abs=0.01)
+    assert test[:10_000].mean() == pytest.approx(0.1, abs=0.01)
+    assert test[::2].mean() == pytest.approx(0.1, abs=0.01)
+    # By the number alone: nothing that comes before or after matters.
+    np.testing.assert_array_equal(held_out(np.arange(100, 200)), test[100:200])
+
+
+def test_vocabulary_is_of_the_training_part(tmp_path: Path) -> None:
+    test = held_out(np.arange(100))
+    rows = [tweet("04"[n % 2], "seen" if not test[n] else "hidden") for n in range(100)]
+    data = load(write_tweets(tmp_path / "tweets.csv", rows))
+    assert data.vocabulary == (*RESERVED, "seen")
+    assert data.x_test[:, 0].tolist() == [1] * int(test.sum())
+
+
+def test_vocabulary_and_length_are_limited(tmp_path: Path) -> None:
+    data = load(write_tweets(tmp_path / "tweets.csv", toy_rows(200)), size=5, length=2)
+    assert len(data.vocabulary) == 5
+    assert data.x_train.shape[1] == 2
+    assert int(data.x_train.max()) == 4
+    assert bool((data.x_train[:, 0] > 0).all())
+
+
+def test_latin_1_quotes_and_texts_without_words(tmp_path: Path) -> None:
+    rows = [tweet("04"[n % 2], 'caf\xe9 said "hello, you"') for n in range(40)]
+    rows[0] = tweet("0", "...")
+    data = load(write_tweets(tmp_path / "tweets.csv", rows))
+    assert texts(data, data.x_train)[:2] == [["<unk>"], ["café", "said", "hello", "you"]]
+
+
+def test_given_vocabulary_is_used(tmp_path: Path) -> None:
+    write_tweets(tmp_path / "tweets.csv", toy_rows(200))
+    built = load(tmp_path)
+    (tmp_path / VOCABULARY_FILE).write_text("<pad>\n<unk>\nmonday\nhappy\n", encoding="utf-8")
+    given = load(tmp_path, size=3)
+    assert given.vocabulary == (*RESERVED, "monday", "happy")
+    assert int(given.x_train.max()) == 3
+    assert given.signature != built.signature
+    # Also beside a file that is named itself.
+    assert load(tmp_path / "tweets.csv").vocabulary == given.vocabulary
+    # What one run built reads back as the same data.
+    text = "\n".join(built.vocabulary) + "\n"
+    (tmp_path / VOCABULARY_FILE).write_text(text, encoding="utf-8")
+    again = load(tmp_path)
+    assert torch.equal(again.x_train, built.x_train)
+    assert again.signature == built.signature
+
+
+# --- where the file is
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], r"has 0 usable tweets, too few .*\(left out: nothing\)"),
+        ([tweet("2", "neutral")] * 9, r"has 0 usable tweets, .*\(left out: 9 neutral\)"),
+        ([tweet("0", "sad")] * 3, "has 3 usable tweets, too few to train and test on"),
+        ([("a", "b")] * 5, r"5 with a wrong number of columns\); it must hold the columns target"),
+    ],
+)
+def test_too_few_tweets(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(write_tweets(tmp_path / "tweets.csv", rows))
+
+
+@pytest.mark.parametrize("name", ["tweets.csv", "tweets.csv.gz", TRAINING_FILE, ARCHIVE, "my.zip"])
+def test_file_and_folder_give_the_same(tmp_path: Path, name: str) -> None:
+    rows = toy_rows(120)
+    if name.endswith(".zip"):
+        member = TRAINING_FILE if name == ARCHIVE else "folder/tweets.csv"
+        path = write_zip(tmp_path / name, {member: rows, TEST_FILE: [tweet("0", "of the test")]})
+    else:
+        path = write_tweets(tmp_path / name, rows)
+        write_tweets(tmp_path / TEST_FILE, [tweet("0", "of the test")])
+    expected = load(write_tweets(tmp_path.parent / f"{tmp_path.name}.csv", rows))
+    for root in (path, tmp_path):
+        data = load(root)
+        assert torch.equal(data.x_train, expected.x_train)
+        assert torch.equal(data.x_test, expected.x_test)
+        assert data.vocabulary == expected.vocabulary
+
+
+def test_official_names_come_first(tmp_path: Path) -> None:
+    write_tweets(tmp_path / "other.csv", toy_rows(50))
+    write_zip(tmp_path / ARCHIVE, {TRAINING_FILE: toy_rows(80)})
+    assert len(load(tmp_path).y_train) == (~held_out(np.arange(80))).sum()
+    write_tweets(tmp_path / TRAINING_FILE, toy_rows(100))
+    assert len(load(tmp_path).y_train) == (~held_out(np.arange(100))).sum()
+
+
+def test_several_files_are_named(tmp_path: Path) -> None:
+    for name in ("b.csv", "a.csv.gz"):
+        write_tweets(tmp_path / name, toy_rows(50))
+    with pytest.raises(DataError, match=r"between a\.csv\.gz, b\.csv: set `data-root` to one"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["", "absent"])
+def test_no_file_says_what_to_put_where(tmp_path: Path, folder: str) -> None:
+    write_tweets(tmp_path / TEST_FILE, toy_rows(50))
+    with pytest.raises(DataError) as caught:
+        load(tmp_path / folder)
+    for part in (str(tmp_path / folder), ARCHIVE, TRAINING_FILE, "help.sentiment140.com"):
+        assert part in str(caught.value)
+
+
+def test_without_a_root_it_is_looked_for_in_the_cache(cache: Path) -> None:
+    with pytest.raises(DataError, match=f"no tweets in {cache / 'data'}"):
+        load_data("sentiment140")
+    (cache / "data").mkdir()
+    write_tweets(cache / "data" / "tweets.csv", toy_rows(60))
+    data = load_data("sentiment140", vocabulary_size=6, text_length=3)
+    assert data.x_train.shape[1] == 3
+    assert len(data.vocabulary) == 6
+
+
+def test_relative_root_is_refused() -> None:
+    with pytest.raises(DataError, match=r"`data-root` is 'tweets', a relative path"):
+        load_data("sentiment140", "tweets")
+
+
+@pytest.mark.parametrize("name", ["tweets.csv.gz", "tweets.zip"])
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_damaged_archives(tmp_path: Path, name: str, damage: str) -> None:
+    path = tmp_path / name
+    if name.endswith(".gz"):
+        write_tweets(path, toy_rows(500))
+    else:
+        write_zip(path, {"tweets.csv": toy_rows(500)})
+    path.write_bytes(path.read_bytes()[:-100] if damage == "cut" else b"<html>not found</html>")
+    with pytest.raises(DataError, match=rf"{name} cannot be read \(.*download it again"):
+        load(path)
+
+
+def test_flipped_bytes_in_a_gzip(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(csv_bytes(toy_rows(500))))
+    content[200:260] = bytes(60)
+    (tmp_path / "tweets.csv.gz").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("members", "holds"), [({}, "none"), ({"a.csv": [], "b.csv": []}, r"a\.csv, b\.csv")]
+)
+def test_archive_without_one_file(tmp_path: Path, members: dict[str, Any], holds: str) -> None:
+    with pytest.raises(DataError, match=f"or just one CSV file, it holds {holds}"):
+        load(write_zip(tmp_path / "tweets.zip", members))
+
+
+# --- the cache
+
+
+def test_decoded_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+
+    def counted(path: Path) -> module.Tweets:
+        reads.append(path)
+        return read_tweets(path)
+
+    monkeypatch.setattr(module, "read_tweets", counted)
+    path = write_tweets(tmp_path / "tweets.csv", toy_rows(100, users=5))
+    first, again = load(path), load(path)
+    assert len(reads) == len(list(cache.iterdir())) == 1
+    assert torch.equal(first.x_train, again.x_train)
+    assert first.vocabulary == again.vocabulary
+    assert first.users is not None
+    assert again.users is not None
+    np.testing.assert_array_equal(first.users, again.users)
+    load(path, size=5)
+    load(path, length=5)
+    assert len(reads) == 3
+    os.utime(path, (1, 1))
+    load(path)
+    assert len(reads) == 4
+    (tmp_path / VOCABULARY_FILE).write_text("<pad>\n<unk>\nmonday", encoding="utf-8")
+    load(path)
+    assert len(reads) == 5
+
+
+# --- the real thing
+
+
+@needs_real
+def test_100_000_tweets() -> None:
+    data = load(REAL, size=20_000, length=40)
+    assert len(data.y_train) + len(data.y_test) == 100_000
+    assert len(data.y_test) / 100_000 == pytest.approx(0.1, abs=0.005)
+    for labels in (data.y_train, data.y_test):
+        assert float(labels.double().mean()) == pytest.approx(0.5, abs=0.01)
+    assert len(data.vocabulary) == 20_000
+    assert {"<user>", "<url>", "i", "the", "love"} <= set(data.vocabulary[2:100])
+    assert float((data.x_train == 1).sum() / (data.x_train > 0).sum()) < 0.05

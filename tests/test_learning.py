@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark that asks whether data sets learn, and the rows that it left."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from benchmarks import in_process, learning
+from fedfusion_flwr import RunConfig
+
+
+@pytest.mark.parametrize("name", learning.CASES)
+def test_every_case_is_a_valid_run(name: str) -> None:
+    RunConfig.from_run_config({**learning.SHARED, **learning.CASES[name].config})
+
+
+def test_stored_runs_are_of_the_cases_and_reach_their_targets() -> None:
+    rows = in_process.read_rows(learning.RESULTS)
+    assert "bilstm-sentiment140" in {row["case"] for row in rows}
+    for row in rows:
+        case = learning.CASES[row["case"]]
+        assert row["config"] == {**learning.SHARED, **case.config, "seed": row["seed"]}
+        assert len(row["accuracy"]) == row["config"]["num-server-rounds"] + 1
+        assert row["final-accuracy"] >= (case.target or 0)
+
+
+def test_what_has_no_root_is_left_out_and_what_is_stored_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        learning, "run_in_processes", lambda cells, options, workers: started.extend(cells)
+    )
+    monkeypatch.setattr(
+        learning, "read_rows", lambda path: [{"case": "resnet18-cifar10", "seed": 0}]
+    )
+    learning.run_missing({"cifar10": Path("/images")}, workers=1)
+    assert started == [("lenet-cifar10", 0)]
+    printed = capsys.readouterr().out
+    assert "bilstm-sentiment140 | needs --data-root sentiment140=PATH" in printed
+    assert "cifar10 | needs" not in printed
+
+
+def test_subset_of_an_image_folder(tmp_path: Path) -> None:
+    for kind in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / "all" / kind).mkdir(parents=True)
+        for number in range(5):
+            (tmp_path / "all" / kind / f"{number}.jpg").write_text(kind)
+    (tmp_path / "few").mkdir()
+    folder = learning.copy_subset(tmp_path / "all", tmp_path / "few", 2)
+    assert folder == tmp_path / "few"
+    copied = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
+    kinds = ("test/cat", "test/dog", "train/cat", "train/dog")
+    assert copied == [f"{kind}/{number}.jpg" for kind in kinds for number in (0, 1)]
+    assert (folder / "train/dog/1.jpg").read_text() == "train/dog"
+
+
+@pytest.mark.parametrize("argument", ["sentiment140", "tweets=/data"])
+def test_unknown_roots_are_refused(argument: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not NAME=PATH, NAME one of"):
+        learning._root(argument)
