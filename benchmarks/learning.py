@@ -36,8 +36,9 @@ class Case:
         Keys besides ``SHARED`` and the root.
     target : float or None
         Least central accuracy of the last round; none where the case is for comparison.
-    images_per_class : int
-        Above 0, the root is an image folder of which only so many of each class and split are used.
+    images_per_class : tuple[int, int] or None
+        If given, the root is an image folder of which only so many images of each class are used:
+        of train and of test.
     seeds : tuple[int, ...]
         One run each.
     """
@@ -45,11 +46,16 @@ class Case:
     data: str
     config: dict[str, Any]
     target: float | None = None
-    images_per_class: int = 0
+    images_per_class: tuple[int, int] | None = None
     seeds: tuple[int, ...] = (0,)
 
 
-_CIFAR10 = {"dataset": "imagefolder", "num-server-rounds": 30, "precision": "bf16"}
+_CIFAR10 = {
+    "dataset": "imagefolder",
+    "num-clients": 4,
+    "num-server-rounds": 15,
+    "precision": "bf16",
+}
 CASES = {
     "bilstm-sentiment140": Case(
         "sentiment140",
@@ -67,8 +73,10 @@ CASES = {
         {"dataset": "fashion-mnist", "model": "lenet", "num-server-rounds": 10},
         target=0.88,
     ),
-    "resnet18-cifar10": Case("cifar10", {"model": "resnet18", **_CIFAR10}, images_per_class=250),
-    "lenet-cifar10": Case("cifar10", {"model": "lenet", **_CIFAR10}, images_per_class=250),
+    "resnet18-cifar10": Case(
+        "cifar10", {"model": "resnet18", **_CIFAR10}, images_per_class=(500, 100)
+    ),
+    "lenet-cifar10": Case("cifar10", {"model": "lenet", **_CIFAR10}, images_per_class=(500, 100)),
 }
 
 
@@ -86,7 +94,7 @@ def run_case(name: str, seed: int, root: Path) -> Row:
         "case": name,
         "seed": seed,
         "config": config,
-        "images-per-class": case.images_per_class or None,
+        "images-per-class": case.images_per_class,
         "target": case.target,
         "final-accuracy": accuracies[-1],
         "accuracy": accuracies,
@@ -94,9 +102,10 @@ def run_case(name: str, seed: int, root: Path) -> Row:
     }
 
 
-def copy_subset(root: Path, folder: Path, count: int) -> Path:
-    """Copy the first ``count`` images by name of each class of train and test into ``folder``."""
+def copy_subset(root: Path, folder: Path, counts: tuple[int, int]) -> Path:
+    """Copy the first images by name of each class into ``folder``: so many of train and of test."""
     for kind in sorted(root.glob("*/*/")):
+        count = counts[kind.parent.name == "test"]
         target = folder / kind.relative_to(root)
         target.mkdir(parents=True)
         for image in sorted(kind.iterdir())[:count]:

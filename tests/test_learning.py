@@ -50,11 +50,11 @@ def test_subset_of_an_image_folder(tmp_path: Path) -> None:
         for number in range(5):
             (tmp_path / "all" / kind / f"{number}.jpg").write_text(kind)
     (tmp_path / "few").mkdir()
-    folder = learning.copy_subset(tmp_path / "all", tmp_path / "few", 2)
+    folder = learning.copy_subset(tmp_path / "all", tmp_path / "few", (2, 1))
     assert folder == tmp_path / "few"
     copied = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
-    kinds = ("test/cat", "test/dog", "train/cat", "train/dog")
-    assert copied == [f"{kind}/{number}.jpg" for kind in kinds for number in (0, 1)]
+    kinds = [("test/cat", 1), ("test/dog", 1), ("train/cat", 2), ("train/dog", 2)]
+    assert copied == [f"{kind}/{number}.jpg" for kind, count in kinds for number in range(count)]
     assert (folder / "train/dog/1.jpg").read_text() == "train/dog"
 
 
