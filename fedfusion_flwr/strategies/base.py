@@ -69,7 +69,7 @@ class BaseStrategy(AlgorithmHooks):
     callbacks : Sequence[RoundCallback]
         See every round's report.
     **hooks
-        Arguments of `AlgorithmHooks` and of `flwr.serverapp.strategy.FedAvg`: ``fraction_train``, ``min_train_nodes``, ...
+        Arguments of `AlgorithmHooks` and of Flower's FedAvg: ``fraction_train``, ...
     """
 
     def __init__(
