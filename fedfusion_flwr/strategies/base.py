@@ -31,7 +31,7 @@ from fedfusion_flwr.strategies.bookkeeping import (
 )
 from fedfusion_flwr.strategies.conversation import Conversation, Setting
 from fedfusion_flwr.strategies.hooks import AlgorithmHooks, Exchange, KeepOldModel
-from fedfusion_flwr.strategies.replies import ClientReply, ReplyJudge
+from fedfusion_flwr.strategies.replies import ClientReply, Expected, ReplyJudge
 from fedfusion_flwr.strategies.roster import Roster
 from fedfusion_flwr.strategies.sampling import random_cohort
 
@@ -240,17 +240,17 @@ class BaseStrategy(AlgorithmHooks):
         self._round.ask({connected[client]: client for client in clients}, lambda _: state)
         messages = self._messages(MessageType.TRAIN, config, lambda _: settings)
         replies = list(grid.send_and_receive(messages, timeout=self.timeout))
-        good, bad = self._judge(replies, lambda _: state)
+        good, bad = self._judge(replies, lambda *_: state)
         book_replies(self.report, good, bad)
         return good
 
     def _judge(
         self,
         replies: Iterable[Message],
-        expected: Callable[[int], State] | None,
+        expected: Expected | None,
         check: Callable[[ClientReply], None] = lambda _: None,
     ) -> tuple[list[ClientReply], list[ClientRow]]:
-        """Split into good and bad; ``expected`` is the form of a reply's model, if it has one."""
+        """Split into good and bad; ``expected`` is what models were trained from, if any."""
         replies = list(replies)
         judge = ReplyJudge(
             self._round.server_round,

@@ -59,8 +59,14 @@ class AlgorithmHooks(ReportingFedAvg):
         """What a client is sent to train from. The same object for equal models, to encode once."""
         return self.current
 
-    def expected_from(self, client: int) -> State:
-        """A model with the keys, shapes and types that the client's reply must have."""
+    def expected_from(self, client: int, metrics: Mapping[str, float]) -> State:
+        """The model that the client trained from, by which its reply's is judged.
+
+        Raises
+        ------
+        BadReply
+            If what the reply says in its metrics points to none.
+        """
         return self._round.sent[client]
 
     def train_settings(self, client: int) -> dict[str, Setting]:
