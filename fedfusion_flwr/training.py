@@ -156,7 +156,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy in [0, 1]; the mode is left at eval.
 
-    ``batch_statistics`` makes BatchNorm layers normalize with those of each batch, as training does;
+    ``batch_statistics`` makes BatchNorm layers normalize with those of each batch, as in training;
     it needs at least two examples.
 
     Raises
@@ -188,8 +188,8 @@ def least_loss(
 ) -> int:
     """Load the state of least loss on the examples and return its number; of equals the first.
 
-    No random number is drawn. A loss that is not finite never wins. A state whose BatchNorm layers have seen no batch yet is judged by
-    the statistics of the examples: its own say nothing.
+    No random number is drawn, and a loss that is not finite never wins. A state whose BatchNorm
+    layers have seen no batch yet is judged by the statistics of the examples: its own say nothing.
     """
     losses = []
     for state in states:
