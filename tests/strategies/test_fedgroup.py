@@ -80,9 +80,9 @@ def test_cold_start_takes_alpha_clients_a_group_and_the_others_are_newcomers() -
     strategy = fedgroup(pretrain_clients=3, pretrain_steps=8, fraction_train=0.5)
     run_planted(strategy, clients, 20, rounds=4)
     asked = [
-        (server_round, client, settings["max-steps"])
-        for kind, server_round, client, _, settings in clients.sent
-        if settings.get("phase") == "cold-start"
+        (server_round, client, told["max-steps"])
+        for _, server_round, client, _, told in clients.sent
+        if told.get("phase") == "cold-start"
     ]
     first = [client for server_round, client, _ in asked[:6]]
     assert len(set(first)) == 6
@@ -91,9 +91,8 @@ def test_cold_start_takes_alpha_clients_a_group_and_the_others_are_newcomers() -
     everybody = [client for _, client, _ in asked]
     assert len(everybody) == len(set(everybody))
     assert strategy.cluster_of.keys() == set(everybody)
-    for kind, _, _, state, settings in clients.sent:
-        if settings.get("phase") == "cold-start":
-            assert torch.equal(flat(state), flat(start_state()))
+    pretrained = [state for *_, state, told in clients.sent if told.get("phase") == "cold-start"]
+    assert all(torch.equal(flat(state), flat(start_state())) for state in pretrained)
 
 
 def test_zero_updates_have_no_direction_and_do_no_harm() -> None:

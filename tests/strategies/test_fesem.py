@@ -90,10 +90,8 @@ def test_an_empty_centre_is_unchanged() -> None:
     """Without warm start; the third initial centre is far from everything that clients send."""
 
     def initial(number: int) -> dict[str, Tensor]:
-        return {
-            key: value * (50.0 if number == 2 else 1.0)
-            for key, value in start_state(number).items()
-        }
+        factor = 50.0 if number == 2 else 1.0
+        return {key: factor * value for key, value in start_state(number).items()}
 
     strategy = fesem(warm_start=False, initial_state=initial)
     run_planted(strategy, PlantedClients(group_of), CLIENTS, rounds=3)
