@@ -80,6 +80,13 @@ def test_a_client_that_skipped_rounds_has_the_layers_of_its_last() -> None:
 
 
 def test_a_failed_round_changes_nobodys_layers() -> None:
-    outcome = run(Recording(), rounds=2, min_valid_replies=4)
+    """Round 2 has one reply too few."""
+
+    def spoil(reply: Message) -> None:
+        raise OSError("away")
+
+    client = Recording(spoil, hostile=(2,), spoil_rounds=(2,))
+    outcome = run(client, rounds=2, min_valid_replies=3)
     assert isinstance(outcome.strategy, FedBN)
-    assert outcome.strategy.normalization_of == {}
+    assert outcome.reports[2].metrics["round-failed"] == 1
+    assert [int(s[COUNTER]) for s in outcome.strategy.normalization_of.values()] == [1, 1, 1]
