@@ -129,8 +129,8 @@ def test_in_the_limit_of_small_steps_a_learning_round_is_m_rounds_of_fedavg() ->
         return float((steps - 2 * step).norm() / step.norm())
 
     coarse, fine = deviation(0.1), deviation(0.001)
-    assert fine < 0.05 * coarse
-    assert fine < 0.01
+    assert fine < 0.1 * coarse
+    assert fine < 0.03
 
 
 def test_clients_evaluate_at_the_end_of_learning_rounds_and_of_the_run() -> None:
