@@ -179,7 +179,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy in [0, 1]; the mode is left at eval.
 
-    ``batch_statistics`` normalizes with those of each batch, as training does.
+    ``batch_statistics`` makes BatchNorm layers normalize with those of each batch, as in training;
+    it needs at least two examples.
 
     ``precision`` is that of `train`.
 
@@ -190,11 +191,15 @@ def evaluate(
     """
     if len(x) == 0:
         raise TrainingError("there are no examples to evaluate on")
-    model.train(batch_statistics)
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.train(batch_statistics)
     loss, correct = 0.0, 0
+    pieces = math.ceil(len(x) / EVALUATION_BATCH)  # of nearly equal size: never one example alone
     with torch.inference_mode():
         for rows, labels in zip(
-            torch.split(x, EVALUATION_BATCH), torch.split(y, EVALUATION_BATCH), strict=True
+            torch.tensor_split(x, pieces), torch.tensor_split(y, pieces), strict=True
         ):
             with autocast(x.device, precision):
                 logits = model(rows).float()
@@ -209,8 +214,8 @@ def least_loss(
 ) -> int:
     """Load the state of least loss on the examples and return its number; of equals the first.
 
-    No random number is drawn. A state whose BatchNorm layers have seen no batch yet is judged by
-    the statistics of the examples: its own say nothing.
+    No random number is drawn, and a loss that is not finite never wins. A state whose BatchNorm
+    layers have seen no batch yet is judged by the statistics of the examples: its own say nothing.
     """
     losses = []
     for state in states:
@@ -218,7 +223,8 @@ def least_loss(
         untrained = any(
             not value.any() for key, value in state.items() if key.endswith("num_batches_tracked")
         )
-        losses.append(evaluate(model, x, y, batch_statistics=untrained)[0])
+        loss, _ = evaluate(model, x, y, batch_statistics=untrained and len(x) > 1)
+        losses.append(loss if math.isfinite(loss) else math.inf)
     chosen = losses.index(min(losses))
     # Loading again also forgets what judging by batch statistics left in the model.
     model.load_state_dict(states[chosen])

@@ -15,11 +15,24 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
-from fedfusion_flwr import FedAvg, FedFusion, protocol
+from fedfusion_flwr import protocol
 from fedfusion_flwr.fusion import DistributionInference, NormalizationStatistics
 from fedfusion_flwr.rounds import RoundReport
 from fedfusion_flwr.simulation import InProcessGrid
-from fedfusion_flwr.strategies import BaseStrategy
+from fedfusion_flwr.strategies import (
+    IFCA,
+    BaseStrategy,
+    FedAvg,
+    FedAvgM,
+    FedBN,
+    FedCluster,
+    FedClusterCycling,
+    FedFusion,
+    FedGroup,
+    FedProx,
+    FeSEM,
+    MultiModelStrategy,
+)
 
 State = dict[str, Tensor]
 Spoil = Callable[[Message], None]
@@ -47,12 +60,30 @@ def initial_arrays() -> ArrayRecord:
     return protocol.record_from_state(tiny_model().state_dict())
 
 
+def untrained_state(number: int) -> State:
+    """Models that differ by their number, as `initial_state` of several-model strategies."""
+    state = tiny_model().state_dict()
+    return {k: v + 0.1 * number if k == WEIGHT else v for k, v in state.items()}
+
+
 def honest_state(received: Mapping[str, Tensor], partition: int) -> State:
     """What partition sends back: every float moved by its own offset, counters by one."""
     step = 0.01 * (partition + 1)
     return {
         key: value + (step if value.is_floating_point() else 1) for key, value in received.items()
     }
+
+
+def choose(
+    received: State, settings: Mapping[str, Any], partition: int
+) -> tuple[State, dict[str, int]]:
+    """Of several models, as IFCA sends them, the one of the partition's number."""
+    if "num-models" not in settings:
+        return received, {}
+    models = list(protocol.unpack_states(received).values())
+    chosen = partition % len(models)
+    examples = 10 * (partition + 1) * len(models)
+    return models[chosen], {"cluster": chosen, "forward-examples": examples}
 
 
 @dataclass
@@ -72,18 +103,21 @@ class FakeClient:
 
     def __call__(self, message: Message, context: Context) -> Message:
         partition = int(context.node_config["partition-id"])  # type: ignore[arg-type]
-        server_round = message.content.config_records["config"]["server-round"]
+        settings = message.content.config_records["config"]
+        server_round = settings["server-round"]
         assert isinstance(server_round, int)
         self.seen.append((message.metadata.message_type, server_round, partition))
         content = RecordDict()
         if message.metadata.message_type == "train":
             received = protocol.state_from_record(message.content.array_records["arrays"])
+            received, choice = choose(received, settings, partition)
             state = honest_state(received, partition)
             content["arrays"] = protocol.record_from_state(state)
             if self.normalization:
                 statistics = NormalizationStatistics.from_state_dict(state)
                 content["normalization"] = protocol.record_from_statistics(statistics)
             metrics = {"num-examples": 10 * (partition + 1), "train-loss": 1.0 + partition}
+            metrics |= choice | {"gradient-steps": settings.get("max-steps", 7)}
         else:
             metrics = {"num-examples": partition + 1, "personalized-accuracy": 0.1 * partition}
         content["metrics"] = MetricRecord(metrics)
@@ -136,14 +170,32 @@ class Outcome:
         return dict(self.result.train_metrics_clientapp[server_round])  # type: ignore[arg-type]
 
 
+TINY: dict[str, tuple[type[BaseStrategy], dict[str, Any]]] = {
+    "fedavg": (FedAvg, {}),
+    "fedavgm": (FedAvgM, {"server_momentum": 0.5, "average_decay": 0.5}),
+    "fedprox": (FedProx, {}),
+    "fed-gn": (FedAvg, {}),
+    "fedbn": (FedBN, {}),
+    "fesem": (FeSEM, {"num_clusters": 2}),
+    "ifca": (IFCA, {"num_clusters": 2, "warmup_rounds": 1}),
+    "fedcluster": (FedCluster, {"num_clusters": 2, "cluster_round": 1}),
+    "fedcluster-cycling": (FedClusterCycling, {"num_clusters": 1}),
+    "fedgroup": (FedGroup, {"num_clusters": 2, "pretrain_steps": 2}),
+}
+"""Every strategy but FedFusion, whose inference has to be made, in small."""
+
+
 def make_strategy(name: str, recorder: Recorder | None = None, **settings: Any) -> BaseStrategy:
-    """FedAvg or FedFusion with a short inference, for a tiny federation."""
+    """A strategy for a tiny federation; FedFusion with a short inference."""
     settings = {"min_train_nodes": 1, "min_available_nodes": 1, "fraction_evaluate": 0} | settings
     settings["callbacks"] = [recorder] if recorder else []
-    if name == "fedavg":
-        return FedAvg(**settings)
-    inference = DistributionInference(3, 0, hidden=(8,), latent=2, steps=4, refit_steps=2)
-    return FedFusion(num_components=3, inference=inference, **settings)
+    if name == "fedfusion":
+        inference = DistributionInference(3, 0, hidden=(8,), latent=2, steps=4, refit_steps=2)
+        return FedFusion(**{"num_components": 3, "inference": inference} | settings)
+    strategy, tiny = TINY[name]
+    if issubclass(strategy, MultiModelStrategy):
+        settings.setdefault("initial_state", untrained_state)
+    return strategy(**tiny | settings)
 
 
 def run_federation(

@@ -15,6 +15,8 @@ from fedfusion_flwr.fusion.server_step import is_parameter
 
 State = dict[str, Tensor]
 _CHUNK = 1 << 16
+_ROUNDING = 1e-6
+"""What of an update's length float64 sums over many parameters may leave behind."""
 
 
 def difference(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> State:
@@ -66,9 +68,17 @@ def principal_coordinates(gram: Tensor, dimensions: int | None = None) -> Tensor
     """Points whose inner products are ``gram``, (K, dimensions), largest directions first.
 
     With all dimensions (the default, K) the distances of the points are those of the updates:
-    row i is sqrt(lambda_k) u_ik over the eigenpairs (lambda_k, u_k) of the Gram matrix.
+    row i is sqrt(lambda_k) u_ik over the eigenpairs (lambda_k, u_k) of the Gram matrix. Directions
+    shorter than a millionth of the longest are rounding and become 0.
     """
     values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    values, vectors = values.flip(0), vectors.flip(1)
+    values = torch.where(values > _ROUNDING**2 * values[0], values, 0.0)
     points: Tensor = vectors * values.sqrt()
     return points[:, :dimensions]
+
+
+def count_different(points: Tensor) -> int:
+    """How many rows of (K, D) differ by more than rounding: no clustering can find more groups."""
+    scale = float(points.abs().max()) or 1.0
+    return len(torch.unique((points / (_ROUNDING * scale)).round(), dim=0))

@@ -2,7 +2,7 @@
 """What every strategy here shares: seeded sampling, messages, reply checks, costs, reports.
 
 `SingleModelStrategy` and `MultiModelStrategy` stand on it; a strategy of one's own overrides a few
-hooks of one of them.
+of `AlgorithmHooks` in one of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from flwr.serverapp.exception import AggregationError
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import cohort_size
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.fusion.statistics import LayerChoice, batchnorm_prefixes, select_layers
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import ClientRow, RoundCallback, RoundReport, State
 from fedfusion_flwr.strategies.bookkeeping import (
@@ -31,32 +30,25 @@ from fedfusion_flwr.strategies.bookkeeping import (
     split_train_time,
 )
 from fedfusion_flwr.strategies.conversation import Conversation, Setting
-from fedfusion_flwr.strategies.replies import ClientReply, ReplyJudge
-from fedfusion_flwr.strategies.reporting import ReportingFedAvg
+from fedfusion_flwr.strategies.hooks import AlgorithmHooks, Exchange, KeepOldModel
+from fedfusion_flwr.strategies.replies import ClientReply, Expected, ReplyJudge
 from fedfusion_flwr.strategies.roster import Roster
 from fedfusion_flwr.strategies.sampling import random_cohort
 
-_WHERE = "the reason of every dropped reply is in the log and in clients.jsonl"
+__all__ = ["BaseStrategy", "Exchange", "KeepOldModel", "RunStopped"]
 
-Exchange = Callable[[Sequence[int], State, Mapping[str, Setting]], list[ClientReply]]
-"""Have clients train a model outside the round's own training; returns the good replies."""
+_WHERE = "the reason of every dropped reply is in the log and in clients.jsonl"
 
 
 class RunStopped(FedFusionError, AggregationError):
     """Several rounds in a row had too few usable replies; what was written so far stays."""
 
 
-class KeepOldModel(Exception):
-    """Why a round's replies must not change the model; `BaseStrategy.advance` may raise it."""
-
-
-class BaseStrategy(ReportingFedAvg):
+class BaseStrategy(AlgorithmHooks):
     """Checked replies, seeded sampling, personal evaluation and reports; without an algorithm.
 
     Parameters
     ----------
-    seed : int
-        Seed of client sampling.
     average_decay : float
         Decay of the moving average of global models that is evaluated, saved and returned; training
         goes on from the newest model. 0 serves the newest.
@@ -74,18 +66,15 @@ class BaseStrategy(ReportingFedAvg):
         An aggregate farther from the old model than this times the old model's norm is refused.
     node_timeout : float
         Seconds to wait for ``min_available_nodes`` before round 1.
-    statistics_layers : {"all", "ends"}
-        Which normalization layers' statistics the clients report.
     callbacks : Sequence[RoundCallback]
         See every round's report.
-    **flower
-        Arguments of `flwr.serverapp.strategy.FedAvg`: ``fraction_train``, ``min_train_nodes``, ...
+    **hooks
+        Arguments of `AlgorithmHooks` and of Flower's FedAvg: ``fraction_train``, ...
     """
 
     def __init__(
         self,
         *,
-        seed: int = 0,
         average_decay: float = 0.0,
         pool_moments: bool = True,
         evaluate_every: int = 1,
@@ -94,12 +83,10 @@ class BaseStrategy(ReportingFedAvg):
         max_examples: int = 10_000_000,
         max_update_ratio: float = 10.0,
         node_timeout: float = 60.0,
-        statistics_layers: LayerChoice = "all",
         callbacks: Sequence[RoundCallback] = (),
-        **flower: Any,
+        **hooks: Any,
     ) -> None:
-        super().__init__(average_decay=average_decay, callbacks=callbacks, **flower)
-        self.seed = seed
+        super().__init__(average_decay=average_decay, callbacks=callbacks, **hooks)
         self.pool_moments = pool_moments
         self.evaluate_every = evaluate_every
         self.min_valid_replies = min_valid_replies
@@ -107,64 +94,8 @@ class BaseStrategy(ReportingFedAvg):
         self.max_examples = max_examples
         self.max_update_ratio = max_update_ratio
         self.node_timeout = node_timeout
-        self.statistics_layers = statistics_layers
         self.roster = Roster()
         self.failed_rounds = 0
-        self._round = Conversation(0, {}, ArrayRecord())
-
-    # --- what an algorithm overrides ------------------------------------------------------------
-
-    def advance(self, replies: list[ClientReply]) -> State:
-        """The next global model, from this round's good replies, sorted by client.
-
-        Also notes in ``self.report`` what each client counted (`book_clients`).
-
-        Raises
-        ------
-        KeepOldModel
-            If the replies must not change the model.
-        """
-        raise NotImplementedError
-
-    def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
-        """Before the cohort of a round is drawn from ``clients``: e.g. a cold start."""
-
-    def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
-        """Which of the connected clients train this round."""
-        return random_cohort(clients, size, numpy_generator(self.seed, "sampling", server_round))
-
-    def prepare_cohort(self, cohort: list[int], exchange: Exchange) -> None:
-        """After the cohort of a round was drawn: e.g. a first training of newcomers."""
-
-    def sent_to(self, client: int) -> State:
-        """What a client is sent to train from. The same object for equal models, to encode once."""
-        return self.current
-
-    def expected_from(self, client: int) -> State:
-        """A model with the keys, shapes and types that the client's reply must have."""
-        return self._round.sent[client]
-
-    def train_settings(self, client: int) -> dict[str, Setting]:
-        """What a train message says beside the model; see `fedfusion_flwr.protocol`."""
-        return {}
-
-    def check_reply(self, reply: ClientReply) -> None:
-        """Refuse a train reply, good in all else, by raising `BadReply`."""
-
-    def prepare_evaluation(self) -> None:
-        """Before clients are sent the models to evaluate."""
-
-    def evaluate_settings(self, client: int) -> dict[str, Setting]:
-        """What an evaluate message says beside the model."""
-        return {}
-
-    def personal_model(self, client: int) -> State:
-        """The model that serves a client, assigned by training data only; evaluated there."""
-        return self.served
-
-    def models(self) -> dict[str, State]:
-        """The models that are kept beside the global one, by short name, for the artifacts."""
-        return {}
 
     # --- Flower's interface ---------------------------------------------------------------------
 
@@ -277,28 +208,6 @@ class BaseStrategy(ReportingFedAvg):
         if self.failed_rounds >= num_rounds and self.fraction_train > 0:
             raise RunStopped(f"none of {num_rounds} rounds had enough valid replies; {_WHERE}")
 
-    # --- for algorithms and the report ----------------------------------------------------------
-
-    @property
-    def current(self) -> State:
-        """The global model at the start of this round. Do not write to it."""
-        return self._round.model
-
-    @property
-    def served(self) -> State:
-        """The global model that is evaluated and saved. Do not write to it."""
-        return self.average.state or self.current
-
-    @property
-    def server_round(self) -> int:
-        """The round in progress."""
-        return self._round.server_round
-
-    def num_channels(self) -> int | None:
-        """Length of a ``normalization`` vector, where the model's BatchNorm layers tell it."""
-        prefixes = select_layers(batchnorm_prefixes(self.current), self.statistics_layers)
-        return sum(self.current[f"{p}running_mean"].numel() for p in prefixes) or None
-
     # --- plumbing -------------------------------------------------------------------------------
 
     def _connected(self, server_round: int, grid: Grid) -> dict[int, int]:
@@ -331,17 +240,17 @@ class BaseStrategy(ReportingFedAvg):
         self._round.ask({connected[client]: client for client in clients}, lambda _: state)
         messages = self._messages(MessageType.TRAIN, config, lambda _: settings)
         replies = list(grid.send_and_receive(messages, timeout=self.timeout))
-        good, bad = self._judge(replies, lambda _: state)
+        good, bad = self._judge(replies, lambda *_: state)
         book_replies(self.report, good, bad)
         return good
 
     def _judge(
         self,
         replies: Iterable[Message],
-        expected: Callable[[int], State] | None,
+        expected: Expected | None,
         check: Callable[[ClientReply], None] = lambda _: None,
     ) -> tuple[list[ClientReply], list[ClientRow]]:
-        """Split into good and bad; ``expected`` is the form of a reply's model, if it has one."""
+        """Split into good and bad; ``expected`` is what models were trained from, if any."""
         replies = list(replies)
         judge = ReplyJudge(
             self._round.server_round,

@@ -17,10 +17,16 @@ from typing import Any, Literal
 
 import numpy as np
 from flwr.common.logger import log
+from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import cohort_size
-from fedfusion_flwr.fusion.updates import gram_matrix, principal_coordinates, squared_distance
+from fedfusion_flwr.fusion.updates import (
+    count_different,
+    gram_matrix,
+    principal_coordinates,
+    squared_distance,
+)
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import State
 from fedfusion_flwr.strategies.base import Exchange
@@ -66,12 +72,13 @@ class FedCluster(MultiModelStrategy):
         """Cluster everybody once; later, place the clients that have no cluster yet."""
         if self.server_round <= self.cluster_round:
             return
-        self.origin = self.origin or self.current
+        if not self.cluster_models:
+            self.origin = self.current
         newcomers = [client for client in clients if client not in self.cluster_of]
         if not newcomers:
             return
         replies = exchange(newcomers, self.origin, {protocol.PHASE: "clustering"})
-        if self.mean_update_models:
+        if self.cluster_models:
             for reply in replies:
                 self.cluster_of[reply.client] = self._nearest(reply)
         elif replies:
@@ -93,7 +100,7 @@ class FedCluster(MultiModelStrategy):
     def _cluster(self, replies: list[ClientReply]) -> None:
         gram = gram_matrix([reply.state for reply in replies], self.origin)
         labels = agglomerate(
-            principal_coordinates(gram).numpy(),
+            principal_coordinates(gram),
             self.num_clusters,
             self.distance_threshold,
             self.linkage,
@@ -123,19 +130,20 @@ class FedCluster(MultiModelStrategy):
 
 
 def agglomerate(
-    points: np.ndarray, num_clusters: int, distance_threshold: float, linkage: Linkage
+    points: Tensor, num_clusters: int, distance_threshold: float, linkage: Linkage
 ) -> np.ndarray:
     """Cluster numbers (K,) of points (K, D), in the order in which the clusters first appear.
 
-    ``distance_threshold`` 0 cuts the tree at ``num_clusters`` (or K, where that is less).
+    ``distance_threshold`` 0 cuts the tree at ``num_clusters``, or at the number of different points
+    where that is less.
     """
     if len(points) == 1:
         return np.zeros(1, dtype=np.int64)
     # Here and not above: the import takes about a second, in every process of a simulation.
     from sklearn.cluster import AgglomerativeClustering
 
-    cut: dict[str, Any] = {"n_clusters": min(num_clusters, len(points))}
+    cut: dict[str, Any] = {"n_clusters": min(num_clusters, count_different(points))}
     if distance_threshold:
         cut = {"n_clusters": None, "distance_threshold": distance_threshold}
-    found = AgglomerativeClustering(linkage=linkage, **cut).fit_predict(points)
+    found = AgglomerativeClustering(linkage=linkage, **cut).fit_predict(points.numpy())
     return in_order_of_appearance(found)

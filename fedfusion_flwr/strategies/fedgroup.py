@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.fusion import fuse_state_dicts
+from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.fusion.updates import (
     difference,
     gram_matrix,
@@ -105,10 +106,8 @@ class FedGroup(MultiModelStrategy):
 
     def assign(self, replies: list[ClientReply]) -> dict[int, int]:
         """The groups, which never change; one whose cold start failed is placed by its model."""
-        return {
-            reply.client: self.cluster_of.get(reply.client, self._nearest(reply))
-            for reply in replies
-        }
+        placed = {r.client: self._nearest(r) for r in replies if r.client not in self.cluster_of}
+        return {reply.client: (self.cluster_of | placed)[reply.client] for reply in replies}
 
     def _pretrain(self, clients: list[int], exchange: Exchange) -> list[ClientReply]:
         settings: dict[str, Setting] = {
@@ -132,15 +131,18 @@ class FedGroup(MultiModelStrategy):
         return cosines.index(max(cosines))
 
     def _mixed_groups(self) -> list[State]:
-        rates = [
-            self.inter_group_rate / max(inner_product(model, model) ** 0.5, 1e-300)
-            for model in self.cluster_models
-        ]
+        with one_thread():
+            norms = [inner_product(model, model) ** 0.5 for model in self.cluster_models]
+        rates = [self.inter_group_rate / max(norm, 1e-300) for norm in norms]
         mixed = []
         for group in range(len(rates)):
             parts = torch.tensor(rates, dtype=torch.float64)
             parts[group] = 1.0
-            mixed.append(fuse_state_dicts(self.cluster_models, parts / parts.sum()))
+            mixed.append(
+                fuse_state_dicts(
+                    self.cluster_models, parts / parts.sum(), pool_moments=self.pool_moments
+                )
+            )
         return mixed
 
     def summary(self) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FeSEM (Xie et al. 2020, "Multi-center federated learning", arXiv 2005.01026).
 
-Minimizes (1/m) sum_k sum_i r_ik ||W_i - C_k||^2 over centres C_k and one-hot r, W_i being client
-i's latest local model. Round:
+Minimizes sum_k sum_i n_i r_ik ||W_i - C_k||^2 over centres C_k and one-hot r, W_i being client i's
+latest local model and n_i its examples (1 for all in the first version of the paper). Round:
   1. every client of the cohort trains from its centre and returns W_i
   2. E: r_i = argmin_k ||W_i - C_k|| over the parameters, for every client that ever returned one
   3. M: C_k = example-weighted mean of its clients' W_i

@@ -14,6 +14,7 @@ FEMNIST.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from logging import INFO
 from typing import Any
 
@@ -53,32 +54,31 @@ class IFCA(MultiModelStrategy):
         """Initialize the models; pack them for all clients of the round."""
         self.cluster_models = self.cluster_models or self.distinct_models()
         self._packed = protocol.pack_states(self.models())
-        if self.warms_up:
-            for client in clients:
-                self.cluster_of.setdefault(client, self._random_cluster(client))
 
     def sent_to(self, client: int) -> State:
         """All models; in the warm-up the one that the division says."""
-        return super().sent_to(client) if self.warms_up else self._packed
+        if self.warms_up:
+            return self.cluster_models[self._random_cluster(client)]
+        return self._packed
 
-    def expected_from(self, client: int) -> State:
-        """One model."""
-        return self.cluster_models[0]
+    def expected_from(self, client: int, metrics: Mapping[str, float]) -> State:
+        """The model that the client says it chose; a reply that names none of ours is refused."""
+        if self.warms_up:
+            return super().expected_from(client, metrics)
+        count = len(self.cluster_models)
+        choice = metrics.get(protocol.CLUSTER, -1)
+        if choice not in range(count):
+            raise BadReply("cluster", f"metric 'cluster' names none of models 0 to {count - 1}")
+        return self.cluster_models[int(choice)]
 
     def train_settings(self, client: int) -> dict[str, Setting]:
         """Tell how many models were sent."""
         return {} if self.warms_up else {protocol.NUM_MODELS: len(self.cluster_models)}
 
-    def check_reply(self, reply: ClientReply) -> None:
-        """Refuse a reply that names no model of ours."""
-        choice = reply.metrics.get(protocol.CLUSTER)
-        if not self.warms_up and choice not in range(len(self.cluster_models)):
-            raise BadReply("cluster", f"chose model {choice} of {len(self.cluster_models)}")
-
     def assign(self, replies: list[ClientReply]) -> dict[int, int]:
-        """The clients' own choices."""
+        """The clients' own choices; in the warm-up the division."""
         if self.warms_up:
-            return super().assign(replies)
+            return {reply.client: self._random_cluster(reply.client) for reply in replies}
         return {reply.client: int(reply.metrics[protocol.CLUSTER]) for reply in replies}
 
     def personal_model(self, client: int) -> State:

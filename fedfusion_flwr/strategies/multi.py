@@ -16,7 +16,7 @@ from torch import Tensor
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import example_weights, fuse_state_dicts
 from fedfusion_flwr.fusion.server_step import implausible
-from fedfusion_flwr.fusion.updates import squared_distance
+from fedfusion_flwr.fusion.updates import count_different, squared_distance
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import State
 from fedfusion_flwr.strategies.base import BaseStrategy, KeepOldModel
@@ -188,9 +188,8 @@ def k_means(points: Tensor, num_clusters: int, seed: int) -> np.ndarray:
     # Here and not above: the import takes about a second, in every process of a simulation.
     from sklearn.cluster import KMeans
 
-    different = len(torch.unique(points, dim=0))
     random_state = int(numpy_generator(seed, "k-means").integers(2**31))
-    means = KMeans(min(num_clusters, different), n_init=10, random_state=random_state)
+    means = KMeans(min(num_clusters, count_different(points)), n_init=10, random_state=random_state)
     return in_order_of_appearance(means.fit_predict(points.numpy()))
 
 

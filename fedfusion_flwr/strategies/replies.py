@@ -27,6 +27,9 @@ MAX_BATCHES = 2**31
 """Most batches that a client can have tracked in one round; keeps counters from overflowing."""
 
 
+Expected = Callable[[int, Mapping[str, float]], Mapping[str, Tensor]]
+
+
 class BadReply(Exception):
     """A reply that does not count; ``reason`` is a slug for the metrics."""
 
@@ -75,9 +78,9 @@ class ReplyJudge:
         The round that a reply must belong to, where it says so.
     sampled : Mapping[int, int]
         Client id by node id: who was asked. Anybody else is a stranger.
-    expected : Callable[[int], Mapping[str, Tensor]] or None
-        The form of a client's reply: a train reply must match its keys, shapes and types. None if
-        replies hold no model.
+    expected : Callable[[int, Mapping[str, float]], Mapping[str, Tensor]] or None
+        What a client trained from, told its id and metrics: a train reply must match its keys,
+        shapes and types. None if replies hold no model.
     check : Callable[[ClientReply], None]
         Raises `BadReply` for what a strategy itself does not accept.
     num_channels : int or None
@@ -95,7 +98,7 @@ class ReplyJudge:
         self,
         server_round: int,
         sampled: Mapping[int, int],
-        expected: Callable[[int], Mapping[str, Tensor]] | None,
+        expected: Expected | None,
         check: Callable[[ClientReply], None] = lambda _: None,
         *,
         num_channels: int | None = None,
@@ -152,12 +155,12 @@ class ReplyJudge:
         partition = self._check_identity(content)
         metrics = self._metrics(content)
         examples = self._examples(metrics.pop(self.examples_key, None))
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         state: dict[str, Tensor] = {}
         statistics = None
         if self.expected is not None:
-            state = self._model(content, self.expected(client))
+            state = self._model(content, self.expected(client, numbers))
             statistics = self._statistics(content, state)
-        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         return ClientReply(
             client, message.metadata.src_node_id, examples, numbers, state, statistics, partition
         )

@@ -2,6 +2,8 @@
 """One hostile client among honest ones: it loses its reply, and the run is that of the others.
 
 The rows are those that make Flower's own strategies return NaN, extrapolate, broadcast or stop.
+Three strategies go through the whole table, one of each kind; the others through fifteen rows. The
+client is hostile in every message, so also in cold starts, warm starts and clusterings.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from tests.support import (
     COUNTER,
     MEAN,
+    TINY,
     VARIANCE,
     WEIGHT,
     FakeClient,
@@ -34,7 +37,30 @@ from tests.support import (
 )
 
 HONEST = 5
-STRATEGIES = ("fedavg", "fedfusion")
+STRATEGIES = ("fedfusion", *TINY)
+WHOLE_TABLE = ("fedavg", "fedfusion", "fedgroup")
+"""All rows; the other strategies, which share the checks of these, see `TYPICAL` rows."""
+TYPICAL = (
+    "one NaN",
+    "NaN running mean",
+    "examples 10**18",
+    "examples missing",
+    "shape (2,) into (2, 2)",
+    "float counter",
+    "key missing",
+    "no model",
+    "NaN metric",
+    "oversize array",
+    "negative variance",
+    "counter backwards",
+    "normalization NaN",
+    "round of before",
+    "client raises",
+)
+ASKED = {"fesem": (2, 1), "fedgroup": (3, 2)}
+"""How often the hostile client is asked in rounds 1 and 2, where a strategy trains it before the
+round's own training: FeSEM's warm start, FedGroup's cold start and newcomers. FedCluster asks it
+in round 2 for its clustering, and without a cluster it has no part in the training."""
 
 
 def one(value: float, key: str = WEIGHT, record: str = "arrays") -> Spoil:
@@ -193,46 +219,57 @@ def honest_run(name: str) -> Outcome:
 
 def check_hostile(outcome: Outcome, name: str, counts: dict[str, int]) -> None:
     """The drops are counted, and nothing else is left of the hostile client."""
-    expected = {f"dropped-{reason}": float(count) for reason, count in counts.items()}
     assert len(outcome.reports) == 3
-    for server_round in (1, 2):
+    for server_round, asked in zip((1, 2), ASKED.get(name, (1, 1)), strict=True):
         report = outcome.reports[server_round]
         metrics = outcome.train_metrics(server_round)
+        expected = {f"dropped-{reason}": float(asked * n) for reason, n in counts.items()}
         assert {k: v for k, v in metrics.items() if k.startswith("dropped-")} == expected
-        assert metrics["replies-dropped"] == sum(counts.values()) == len(report.dropped)
-        assert metrics["replies-valid"] == HONEST
+        assert metrics["replies-dropped"] == asked * sum(counts.values()) == len(report.dropped)
+        honest = honest_run(name).train_metrics(server_round)
+        assert metrics["replies-valid"] == honest["replies-valid"]
+        assert metrics["train-loss"] == honest["train-loss"]
         assert "round-failed" not in metrics
         assert {row.dropped for row in report.dropped} == set(counts)
         assert all(row.detail and row.weight == 0 for row in report.dropped)
-        honest = honest_run(name).train_metrics(server_round)
-        assert metrics["train-loss"] == honest["train-loss"]
     assert all(value.isfinite().all() for value in outcome.state.values())
     assert_identical(outcome.state, honest_run(name).state)
+    models, others = outcome.strategy.models(), honest_run(name).strategy.models()
+    assert models.keys() == others.keys()
+    for key, model in models.items():
+        assert_identical(model, others[key])
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("row", SPOILED)
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [(name, row) for name in STRATEGIES for row in (SPOILED if name in WHOLE_TABLE else TYPICAL)],
+)
 def test_hostile_client_loses_its_reply(name: str, row: str) -> None:
     spoil, reason = SPOILED[row]
     outcome = run_federation(name, FakeClient(spoil, hostile=(HONEST,)), HONEST + 1)
     check_hostile(outcome, name, {reason: 1})
-    assert [r.client for r in outcome.reports[1].dropped] == [HONEST]
+    assert {r.client for r in outcome.reports[1].dropped} == {HONEST}
+
+
+def is_last(reply: Message) -> bool:
+    return reply.content.config_records["client"]["partition-id"] == HONEST
 
 
 def lose_last(replies: list[Message]) -> list[Message]:
-    return replies[:-1]
+    return [reply for reply in replies if not is_last(reply)]
 
 
 def repeat_first(replies: list[Message]) -> list[Message]:
-    return [replies[0], replies[0], *replies[1:-1]]
+    return [replies[0] if is_last(reply) else reply for reply in replies]
 
 
 def from_a_stranger(replies: list[Message]) -> list[Message]:
-    replies[-1].metadata.__dict__["_src_node_id"] = 7
+    for reply in filter(is_last, replies):
+        reply.metadata.__dict__["_src_node_id"] = 7
     return replies
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ["fedavg", "fedfusion", "ifca", "fesem", "fedcluster"])
 @pytest.mark.parametrize(
     ("tamper", "counts"),
     [
@@ -252,10 +289,14 @@ def test_replies_lost_repeated_or_from_elsewhere(
 def test_honest_run_really_aggregates(name: str) -> None:
     outcome = honest_run(name)
     assert [len(report.dropped) for report in outcome.reports] == [0, 0, 0]
-    weights = [row.weight for row in outcome.reports[2].clients]
-    assert sum(weights) == pytest.approx(1)
-    assert min(weights) > 0
-    assert outcome.state[COUNTER].item() == 2
+    weights: dict[int | None, float] = {}
+    for row in outcome.reports[2].clients:
+        cluster = None if name == "fedfusion" else row.cluster
+        weights[cluster] = weights.get(cluster, 0) + row.weight
+        assert row.weight > 0
+    # In every cluster; strategies with one model have none.
+    assert list(weights.values()) == pytest.approx([1] * len(weights))
+    assert outcome.state[COUNTER].item() == (3 if name in ("fesem", "fedgroup") else 2)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -264,7 +305,7 @@ def test_client_that_knows_nothing_of_this_package(name: str) -> None:
     honest = run_federation(name, FakeClient(**plain), HONEST)
     hostile = FakeClient(one(math.nan), hostile=(HONEST,), **plain)
     outcome = run_federation(name, hostile, HONEST + 1)
-    assert outcome.train_metrics(1)["dropped-nonfinite"] == 1
+    assert outcome.train_metrics(1)["dropped-nonfinite"] == ASKED.get(name, (1, 1))[0]
     assert_identical(outcome.state, honest.state)
     # The statistics read from the state dict are those that our own client would have sent.
     assert_identical(honest.state, honest_run(name).state)

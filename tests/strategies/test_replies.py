@@ -249,7 +249,7 @@ def test_nan_accuracy_never_wins_best_model(tmp_path: Any) -> None:
 
 def judged(content: RecordDict | None, node: int = 11, **settings: Any) -> Any:
     sent = tiny_model().state_dict()
-    judge = ReplyJudge(4, {11: 0, 12: 1}, lambda _: sent, num_channels=2, **settings)
+    judge = ReplyJudge(4, {11: 0, 12: 1}, lambda *_: sent, num_channels=2, **settings)
     TamperingGrid(FakeClient(), 0)  # names this process as a message's sender
     request = Message(RecordDict(), node, "train")
     request.metadata.__dict__["_message_id"] = "m"

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FeSEM: expectation and maximization over the clients' models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedfusion_flwr import FedFusionError
+from fedfusion_flwr.strategies import FeSEM
+from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, start_state
+from tests.support import assert_identical
+
+CLIENTS = 8
+
+
+def group_of(client: int) -> int:
+    return client % 3
+
+
+def fesem(**settings: Any) -> FeSEM:
+    return FeSEM(**{**QUIET, "num_clusters": 3, **settings})
+
+
+class Watched(FeSEM):
+    """Measures the objective before E, after E and after M."""
+
+    def advance(self, replies: Any) -> Any:
+        if not self.cluster_models:
+            return super().advance(replies)
+        self.latest |= {reply.client: reply for reply in replies}
+        self.values: list[list[float]] = getattr(self, "values", [])
+        before = {c: self.cluster_of[c] for c in self.latest if c in self.cluster_of}
+        now = [self.objective(before)] if len(before) == len(self.latest) else []
+        assigned = self.assign(replies)
+        self.nearest(assigned)
+        now.append(self.objective(assigned))
+        model = super().advance(replies)
+        now.append(self.objective(assigned))
+        self.values.append(now)
+        return model
+
+    def objective(self, assigned: dict[int, int]) -> float:
+        return sum(
+            self.latest[c].num_examples * self.distance(c, cluster) ** 2
+            for c, cluster in assigned.items()
+        )
+
+    def distance(self, client: int, cluster: int) -> float:
+        return float((flat(self.latest[client].state) - flat(self.cluster_models[cluster])).norm())
+
+    def nearest(self, assigned: dict[int, int]) -> None:
+        for client, cluster in assigned.items():
+            by_hand = [self.distance(client, j) for j in range(len(self.cluster_models))]
+            assert cluster == by_hand.index(min(by_hand))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_objective_never_rises_and_assignments_are_the_nearest_centres(seed: int) -> None:
+    """With overlapping groups, unequal examples and half of the clients in a round."""
+    clients = PlantedClients(group_of, seed, noise=1.5, examples=lambda c: 5 + 3 * c)
+    strategy = Watched(num_clusters=3, seed=seed, **{**QUIET, "fraction_train": 0.5})
+    run_planted(strategy, clients, CLIENTS, rounds=6)
+    assert len(strategy.values) == 6
+    for values in strategy.values:
+        assert values == sorted(values, reverse=True)
+    assert any(values[0] > values[-1] for values in strategy.values)
+
+
+def test_centres_are_example_weighted_means_of_the_latest_models() -> None:
+    """By hand, with half of the clients in a round: the others count with what they sent last."""
+    clients = PlantedClients(group_of, examples=lambda c: 5 + 3 * c)
+    strategy = fesem(fraction_train=0.5)
+    run_planted(strategy, clients, CLIENTS, rounds=3)
+    last: dict[int, Tensor] = {}
+    for kind, server_round, client, state, _ in clients.sent:
+        if kind == "train":
+            last[client] = flat(state) + clients.update(client, server_round).double()
+    for cluster, centre in enumerate(strategy.cluster_models):
+        members = [c for c in range(CLIENTS) if strategy.cluster_of[c] == cluster]
+        weights = torch.tensor([5.0 + 3 * c for c in members], dtype=torch.float64)
+        mean = (weights / weights.sum()) @ torch.stack([last[c] for c in members])
+        torch.testing.assert_close(flat(centre), mean, rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_centre_is_unchanged() -> None:
+    """Without warm start; the third initial centre is far from everything that clients send."""
+
+    def initial(number: int) -> dict[str, Tensor]:
+        factor = 50.0 if number == 2 else 1.0
+        return {key: factor * value for key, value in start_state(number).items()}
+
+    strategy = fesem(warm_start=False, initial_state=initial)
+    run_planted(strategy, PlantedClients(group_of), CLIENTS, rounds=3)
+    assert 2 not in strategy.cluster_of.values()
+    assert_identical(strategy.cluster_models[2], initial(2))
+
+
+def test_centres_that_start_equal_are_refused() -> None:
+    same = fesem(warm_start=False, initial_state=lambda _: start_state())
+    with pytest.raises(FedFusionError, match="equals an earlier model; seed each differently"):
+        run_planted(same, PlantedClients(group_of), 3)
+
+
+def test_without_warm_start_clients_start_from_the_global_model() -> None:
+    """In round 1 nobody has a centre; afterwards each client is sent its own."""
+    clients = PlantedClients(group_of)
+    strategy = fesem(warm_start=False, initial_state=start_state)
+    outcome = run_planted(strategy, clients, 4, rounds=2)
+    for _, state, _ in clients.sent_for("train", 1):
+        assert_identical(state, start_state())
+    assert outcome.reports[1].clusters == dict.fromkeys(range(4), 0)

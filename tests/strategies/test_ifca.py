@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IFCA: the clients' choice among the models, and what the server believes of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+
+from fedfusion_flwr import FedFusionError, protocol
+from fedfusion_flwr.rounds import State
+from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.strategies import IFCA
+from tests.strategies.planted import (
+    QUIET,
+    PlantedClients,
+    flat,
+    moved,
+    run_planted,
+    same_partition,
+    start_state,
+)
+from tests.support import (
+    COUNTER,
+    FakeClient,
+    Outcome,
+    Recorder,
+    assert_identical,
+    replace_metric,
+    run_federation,
+    tiny_model,
+    untrained_state,
+)
+
+
+def group_of(client: int) -> int:
+    return client % 3
+
+
+def ifca(**settings: Any) -> IFCA:
+    defaults = {"num_clusters": 3, "warmup_rounds": 0, "initial_state": start_state}
+    return IFCA(**{**QUIET, **defaults, **settings})
+
+
+class Walkers(PlantedClients):
+    """Clients that go half of the way from the chosen model to their group's optimum."""
+
+    def __call__(self, message: Message, context: Any) -> Message:
+        self.received = protocol.state_from_record(message.content.array_records["arrays"])
+        self.settings = message.content.config_records["config"]
+        return super().__call__(message, context)
+
+    def update(self, client: int, server_round: int) -> torch.Tensor:
+        state = self.received
+        if "num-models" in self.settings:
+            models = list(protocol.unpack_states(state).values())
+            state = models[self.choose(models, client)]
+        way = self.direction(self.group_of(client)) - flat(state).float()
+        return 0.5 * way + super().update(client, server_round) * 0.0
+
+
+def near(order: tuple[int, ...]) -> Any:
+    """Initial models: the j-th lies near the optimum of group order[j]."""
+    optima = Walkers(group_of)
+
+    def state(number: int) -> State:
+        far = 0.2 * torch.randn(40, generator=torch.Generator().manual_seed(order[number]))
+        zero = {key: torch.zeros_like(value) for key, value in start_state().items()}
+        return moved(zero, optima.direction(order[number]) + far)
+
+    return state
+
+
+def walk(order: tuple[int, ...] = (0, 1, 2), rounds: int = 3, **settings: Any) -> Outcome:
+    strategy = ifca(initial_state=near(order), **settings)
+    recorder = Recorder()
+    strategy.callbacks.append(recorder)
+    start = protocol.record_from_state(near(order)(0))
+    result = strategy.start(InProcessGrid(Walkers(group_of), 9), start, rounds)
+    return Outcome(result, strategy, recorder.reports)
+
+
+def test_planted_groups_choose_their_model_at_once_and_stay() -> None:
+    outcome = walk(rounds=5)
+    for report in outcome.reports[1:]:
+        assert same_partition(report.clusters, group_of)
+        assert report.clusters == outcome.reports[1].clusters
+    errors = [
+        float((flat(outcome.strategy.models()[f"c{g}"]) - Walkers(group_of).direction(g)).norm())
+        for g in range(3)
+    ]
+    assert max(errors) < 0.1
+
+
+def test_permuting_the_models_only_permutes() -> None:
+    one, other = walk((0, 1, 2)), walk((2, 0, 1))
+    for j, g in enumerate((2, 0, 1)):
+        assert_identical(other.strategy.models()[f"c{j}"], one.strategy.models()[f"c{g}"])
+        assert all(other.reports[3].clusters[c] == j for c in range(9) if group_of(c) == g)
+
+
+def test_a_model_chosen_by_nobody_is_unchanged() -> None:
+    """The fourth model is the start's number 3, far from every optimum."""
+    far = start_state(7)
+
+    def initial(number: int) -> State:
+        return far if number == 3 else near((0, 1, 2))(number)
+
+    strategy = ifca(num_clusters=4, initial_state=initial)
+    start = protocol.record_from_state(initial(0))
+    strategy.start(InProcessGrid(Walkers(group_of), 9), start, 3)
+    assert_identical(strategy.models()["c3"], far)
+    assert strategy.report.metrics["clusters-updated"] == 3
+    assert strategy.report.metrics["clients-of-c3"] == 0
+
+
+def test_models_that_start_equal_are_refused() -> None:
+    with pytest.raises(FedFusionError, match=r"initial_state\(1\) equals an earlier model"):
+        run_planted(ifca(initial_state=lambda _: start_state()), PlantedClients(group_of), 3)
+    with pytest.raises(FedFusionError, match="give it initial_state"):
+        run_planted(ifca(initial_state=None), PlantedClients(group_of), 3)
+
+
+def test_clients_are_sent_all_models_after_the_warm_up() -> None:
+    clients = PlantedClients(group_of)
+    run_planted(ifca(warmup_rounds=1, fraction_evaluate=1.0), clients, 4, rounds=2)
+    names = list(start_state())
+    packed = [f"c{j}/{name}" for j in range(3) for name in names]
+    for _, state, settings in clients.sent_for("train", 1):
+        assert list(state) == names
+        assert "num-models" not in settings
+    for kind, server_round in (("evaluate", 1), ("train", 2), ("evaluate", 2)):
+        for _, state, settings in clients.sent_for(kind, server_round):
+            assert list(state) == packed
+            assert settings["num-models"] == 3
+
+
+def test_warm_up_trains_each_model_with_a_fixed_division_of_the_clients() -> None:
+    clients = PlantedClients(group_of)
+    strategy = ifca(warmup_rounds=3, fraction_train=0.5)
+    outcome = run_planted(strategy, clients, 12, rounds=3)
+    sent: dict[int, set[int]] = {}
+    trained: set[int] = set()
+    for report in outcome.reports[1:]:
+        for row in report.clients:
+            assert row.client is not None
+            assert row.cluster is not None
+            sent.setdefault(row.client, set()).add(row.cluster)
+            trained.add(row.client)
+        # Nobody who has not trained yet is counted to a cluster.
+        assert report.clusters.keys() == trained
+    assert all(len(clusters) == 1 for clusters in sent.values())
+    assert len(set.union(*sent.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        (7, "cluster"),
+        (-1, "cluster"),
+        (0.5, "cluster"),
+        ([0], "cluster"),
+        (None, "cluster"),
+        (math.nan, "nonfinite"),
+    ],
+)
+def test_a_reply_that_names_no_model_is_dropped(named: Any, reason: str) -> None:
+    def spoil(reply: Message) -> None:
+        if named is None:
+            reply.content.metric_records["metrics"].pop("cluster", None)
+        else:
+            replace_metric("cluster", named)(reply)
+
+    settings = {"num_clusters": 2, "warmup_rounds": 0}
+    honest = run_federation("ifca", FakeClient(), 4, **settings)
+    hostile = run_federation("ifca", FakeClient(spoil, hostile=(4,)), 5, **settings)
+    for report in hostile.reports[1:]:
+        assert [(row.client, row.dropped) for row in report.dropped] == [(4, reason)]
+    for name, model in honest.strategy.models().items():
+        assert_identical(hostile.strategy.models()[name], model)
+
+
+def test_replies_are_judged_against_the_model_they_were_trained_from() -> None:
+    """Model 0 comes with five tracked batches, model 1 with none: neither is a step backwards."""
+    start = tiny_model().state_dict() | {COUNTER: torch.tensor(5)}
+    strategy = IFCA(num_clusters=2, warmup_rounds=0, initial_state=untrained_state, **QUIET)
+    recorder = Recorder()
+    strategy.callbacks.append(recorder)
+    strategy.start(InProcessGrid(FakeClient(), 4), protocol.record_from_state(start), 2)
+    assert [row.dropped for report in recorder.reports for row in report.clients] == [None] * 8
+    counters = [int(model[COUNTER]) for model in strategy.models().values()]
+    assert counters == [7, 2]
+
+
+def test_a_leap_is_measured_from_the_chosen_model() -> None:
+    """Model 1 is a thousand times as long: a step of its length leaps from 0, not from 1."""
+    small = {key: 0.001 * value for key, value in start_state(1).items()}
+    clients = PlantedClients(lambda _: 0)
+    clients.choose = lambda models, client: client % 2  # type: ignore[method-assign]
+    strategy = ifca(num_clusters=2, initial_state=lambda _: small)
+    outcome = run_planted(strategy, clients, 2, rounds=1)
+    dropped = {row.client: row.dropped for row in outcome.reports[1].clients}
+    assert dropped == {0: None, 1: "update"}

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that come late, vanish or fail, alone and by the cluster, under every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message
+
+from fedfusion_flwr.strategies import MultiModelStrategy, RunStopped
+from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, start_state
+from tests.support import (
+    TINY,
+    FakeClient,
+    Outcome,
+    Recorder,
+    TamperingGrid,
+    assert_identical,
+    initial_arrays,
+    make_strategy,
+    run_federation,
+)
+
+STRATEGIES = ("fedfusion", *TINY)
+SEVERAL_MODELS = ("fesem", "ifca", "fedcluster", "fedgroup")
+
+
+class Comings:
+    """Changes the federation after given rounds."""
+
+    def __init__(self, **after: Callable[[], object]) -> None:
+        self.after = after
+
+    def on_round_end(self, report: Any) -> None:
+        self.after.get(f"round_{report.server_round}", lambda: None)()
+
+
+def run_with(
+    name: str, grid: TamperingGrid, comings: Comings, rounds: int = 4, **settings: Any
+) -> Outcome:
+    recorder = Recorder()
+    strategy = make_strategy(name, recorder, **{"fraction_evaluate": 1.0, **settings})
+    strategy.callbacks.append(comings)
+    result = strategy.start(grid, initial_arrays(), rounds)
+    return Outcome(result, strategy, recorder.reports)
+
+
+def trained_in(outcome: Outcome) -> list[list[int | None]]:
+    return [[row.client for row in r.clients if not row.dropped] for r in outcome.reports[1:]]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_clients_that_join_late_and_leave_early(name: str) -> None:
+    """Client 4 joins after round 1; client 0 leaves after round 2. Nobody waits for them."""
+    grid = TamperingGrid(FakeClient(), 4)
+    first = next(iter(grid.nodes))
+    comings = Comings(
+        round_1=lambda: grid.add_node({"partition-id": 4, "num-partitions": 5}),
+        round_2=lambda: grid.remove_node(first),
+    )
+    outcome = run_with(name, grid, comings)
+    expected = [[0, 1, 2, 3], [0, 1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
+    assert trained_in(outcome) == expected
+    assert not any(report.dropped for report in outcome.reports)
+    valid = [r.metrics["evaluate-replies-valid"] for r in outcome.reports[1:]]
+    assert valid == [4, 5, 4, 4]
+    if isinstance(outcome.strategy, MultiModelStrategy):
+        assert outcome.strategy.cluster_of.keys() == set(range(5))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_client_that_is_lost_during_a_round_is_missing_there(name: str) -> None:
+    """Client 3's node answers nothing in round 2, whatever it is asked."""
+
+    def lose(replies: list[Message]) -> list[Message]:
+        echoes = [reply.content.config_records["client"] for reply in replies]
+        return [
+            reply
+            for reply, echo in zip(replies, echoes, strict=True)
+            if (echo["server-round"], echo["partition-id"]) != (2, 3)
+        ]
+
+    outcome = run_federation(name, FakeClient(), 4, rounds=3, tamper=lose)
+    assert {row.dropped for row in outcome.reports[2].dropped} == {"missing"}
+    trained = trained_in(outcome)
+    assert trained[1] == [0, 1, 2]
+    assert trained[0] == trained[2] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_cohorts_of_a_fraction_are_seeded(name: str) -> None:
+    def cohorts(seed: int, grid_seed: int) -> tuple[list[list[int | None]], Outcome]:
+        grid = TamperingGrid(FakeClient(), 8, seed=grid_seed, shuffle_replies=True)
+        outcome = run_federation(
+            name, FakeClient(), 8, rounds=4, grid=grid, seed=seed, fraction_train=0.5
+        )
+        return trained_in(outcome), outcome
+
+    (one, first), (again, second), (other, _) = cohorts(0, 0), cohorts(0, 1), cohorts(3, 0)
+    assert one == again != other
+    assert_identical(first.state, second.state)
+    # FedCluster rounds the size of the cohort down in each of its clusters.
+    assert all(len(cohort) == 4 or name == "fedcluster" for cohort in one)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_bad_replies_for_three_rounds_stop_the_run(name: str) -> None:
+    def spoil(reply: Message) -> None:
+        reply.content.metric_records["metrics"]["num-examples"] = -1
+
+    hostile = FakeClient(spoil, hostile=tuple(range(4)), spoil_rounds=(3, 4, 5))
+    recorder = Recorder()
+    strategy = make_strategy(name, recorder)
+    with pytest.raises(RunStopped, match="stopped after 3 failed rounds in a row"):
+        strategy.start(TamperingGrid(hostile, 4), initial_arrays(), 9)
+    assert [report.server_round for report in recorder.reports] == [0, 1, 2, 3, 4, 5]
+    # What the run was worth is that of the last good round.
+    good = run_federation(name, FakeClient(), 4, rounds=2)
+    assert_identical(strategy.average.state, good.state)
+    models = good.strategy.models()
+    for key, model in strategy.models().items():
+        assert_identical(model, models[key])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_goes_on_after_failed_rounds(name: str) -> None:
+    def spoil(reply: Message) -> None:
+        reply.content.metric_records["metrics"]["num-examples"] = -1
+
+    hostile = FakeClient(spoil, hostile=tuple(range(4)), spoil_rounds=(1, 3))
+    outcome = run_federation(name, hostile, 4, rounds=4)
+    failed = [bool(r.metrics.get("round-failed")) for r in outcome.reports[1:]]
+    assert failed == [True, False, True, False]
+    assert trained_in(outcome)[3] == [0, 1, 2, 3]
+
+
+class Pair(PlantedClients):
+    """Two planted groups, which know their model where they may choose (IFCA)."""
+
+    def __init__(self, group_of: Callable[[int], int], silent: tuple[int, ...] = ()) -> None:
+        super().__init__(group_of)
+        self.silent = silent
+
+    def choose(self, models: list[Any], client: int) -> int:
+        return self.group_of(client)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        server_round = message.content.config_records["config"]["server-round"]
+        if server_round == 4 and context.node_config["partition-id"] in self.silent:
+            raise OSError("broken")
+        return super().__call__(message, context)
+
+
+def several(name: str) -> MultiModelStrategy:
+    strategy, tiny = TINY[name]
+    own = {"centre_update": "round"} if name == "fesem" else {"warmup_rounds": 0}
+    settings = {**tiny, **(own if name in ("fesem", "ifca") else {}), **QUIET}
+    made = strategy(initial_state=start_state, **settings)
+    assert isinstance(made, MultiModelStrategy)
+    return made
+
+
+@pytest.mark.parametrize("name", SEVERAL_MODELS)
+def test_a_cluster_whose_clients_all_vanish_keeps_its_model(name: str) -> None:
+    """FeSEM's centres of this round's clients only; with all, the stored models remain."""
+    grid = TamperingGrid(Pair(lambda client: client % 2), 6)
+    strategy = several(name)
+    kept: dict[str, Any] = {}
+
+    def vanish() -> None:
+        kept.update(strategy.models()[f"c{strategy.cluster_of[1]}"])
+        for node, context in list(grid.contexts.items()):
+            if context.node_config["partition-id"] in (1, 3, 5):
+                grid.remove_node(node)
+
+    strategy.callbacks.append(Comings(round_3=vanish))
+    outcome = run_planted(strategy, None, 6, rounds=5, grid=grid)
+    gone = strategy.cluster_of[1]
+    assert {c for c, cluster in strategy.cluster_of.items() if cluster == gone} == {1, 3, 5}
+    assert_identical(strategy.models()[f"c{gone}"], kept)
+    for report in outcome.reports[4:]:
+        assert "round-failed" not in report.metrics
+        assert [row.client for row in report.clients] == [0, 2, 4]
+        assert report.metrics["clusters-updated"] == 1
+    # They would be served it, should they return; IFCA's choose anew.
+    if name != "ifca":
+        assert_identical(strategy.personal_model(1), kept)
+
+
+@pytest.mark.parametrize("name", SEVERAL_MODELS)
+def test_a_cluster_whose_only_reply_is_bad_keeps_its_model(name: str) -> None:
+    """Client 2 is alone in its cluster, and fails in round 4."""
+    alone = Pair(lambda client: int(client == 2))
+    before = several(name)
+    run_planted(before, alone, 3, rounds=3)
+    strategy = several(name)
+    failing = Pair(lambda client: int(client == 2), silent=(2,))
+    outcome = run_planted(strategy, failing, 3, rounds=4)
+    lonely, others = (f"c{strategy.cluster_of[client]}" for client in (2, 0))
+    assert lonely != others
+    assert_identical(strategy.models()[lonely], before.models()[lonely])
+    assert not torch.equal(flat(strategy.models()[others]), flat(before.models()[others]))
+    assert outcome.reports[4].metrics["clusters-updated"] == 1
+    assert "round-failed" not in outcome.reports[4].metrics
+
+
+def test_an_implausible_cluster_is_held_back_alone() -> None:
+    """One cluster's fused model leaps; the other's is taken, and the leap is no failed round."""
+
+    strategy = make_strategy("ifca", recorder := Recorder(), warmup_rounds=0)
+    assert isinstance(strategy, MultiModelStrategy)
+    fuse = strategy.fuse
+
+    def far(replies: list[Any]) -> Any:
+        fused = fuse(replies)
+        odd = replies[0].client % 2
+        return {k: v * 1000 if odd and k == "fc.weight" else v for k, v in fused.items()}
+
+    strategy.fuse = far  # type: ignore[method-assign]
+    strategy.start(TamperingGrid(FakeClient(), 4), initial_arrays(), 1)
+    assert recorder.reports[1].metrics["clusters-updated"] == 1
+    assert "round-failed" not in recorder.reports[1].metrics
+    weights = {row.client: row.weight for row in recorder.reports[1].clients}
+    assert weights[1] == weights[3] == 0
+    assert weights[0] + weights[2] == pytest.approx(1)

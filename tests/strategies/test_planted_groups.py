@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FeSEM, FedGroup and FedCluster find planted groups of updates, and newcomers join theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.strategies import FedCluster, FedGroup, FeSEM, MultiModelStrategy
+from fedfusion_flwr.strategies.replies import ClientReply
+from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, same_partition
+from tests.support import assert_identical
+
+CLIENTS, GROUPS = 12, 3
+
+
+def group_of(client: int) -> int:
+    """Groups of unequal size, not in the order of the clients."""
+    return (0, 1, 2, 0, 0, 1)[client % 6]
+
+
+def finder(name: str, seed: int = 0, **settings: Any) -> MultiModelStrategy:
+    known: dict[str, tuple[type[MultiModelStrategy], dict[str, Any]]] = {
+        "fesem": (FeSEM, {}),
+        "fedgroup": (FedGroup, {}),
+        "fedcluster": (FedCluster, {"cluster_round": 1}),
+        "fedcluster, threshold": (FedCluster, {"cluster_round": 1, "distance_threshold": 8.0}),
+        "fedcluster, complete": (FedCluster, {"cluster_round": 1, "linkage": "complete"}),
+        "fedcluster, average": (FedCluster, {"cluster_round": 1, "linkage": "average"}),
+    }
+    strategy, own = known[name]
+    return strategy(**{"seed": seed, "num_clusters": GROUPS, **QUIET, **own, **settings})
+
+
+FINDERS = (
+    "fesem",
+    "fedgroup",
+    "fedcluster",
+    "fedcluster, threshold",
+    "fedcluster, complete",
+    "fedcluster, average",
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", FINDERS)
+def test_planted_groups_are_found_exactly_and_kept(name: str, seed: int) -> None:
+    strategy = finder(name, seed)
+    outcome = run_planted(strategy, PlantedClients(group_of, seed), CLIENTS, rounds=4)
+    assert strategy.cluster_of.keys() == set(range(CLIENTS))
+    assert same_partition(strategy.cluster_of, group_of)
+    assert len(strategy.cluster_models) == GROUPS
+    assert outcome.reports[3].clusters == outcome.reports[4].clusters == strategy.cluster_of
+    sizes = [outcome.reports[4].metrics[f"clients-of-c{c}"] for c in range(GROUPS)]
+    assert sorted(sizes) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+def test_newcomers_join_their_group(name: str) -> None:
+    """Three clients join in round 3, one of each group."""
+    clients = PlantedClients(group_of)
+    grid = InProcessGrid(clients, CLIENTS)
+
+    class Comings:
+        def on_round_end(self, report: Any) -> None:
+            if report.server_round == 2:
+                for client in (12, 13, 14):
+                    grid.add_node({"partition-id": client, "num-partitions": 15})
+
+    strategy = finder(name)
+    strategy.callbacks.append(Comings())
+    run_planted(strategy, clients, CLIENTS, rounds=4, grid=grid)
+    assert strategy.cluster_of.keys() == set(range(15))
+    assert same_partition(strategy.cluster_of, group_of)
+
+
+def test_fedgroups_newcomer_that_goes_the_other_way_does_not_join() -> None:
+    """An update equal to D_g joins g; -D_g joins any other."""
+    strategy = finder("fedgroup")
+    run_planted(strategy, PlantedClients(group_of), CLIENTS, rounds=1)
+    assert isinstance(strategy, FedGroup)
+    for group, direction in enumerate(strategy.directions):
+        for sign in (1.0, -1.0):
+            state = {k: v.double() + sign * direction[k] for k, v in strategy.origin.items()}
+            joined = strategy._nearest(ClientReply(99, 99, 10, {}, state))
+            assert (joined == group) == (sign > 0)
+
+
+@pytest.mark.parametrize("name", ["fedgroup", "fedcluster"])
+def test_assignment_never_changes_though_updates_do(name: str) -> None:
+    """From round 3 on all clients move in the direction of group 0."""
+
+    class Turncoats(PlantedClients):
+        def update(self, client: int, server_round: int) -> torch.Tensor:
+            own = super().update(client, server_round)
+            return own if server_round < 3 else self.direction(0)
+
+    strategy = finder(name)
+    run_planted(strategy, Turncoats(group_of), CLIENTS, rounds=5)
+    assert same_partition(strategy.cluster_of, group_of)
+
+
+@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+def test_unselected_groups_keep_their_model_to_the_bit(name: str) -> None:
+    """Only clients of one group answer in round 4."""
+
+    class OneGroup(PlantedClients):
+        def __call__(self, message: Any, context: Any) -> Any:
+            if message.content.config_records["config"]["server-round"] == 4:
+                assert group_of(int(context.node_config["partition-id"])) == 1, "silent"
+            return super().__call__(message, context)
+
+    kept: dict[str, Any] = {}
+    strategy = finder(name, **({"centre_update": "round"} if name == "fesem" else {}))
+
+    class Keep:
+        def on_round_end(self, report: Any) -> None:
+            if report.server_round == 3:
+                kept.update({k: dict(v) for k, v in strategy.models().items()})
+
+    strategy.callbacks.append(Keep())
+    outcome = run_planted(strategy, OneGroup(group_of), CLIENTS, rounds=4)
+    trained = strategy.cluster_of[1]
+    for cluster, (key, model) in enumerate(strategy.models().items()):
+        if cluster != trained:
+            assert_identical(model, kept[key])
+        else:
+            assert not torch.equal(flat(model), flat(kept[key]))
+    assert outcome.reports[4].metrics["clusters-updated"] == 1
+    assert outcome.reports[4].metrics["replies-valid"] == 4
+
+
+@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+def test_identical_clients_are_one_cluster(name: str) -> None:
+    """Rounding in the Gram matrix's null directions must not pass for a difference."""
+    same = PlantedClients(lambda _: 0, noise=0.0)
+    strategy = finder(name)
+    run_planted(strategy, same, CLIENTS, rounds=2)
+    assert set(strategy.cluster_of.values()) == {0}
+    assert len(strategy.cluster_models) == 1
+
+
+@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+def test_fewer_clients_than_clusters(name: str) -> None:
+    strategy = finder(name, num_clusters=5)
+    run_planted(strategy, PlantedClients(group_of), 2, rounds=2)
+    assert set(strategy.cluster_of.values()) == {0, 1}
+    single = finder(name, num_clusters=5)
+    run_planted(single, PlantedClients(group_of), 1, rounds=2)
+    assert single.cluster_of == {0: 0}
+
+
+@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+def test_a_failed_first_exchange_is_repeated(name: str) -> None:
+    """Nobody answers before round 3; FedCluster's clustering would be due in round 2."""
+    silent_until = 3
+
+    class Late(PlantedClients):
+        def __call__(self, message: Any, context: Any) -> Any:
+            settings = message.content.config_records["config"]
+            assert "phase" not in settings or settings["server-round"] >= silent_until, "silent"
+            return super().__call__(message, context)
+
+    strategy = finder(name)
+    outcome = run_planted(strategy, Late(group_of), CLIENTS, rounds=4)
+    assert outcome.reports[2].clusters == {}
+    assert "round-failed" not in outcome.reports[2].metrics
+    assert same_partition(strategy.cluster_of, group_of)
+    assert outcome.reports[3].clusters == strategy.cluster_of
