@@ -24,13 +24,13 @@ from fedfusion_flwr.data import LocalData, data_for, local_data, on_device
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
 from fedfusion_flwr.models import model_for
+from fedfusion_flwr.models.resize import fit_to_state
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.rounds import State
 from fedfusion_flwr.training import (
     EVALUATION_BATCH,
     choose_device,
     evaluate,
-    freeze,
     least_loss,
     place_model,
     train,
@@ -96,7 +96,6 @@ def _train(work: _Work) -> RecordDict:
     y_check = data.y_validation if has_validation else data.y
     reported["loss-before"], _ = evaluate(work.model, x_check, y_check)
     phase = str(work.settings.get(protocol.PHASE, "training"))
-    freeze(work.model, cast(list[str], work.settings.get(protocol.FROZEN, [])))
     result = train(
         work.model,
         data.x,
@@ -111,6 +110,7 @@ def _train(work: _Work) -> RecordDict:
         and work.server_round >= config.fused_from_round,
         proximal_mu=work.setting(protocol.PROXIMAL_MU, 0),
         max_steps=int(work.setting(protocol.MAX_STEPS, 0)) or None,
+        frozen=set(cast(list[str], work.settings.get(protocol.FROZEN, []))),
     )
     reported[protocol.TRAIN_LOSS], reported[protocol.GRADIENT_STEPS] = result
     reported["loss-after"], _ = evaluate(work.model, x_check, y_check)
@@ -125,7 +125,11 @@ def _train(work: _Work) -> RecordDict:
         pass  # no running statistics: only a strategy that needs them may object
     reported[protocol.TRAIN_STARTED] = started
     reported[protocol.TRAIN_SECONDS] = time.perf_counter() - clock
-    content[protocol.METRICS] = MetricRecord(dict(reported))
+    metrics = MetricRecord(dict(reported))
+    if work.settings.get(protocol.CLASS_COUNTS, False):
+        counts = torch.bincount(data.y, minlength=data_for(config).num_classes)
+        metrics[protocol.CLASS_COUNTS] = counts.tolist()
+    content[protocol.METRICS] = metrics
     return content
 
 
@@ -179,11 +183,11 @@ def _prepare(message: Message, context: Context) -> _Work:
     partition_id = _partition_id(context, config)
     device = choose_device(config.device)
     data = on_device(local_data(config, partition_id), device)
-    model = _model(config, device.type)
     settings = message.content.config_records[protocol.CONFIG]
     state = protocol.state_from_record(message.content.array_records[protocol.ARRAYS])
     packed = protocol.NUM_MODELS in settings
     received = list(protocol.unpack_states(state).values()) if packed else [state]
+    model = fit_to_state(_model(config, device.type), received[0])
     model.load_state_dict(received[0])
     return _Work(config, partition_id, settings, received, model, data)
 

@@ -16,6 +16,8 @@ from fedfusion_flwr import protocol
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.data import central_test_data, data_for, partition_for
 from fedfusion_flwr.models import model_for
+from fedfusion_flwr.models.plain_network import plain_network
+from fedfusion_flwr.models.resize import fit_to_state
 from fedfusion_flwr.rounds import RoundCallback, State
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy
 from fedfusion_flwr.strategies.reporting import EvaluateFn
@@ -56,6 +58,9 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     # Refuses an infeasible partition here, before any client trains.
     cut = partition_for(config)
     model = model_for(config, data, config.seed)
+    layers = None
+    if config.strategy == "fedma":
+        layers = plain_network(model, config.model, data.input_shape)
     directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
 
@@ -74,7 +79,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     def initial_state(number: int) -> State:
         return model_for(config, data, config.seed + number).state_dict()
 
-    strategy = build_strategy(config, callbacks, initial_state)
+    strategy = build_strategy(config, callbacks, initial_state, layers)
     _check_federation(grid, strategy, config)
     log(INFO, "Run directory: %s", directory.path)
     try:
@@ -106,8 +111,10 @@ def central_evaluation(config: RunConfig) -> EvaluateFn:
     model = place_model(model, device)
 
     def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        model.load_state_dict(protocol.state_from_record(arrays))
-        loss, accuracy = evaluate(model, x, y)
+        state = protocol.state_from_record(arrays)
+        fitted = fit_to_state(model, state)
+        fitted.load_state_dict(state)
+        loss, accuracy = evaluate(fitted, x, y)
         return MetricRecord({"global-accuracy": accuracy, "global-loss": loss})
 
     return evaluate_global

@@ -296,8 +296,9 @@ class BaseStrategy(ReportingFedAvg):
 
     def num_channels(self) -> int | None:
         """Length of a ``normalization`` vector, where the model's BatchNorm layers tell it."""
-        prefixes = select_layers(batchnorm_prefixes(self.current), self.statistics_layers)
-        return sum(self.current[f"{p}running_mean"].numel() for p in prefixes) or None
+        model = next((self.expected_from(client) for client in self._round.sent), self.current)
+        prefixes = select_layers(batchnorm_prefixes(model), self.statistics_layers)
+        return sum(model[f"{p}running_mean"].numel() for p in prefixes) or None
 
     # --- plumbing -------------------------------------------------------------------------------
 

@@ -36,7 +36,10 @@ class BadReply(Exception):
 
 @dataclass(frozen=True)
 class ClientReply:
-    """A reply that passed every check. ``state`` shares memory with the message."""
+    """A reply that passed every check. ``state`` shares memory with the message.
+
+    ``metrics`` are the numbers that the client reports, ``lists`` the lists of numbers.
+    """
 
     client: int
     node: int
@@ -45,6 +48,7 @@ class ClientReply:
     state: dict[str, Tensor] = field(default_factory=dict)
     statistics: NormalizationStatistics | None = None
     partition: int | None = None
+    lists: dict[str, list[float]] = field(default_factory=dict)
 
     def row(
         self,
@@ -156,9 +160,9 @@ class ReplyJudge:
             state = self._model(content, self.expected(client))
             statistics = self._statistics(content)
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        return ClientReply(
-            client, message.metadata.src_node_id, examples, numbers, state, statistics, partition
-        )
+        lists = {k: v for k, v in metrics.items() if isinstance(v, list)}
+        node = message.metadata.src_node_id
+        return ClientReply(client, node, examples, numbers, state, statistics, partition, lists)
 
     def _check_identity(self, content: RecordDict) -> int | None:
         identity = content.config_records.get(protocol.CLIENT)
