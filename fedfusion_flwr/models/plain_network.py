@@ -62,9 +62,8 @@ class _NotPlainError(Exception):
 def _layers(model: nn.Module) -> list[Layer]:
     layers: list[Layer] = []
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False)) | dict(
-            module.named_buffers(recurse=False)
-        )
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        own += [key for key, _ in module.named_buffers(recurse=False)]
         if not own:
             continue
         kind = type(module).__name__
@@ -79,7 +78,9 @@ def _layers(model: nn.Module) -> list[Layer]:
                 layers[-1], normalization=f"{name}.", eps=float(module.eps)
             )
         else:
-            raise _NotPlainError(f"'{name}' is a {kind}" if name else f"{kind} has '{min(own)}'")
+            raise _NotPlainError(
+                f"'{name}' is a {kind}" if name else f"{kind} has '{own[0]}' itself"
+            )
     return layers
 
 
