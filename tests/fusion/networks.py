@@ -15,7 +15,7 @@ from fedfusion_flwr.models.resize import fit_to_state
 
 State = dict[str, Tensor]
 IMAGE = (2, 8, 8)
-BUILDS = ("batchnorm", "bias", "instances")
+BUILDS = ("batchnorm", "bias", "instances", "one group")
 
 
 def small_cnn(kind: str, seed: int = 0) -> nn.Sequential:
@@ -23,7 +23,11 @@ def small_cnn(kind: str, seed: int = 0) -> nn.Sequential:
 
     def block(inputs: int, units: int) -> list[nn.Module]:
         conv = nn.Conv2d(inputs, units, 3, padding=1, bias=kind == "bias")
-        norms = {"batchnorm": [nn.BatchNorm2d(units)], "instances": [nn.GroupNorm(units, units)]}
+        norms: dict[str, list[nn.Module]] = {
+            "batchnorm": [nn.BatchNorm2d(units)],
+            "instances": [nn.GroupNorm(units, units)],
+            "one group": [nn.GroupNorm(1, units)],
+        }
         return [conv, *norms.get(kind, []), nn.ReLU(), nn.MaxPool2d(2)]
 
     head = [nn.Flatten(), nn.Linear(6 * 4, 7), nn.ReLU(), nn.Linear(7, 3)]
