@@ -35,12 +35,12 @@ from fedfusion_flwr.data import (
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
 from fedfusion_flwr.models import model_for
+from fedfusion_flwr.models.resize import fit_to_state
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.rounds import State
 from fedfusion_flwr.training import (
     EVALUATION_BATCH,
     evaluate,
-    freeze,
     least_loss,
     train,
 )
@@ -109,7 +109,6 @@ def _train(work: _Work) -> RecordDict:
     y_check = data.y_validation if has_validation else data.y
     reported["loss-before"], _ = evaluate(work.model, x_check, y_check, config.precision)
     phase = str(work.settings.get(protocol.PHASE, "training"))
-    freeze(work.model, cast(list[str], work.settings.get(protocol.FROZEN, [])))
     result = train(
         work.model,
         data.x,
@@ -127,6 +126,7 @@ def _train(work: _Work) -> RecordDict:
         compiled=config.compile,
         proximal_mu=work.setting(protocol.PROXIMAL_MU, 0),
         max_steps=int(work.setting(protocol.MAX_STEPS, 0)) or None,
+        frozen=set(cast(list[str], work.settings.get(protocol.FROZEN, []))),
     )
     reported[protocol.TRAIN_LOSS], reported[protocol.GRADIENT_STEPS] = result
     reported["loss-after"], _ = evaluate(work.model, x_check, y_check, config.precision)
@@ -137,7 +137,11 @@ def _train(work: _Work) -> RecordDict:
     content = RecordDict(
         {protocol.ARRAYS: protocol.record_from_state(work.model.state_dict()), **normalization}
     )
-    content[protocol.METRICS] = MetricRecord(dict(reported))
+    metrics = MetricRecord(dict(reported))
+    if work.settings.get(protocol.CLASS_COUNTS, False):
+        counts = torch.bincount(data.y, minlength=data_for(config).num_classes)
+        metrics[protocol.CLASS_COUNTS] = counts.tolist()
+    content[protocol.METRICS] = metrics
     return content
 
 
@@ -226,10 +230,10 @@ def _prepare(message: Message, context: Context) -> _Work:
     _check_signature(sent, config)
     device = choose_device(config.device)
     data = on_device(local_data(config, partition_id), device)
-    model = _model(config, device.type)
     state = protocol.state_from_record(message.content.array_records[protocol.ARRAYS])
     packed = protocol.NUM_MODELS in sent
     received = list(protocol.unpack_states(state).values()) if packed else [state]
+    model = fit_to_state(_model(config, device.type), received[0])
     model.load_state_dict(received[0])
     key = client_key(config, partition_id)
     return _Work(config, partition_id, key, sent, received, model, data)

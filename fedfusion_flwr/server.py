@@ -19,6 +19,8 @@ from fedfusion_flwr.data import FederatedData, central_test_data, data_for, part
 from fedfusion_flwr.data.roots import CLASSES_FILE, MOMENTS_FILE, moments_lines
 from fedfusion_flwr.data.text import VOCABULARY_FILE
 from fedfusion_flwr.models import model_for, shape_of
+from fedfusion_flwr.models.plain_network import plain_network
+from fedfusion_flwr.models.resize import fit_to_state
 from fedfusion_flwr.rounds import RoundCallback, State
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy, check_fits
 from fedfusion_flwr.strategies.reporting import EvaluateFn
@@ -59,6 +61,9 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     cut = partition_for(config)
     model = model_for(config, data, config.seed)
     check_fits(config, model, shape_of(data).examples(2))
+    layers = None
+    if config.strategy == "fedma":
+        layers = plain_network(model, config.model, data.input_shape)
     directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
     _write_for_devices(directory, data)
@@ -79,7 +84,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     def initial_state(number: int) -> State:
         return model_for(config, data, config.seed + number).state_dict()
 
-    strategy = build_strategy(config, callbacks, initial_state)
+    strategy = build_strategy(config, callbacks, initial_state, layers)
     _check_federation(grid, strategy, config)
     log(INFO, "Run directory: %s", directory.path)
     try:
@@ -112,8 +117,10 @@ def central_evaluation(config: RunConfig) -> EvaluateFn:
     model = place_model(model, device)
 
     def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        model.load_state_dict(protocol.state_from_record(arrays))
-        loss, accuracy = evaluate(model, x, y, config.precision)
+        state = protocol.state_from_record(arrays)
+        fitted = fit_to_state(model, state)
+        fitted.load_state_dict(state)
+        loss, accuracy = evaluate(fitted, x, y, config.precision)
         return MetricRecord({"global-accuracy": accuracy, "global-loss": loss})
 
     return evaluate_global

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,7 @@ def train(
     compiled: bool = False,
     proximal_mu: float = 0.0,
     max_steps: int | None = None,
+    frozen: Collection[str] = (),
 ) -> TrainingResult:
     """Minimize the cross-entropy by SGD with momentum, in place.
 
@@ -78,6 +79,9 @@ def train(
         all trained parameters (FedProx, Li et al. 2020).
     max_steps : int or None
         Stop after so many gradient steps; epochs go on as long as it takes.
+    frozen : Collection[str]
+        Names of state-dict entries that stay as they are. A BatchNorm layer whose running
+        statistics are among them normalizes with those.
 
     Returns
     -------
@@ -92,15 +96,16 @@ def train(
     """
     if len(x) == 0:
         raise TrainingError("this client has no training examples; give it data or leave it out")
-    batchnorms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    if len(x) == 1 and batchnorms and not fused_normalization:
+    freeze(model, frozen)
+    moving = moving_batchnorms(model, frozen).values()
+    if len(x) == 1 and moving and not fused_normalization:
         raise TrainingError(
             "this client has one training example, and BatchNorm needs at least two; "
             "raise min-partition-size or lower validation-fraction"
         )
     model.train()
-    if fused_normalization:
-        for module in batchnorms:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and (fused_normalization or module not in moving):
             module.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -137,7 +142,7 @@ def train(
                     "lower learning-rate or check the data for bad values"
                 )
     if fused_normalization:
-        measure_running_statistics(model, x)
+        measure_running_statistics(model, x, frozen)
     return TrainingResult(mean_loss, steps)
 
 
@@ -150,11 +155,16 @@ def add_proximal_gradient(
             parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
 
 
-def freeze(model: nn.Module, names: Iterable[str]) -> None:
+def freeze(model: nn.Module, names: Collection[str]) -> None:
     """Train all parameters but the named ones."""
-    frozen = set(names)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad_(name not in names)
+
+
+def moving_batchnorms(model: nn.Module, frozen: Collection[str]) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers, by name, whose running statistics are not frozen."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    return {n: m for n, m in layers.items() if f"{n}.running_mean" not in frozen}
 
 
 def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -231,12 +241,14 @@ def least_loss(
     return chosen
 
 
-def measure_running_statistics(model: nn.Module, x: Tensor) -> None:
+def measure_running_statistics(model: nn.Module, x: Tensor, frozen: Collection[str] = ()) -> None:
     """Set every BatchNorm's running statistics to the moments of its input on x.
+
+    Those that are named in ``frozen`` stay.
 
     The layers normalize with their old statistics while being measured, as they did in training.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    layers = moving_batchnorms(model, frozen)
     model.eval()
     with collected_moments(layers) as moments, torch.no_grad():
         for rows in torch.split(x, EVALUATION_BATCH):

@@ -116,8 +116,11 @@ class FakeClient:
             if self.normalization:
                 statistics = NormalizationStatistics.from_state_dict(state)
                 content["normalization"] = protocol.record_from_statistics(statistics)
-            metrics = {"num-examples": 10 * (partition + 1), "train-loss": 1.0 + partition}
+            examples = 10 * (partition + 1)
+            metrics: dict[str, Any] = {"num-examples": examples, "train-loss": 1.0 + partition}
             metrics |= choice | {"gradient-steps": settings.get("max-steps", 7)}
+            if settings.get("class-counts"):
+                metrics["class-counts"] = [examples - partition, partition]
         else:
             metrics = {"num-examples": partition + 1, "personalized-accuracy": 0.1 * partition}
         content["metrics"] = MetricRecord(metrics)

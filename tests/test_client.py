@@ -31,6 +31,7 @@ def ask(
     server_round: int = 1,
     arrays: ArrayRecord | None = None,
     node: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
     **config: Any,
 ) -> Message:
     """One message to one client of ten."""
@@ -41,7 +42,7 @@ def ask(
     content = RecordDict(
         {
             "arrays": arrays or initial(),
-            "config": ConfigRecord({"server-round": server_round}),
+            "config": ConfigRecord({"server-round": server_round, **(settings or {})}),
         }
     )
     (reply,) = grid.send_and_receive([Message(content, node_id, kind)])
@@ -85,6 +86,30 @@ def test_probe_statistics_are_moments_under_the_received_model() -> None:
     torch.testing.assert_close(probe.mean[:16], first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     spread = (first.var((0, 2, 3), correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(probe.std[:16], spread, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_layers_and_class_counts() -> None:
+    sent = protocol.state_from_record(initial())
+    frozen = [key for key in sent if key.startswith("features.")]
+    reply = ask("train", settings={"frozen": frozen, "class-counts": True})
+    state = protocol.state_from_record(reply.content.array_records["arrays"])
+    moved = {key for key in sent if not torch.equal(sent[key], state[key])}
+    assert moved == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
+    labels = local_data(RunConfig.from_run_config(BASE), 0).y.tolist()
+    counts = reply.content.metric_records["metrics"]["class-counts"]
+    assert counts == [labels.count(c) for c in range(10)]
+    assert "class-counts" not in ask("train").content.metric_records["metrics"]
+
+
+def test_a_model_of_other_widths_is_trained_at_those() -> None:
+    sent = protocol.state_from_record(initial())
+    narrow = {**sent, "head.0.weight": sent["head.0.weight"][:7], "head.0.bias": torch.zeros(7)}
+    narrow["head.2.weight"] = sent["head.2.weight"][:, :7]
+    reply = ask("train", arrays=protocol.record_from_state(narrow))
+    state = protocol.state_from_record(reply.content.array_records["arrays"])
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in narrow.items()}
+    # The process's own model is not narrow now.
+    assert not ask("train").has_error()
 
 
 def test_evaluate_uses_the_validation_part() -> None:

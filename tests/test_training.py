@@ -215,6 +215,33 @@ def test_running_statistics_after_fused_training_are_those_of_the_data() -> None
     assert norm.num_batches_tracked.item() == 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_frozen_entries_stay_as_they_are(fused: bool) -> None:
+    """Statistics and counters of a frozen normalization layer, too; the others move on."""
+    x, y = blobs()
+    model = tiny_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    frozen = {key for key in before if key.startswith(("fc.", "norm."))}
+    fit(model, x, y, frozen=frozen, fused_normalization=fused)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"out.weight", "out.bias"}
+    # Who trains next with nothing frozen, trains all.
+    fit(model, x, y)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == set(before)
+
+
+def test_frozen_normalization_uses_its_own_statistics() -> None:
+    """So that one example is enough, as with fused statistics."""
+    x, y = torch.tensor([[3.0, 2.0]]), torch.tensor([0])
+    model = one_norm()
+    frozen = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    seen: list[Tensor] = []
+    model[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    fit(model, x, y, frozen=frozen)
+    assert torch.allclose(seen[0], torch.ones(1, 2))
+
+
 def test_measured_statistics_of_images() -> None:
     layer = nn.BatchNorm2d(3)
     x = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0)) * 2 + 1

@@ -8,6 +8,7 @@ from fedfusion_flwr.strategies.fedcluster import FedCluster
 from fedfusion_flwr.strategies.fedcluster_cycling import FedClusterCycling
 from fedfusion_flwr.strategies.fedfusion import FedFusion
 from fedfusion_flwr.strategies.fedgroup import FedGroup
+from fedfusion_flwr.strategies.fedma import FedMA
 from fedfusion_flwr.strategies.fedprox import FedProx
 from fedfusion_flwr.strategies.fesem import FeSEM
 from fedfusion_flwr.strategies.fit import check_fits
@@ -29,6 +30,7 @@ __all__ = [
     "FedClusterCycling",
     "FedFusion",
     "FedGroup",
+    "FedMA",
     "FedProx",
     "KeepOldModel",
     "MultiModelStrategy",

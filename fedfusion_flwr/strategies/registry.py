@@ -12,6 +12,7 @@ from flwr.common.logger import log
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.fusion import DistributionInference
+from fedfusion_flwr.fusion.plain_network import PlainNetwork
 from fedfusion_flwr.rounds import RoundCallback
 from fedfusion_flwr.strategies.base import BaseStrategy
 from fedfusion_flwr.strategies.fedavg import FedAvg, FedAvgM
@@ -20,6 +21,7 @@ from fedfusion_flwr.strategies.fedcluster import FedCluster
 from fedfusion_flwr.strategies.fedcluster_cycling import FedClusterCycling
 from fedfusion_flwr.strategies.fedfusion import FedFusion
 from fedfusion_flwr.strategies.fedgroup import FedGroup
+from fedfusion_flwr.strategies.fedma import FedMA
 from fedfusion_flwr.strategies.fedprox import FedProx
 from fedfusion_flwr.strategies.fesem import FeSEM
 from fedfusion_flwr.strategies.ifca import IFCA
@@ -78,6 +80,7 @@ REGISTRY: dict[str, StrategyEntry] = {
     "fedprox": StrategyEntry(FedProx, ("proximal_mu", "max_client_weight")),
     "fed-gn": StrategyEntry(FedAvg, ("max_client_weight",)),
     "fedbn": StrategyEntry(FedBN, ("max_client_weight",)),
+    "fedma": StrategyEntry(FedMA, ("matching_width", "matching_gamma", "matching_sweeps")),
     "fesem": StrategyEntry(FeSEM, ("num_clusters", "centre_update", "warm_start")),
     "ifca": StrategyEntry(IFCA, ("num_clusters", "warmup_rounds")),
     "fedcluster": StrategyEntry(
@@ -96,6 +99,7 @@ def build_strategy(
     config: RunConfig,
     callbacks: Sequence[RoundCallback] = (),
     initial_state: InitialState | None = None,
+    network: PlainNetwork | None = None,
 ) -> BaseStrategy:
     """The strategy that ``config.strategy`` names.
 
@@ -107,6 +111,8 @@ def build_strategy(
         See every round's report.
     initial_state : Callable[[int], State] or None
         Makes different untrained models, for strategies that start from several.
+    network : PlainNetwork or None
+        The model's layers, for strategies that match their units.
     """
     strategy, keys = REGISTRY[config.strategy]
     _warn_of_idle_keys(config, keys)
@@ -119,8 +125,10 @@ def build_strategy(
             refit_steps=config.vae_refit_steps,
             learning_rate=config.vae_learning_rate,
         )
-    if issubclass(strategy, MultiModelStrategy):
+    if issubclass(strategy, MultiModelStrategy | FedMA):
         arguments["initial_state"] = initial_state
+    if issubclass(strategy, FedMA):
+        arguments["network"] = network
     return strategy(
         callbacks=callbacks,
         min_train_nodes=1,

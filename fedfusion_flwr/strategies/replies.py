@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from flwr.app import Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from torch import Tensor
 
 from fedfusion_flwr import protocol
@@ -40,7 +41,10 @@ class BadReply(Exception):
 
 @dataclass(frozen=True)
 class ClientReply:
-    """A reply that passed every check. ``state`` shares memory with the message."""
+    """A reply that passed every check. ``state`` shares memory with the message.
+
+    ``metrics`` are the numbers that the client reports, ``lists`` the lists of numbers.
+    """
 
     client: int
     node: int
@@ -49,6 +53,7 @@ class ClientReply:
     state: dict[str, Tensor] = field(default_factory=dict)
     statistics: NormalizationStatistics | None = None
     partition: int | None = None
+    lists: dict[str, list[float]] = field(default_factory=dict)
 
     def row(
         self,
@@ -127,6 +132,8 @@ class ReplyJudge:
         seen: set[int] = set()
         for message in replies:
             node = message.metadata.src_node_id
+            if node == SUPERLINK_NODE_ID and message.has_error():
+                continue  # Flower's word for a node that is gone: it is counted as missing below
             client = self.sampled.get(node)
             try:
                 if client is None:
@@ -161,9 +168,9 @@ class ReplyJudge:
         if self.expected is not None:
             state = self._model(content, self.expected(client, numbers))
             statistics = self._statistics(content, state)
-        return ClientReply(
-            client, message.metadata.src_node_id, examples, numbers, state, statistics, partition
-        )
+        lists = {k: v for k, v in metrics.items() if isinstance(v, list)}
+        node = message.metadata.src_node_id
+        return ClientReply(client, node, examples, numbers, state, statistics, partition, lists)
 
     def _check_identity(self, content: RecordDict) -> int | None:
         identity = content.config_records.get(protocol.CLIENT)
