@@ -85,9 +85,7 @@ def create_supernode_key(folder: Path, name: str) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP384R1())
     folder.mkdir(parents=True, exist_ok=True)
     private, public = folder / name, folder / f"{name}.pub"
-    _write_secret(
-        private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    )
+    _write_secret(private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     return private, public
 

@@ -313,5 +313,7 @@ def _program(name: str) -> str:
     """Flower's program of the environment that runs this."""
     path = Path(sys.executable).with_name(name)
     if not path.exists():
-        raise FederationError(f"{path} is missing; install fedfusion-flwr where {sys.executable} is")
+        raise FederationError(
+            f"{path} is missing; install fedfusion-flwr where {sys.executable} is"
+        )
     return str(path)
