@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
 import re
-import socket
 import ssl
 import subprocess
 import sys
@@ -20,10 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from scripts.certificates import create_server_certificate, create_supernode_key
-from scripts.processes import MARK, Program, kill_marked, stop
+from scripts.processes import (
+    HOST,
+    MARK,
+    FederationError,
+    Program,
+    find_program,
+    free_port,
+    kill_marked,
+    stop,
+)
 
 APP = Path(__file__).parents[1]
-HOST = "127.0.0.1"
 PROFILE = "local-federation"
 """Name of the connection in the federation's Flower configuration."""
 
@@ -31,10 +39,6 @@ START_TIMEOUT = 120.0
 """Seconds for a program to start; generous, for machines that do something else too."""
 
 Value = str | int | float | bool
-
-
-class FederationError(RuntimeError):
-    """Something of the federation failed; one message with the end of the log that tells why."""
 
 
 class LocalFederation:
@@ -63,7 +67,7 @@ class LocalFederation:
         self.superlink: Program | None = None
         self.supernodes: dict[int, Program] = {}
         self._port = port
-        self._others: list[Program] = []
+        self._programs: list[Program] = []
         self._keys: dict[int, Path] = {}
 
     def __enter__(self) -> LocalFederation:
@@ -144,21 +148,15 @@ class LocalFederation:
             Further keys of its node config.
         """
         if number not in self._keys:
-            self._keys[number], _ = create_supernode_key(
-                self.folder / "keys", f"supernode-{number}"
-            )
-        node_config = {
-            "partition-id": number,
-            "num-partitions": self.num_supernodes,
-            **node_config,
-        }
+            self._keys[number], _ = create_supernode_key(self.folder / "keys", str(number))
+        partition = {"partition-id": number, "num-partitions": self.num_supernodes}
         program = self._start(
             f"supernode-{number}",
             "flower-supernode",
             *("--root-certificates", self.certificate.authority),
             *("--auth-supernode-private-key", self._keys[number]),
             *("--superlink", self.address, "--port", free_port()),
-            *("--node-config", config_text(node_config)),
+            *("--node-config", config_text({**partition, **node_config})),
         )
         self.supernodes[number] = program
         return program
@@ -167,7 +165,7 @@ class LocalFederation:
         """Wait until the SuperLink has accepted every SuperNode."""
         for number, program in self.supernodes.items():
             self.wait_until(
-                lambda program=program: "SuperNode ID" in program.output(),
+                functools.partial(_accepted, program),
                 START_TIMEOUT,
                 f"SuperNode {number} is accepted",
             )
@@ -187,27 +185,24 @@ class LocalFederation:
         arguments = "--run-config", config_text(run_config), "--format", "json"
         return str(self.flwr("run", str(APP), PROFILE, *arguments)["run-id"])
 
-    def stream(self, run_config: Mapping[str, Value]) -> str:
-        """Start a run and print its log until it ends or its log does; returns its id."""
+    def stream(self, run_config: Mapping[str, Value]) -> tuple[str, str]:
+        """Start a run and print its log until it ends; returns the run's id and that log."""
         arguments = "--stream", "--run-config", config_text(run_config)
         program = self._start("run", "flwr", "run", APP, PROFILE, *arguments, home="flwr-home")
-        shown = 0
-        while True:
-            ended = program.exit_code is not None
+        shown, ended = 0, False
+        while not ended:
+            ended = program.wait(0.2)
             output = program.output()
-            # A line at a time: the last one may be half of a character or of a word.
+            # Whole lines only: the last one may be half a character.
             complete = len(output) if ended else output.rfind("\n") + 1
             sys.stdout.write(output[shown:complete])
             sys.stdout.flush()
             shown = complete
-            if ended:
-                break
             self.check()
-            time.sleep(0.2)
         started = re.search(r"Successfully started run (\d+)", output)
         if started is None:
             raise FederationError(f"`flwr run` started nothing:\n{program.tail()}")
-        return started.group(1)
+        return started.group(1), output
 
     def status(self, run_id: str) -> tuple[str, str]:
         """Status of a run, ``finished:completed`` say, and its details."""
@@ -228,7 +223,7 @@ class LocalFederation:
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Run a ``flwr`` command that answers with JSON."""
         done = subprocess.run(
-            [_program("flwr"), *arguments],
+            [find_program("flwr"), *arguments],
             env=self.environment("flwr-home"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -271,18 +266,18 @@ class LocalFederation:
 
     def stop(self) -> None:
         """End everything, SuperNodes first, so that they can sign off."""
-        everything, self._others = self._others, []
-        stop(program for program in everything if program is not self.superlink)
-        stop(program for program in everything if program is self.superlink)
+        programs, self._programs = self._programs, []
+        stop(program for program in programs if program is not self.superlink)
+        stop(program for program in programs if program is self.superlink)
         self.superlink, self.supernodes = None, {}
         kill_marked(str(self.folder))
 
     def _start(
         self, name: str, command: str, *arguments: object, home: str | None = None
     ) -> Program:
-        words = [_program(command), *map(str, arguments)]
+        words = [find_program(command), *map(str, arguments)]
         program = Program(name, words, self.environment(home or f"{name}-home"), self.folder)
-        self._others.append(program)
+        self._programs.append(program)
         return program
 
     def _answers(self) -> bool:
@@ -297,23 +292,10 @@ class LocalFederation:
             connection.close()
 
 
+def _accepted(supernode: Program) -> bool:
+    return "SuperNode ID" in supernode.output()
+
+
 def config_text(config: Mapping[str, Value]) -> str:
     """Key=value pairs as Flower's commands read them."""
     return " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _program(name: str) -> str:
-    """Flower's program of the environment that runs this."""
-    path = Path(sys.executable).with_name(name)
-    if not path.exists():
-        raise FederationError(
-            f"{path} is missing; install fedfusion-flwr where {sys.executable} is"
-        )
-    return str(path)

@@ -6,13 +6,21 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 MARK = "FEDFUSION_LOCAL_FEDERATION"
 """Environment variable by which everything that a federation started is found again."""
+
+HOST = "127.0.0.1"
+
+
+class FederationError(RuntimeError):
+    """Something of the federation failed; one message with the end of the log that tells why."""
 
 
 class Program:
@@ -113,3 +121,18 @@ def kill_marked(mark: str, seconds: float = 5.0) -> None:
     for process in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+
+
+def find_program(name: str) -> str:
+    """A program of the Python environment that runs this."""
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        raise FederationError(f"{path} is missing; run this with an environment that has flwr")
+    return str(path)
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
