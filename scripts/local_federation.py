@@ -180,10 +180,10 @@ class LocalFederation:
             self.superlink.kill()
             self.superlink = None
 
-    def submit(self, run_config: Mapping[str, Value]) -> str:
-        """Start a run; returns its id."""
+    def submit(self, run_config: Mapping[str, Value], app: Path = APP) -> str:
+        """Start a run of an app; returns its id."""
         arguments = "--run-config", config_text(run_config), "--format", "json"
-        return str(self.flwr("run", str(APP), PROFILE, *arguments)["run-id"])
+        return str(self.flwr("run", str(app), PROFILE, *arguments)["run-id"])
 
     def stream(self, run_config: Mapping[str, Value]) -> tuple[str, str]:
         """Start a run and print its log until it ends; returns the run's id and that log."""

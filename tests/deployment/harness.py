@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.local_federation import LocalFederation, Value
+from scripts.local_federation import APP, LocalFederation, Value
 from scripts.processes import FederationError
 
 PATIENCE = 600.0
@@ -55,11 +55,11 @@ class Deployment(LocalFederation):
 
     _count = itertools.count(1)
 
-    def begin(self, **overrides: Value) -> Run:
-        """Submit a run with three SuperNodes, or as many as now run."""
+    def begin(self, app: Path = APP, **overrides: Value) -> Run:
+        """Submit a run for three clients."""
         directory = self.folder / f"run-{next(self._count)}"
         keys = {key.replace("_", "-"): value for key, value in overrides.items()}
-        run_id = self.submit({**CONFIG, "output-dir": str(directory), **keys})
+        run_id = self.submit({**CONFIG, "output-dir": str(directory), **keys}, app)
         return Run(run_id, directory)
 
     def finish(self, run: Run) -> str:
