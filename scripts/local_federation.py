@@ -164,11 +164,8 @@ class LocalFederation:
     def wait_for_supernodes(self) -> None:
         """Wait until the SuperLink has accepted every SuperNode."""
         for number, program in self.supernodes.items():
-            self.wait_until(
-                functools.partial(_accepted, program),
-                START_TIMEOUT,
-                f"SuperNode {number} is accepted",
-            )
+            accepted = functools.partial(is_accepted, program)
+            self.wait_until(accepted, START_TIMEOUT, f"SuperNode {number} is accepted")
 
     def kill_supernode(self, number: int) -> None:
         """End a SuperNode and its ClientApp as a power cut would."""
@@ -292,7 +289,8 @@ class LocalFederation:
             connection.close()
 
 
-def _accepted(supernode: Program) -> bool:
+def is_accepted(supernode: Program) -> bool:
+    """Whether the SuperLink has let a SuperNode in."""
     return "SuperNode ID" in supernode.output()
 
 

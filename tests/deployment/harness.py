@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.local_federation import APP, LocalFederation, Value
+from scripts.local_federation import APP, LocalFederation, Value, is_accepted
 from scripts.processes import FederationError
 
 PATIENCE = 600.0
@@ -87,7 +87,7 @@ class Deployment(LocalFederation):
         for refusals in itertools.count():
             self.start_supernode(number)
             program = self.supernodes.pop(number)
-            while program.exit_code is None and "SuperNode ID" not in program.output():
+            while program.exit_code is None and not is_accepted(program):
                 time.sleep(0.2)
             if program.exit_code is None:
                 self.supernodes[number] = program

@@ -75,12 +75,12 @@ def test_a_killed_supernode_costs_its_reply_and_may_return(healthy: Deployment) 
 
 def test_a_supernode_that_comes_late_takes_part_from_the_next_round(healthy: Deployment) -> None:
     stop([healthy.supernodes.pop(2)])
-    run = healthy.begin(num_server_rounds=3, node_timeout=5.0, min_available_clients=2)
+    run = healthy.begin(num_server_rounds=4, node_timeout=5.0, min_available_clients=2)
     healthy.wait_for_round(run, 1)
     healthy.bring_back(2)
     assert healthy.finish(run) == "finished:completed"
     assert run.clients(1) == {0: "ok", 1: "ok"}
-    assert run.clients(3) == ALL
+    assert run.clients(4) == ALL
 
 
 def test_a_halted_supernode_is_given_up_and_goes_on_when_it_wakes(healthy: Deployment) -> None:
