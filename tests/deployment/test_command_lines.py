@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from flwr.cli.flower_config import parse_superlink_connection
 from flwr.cli.supernode.register import try_load_public_key
 from flwr.common.config import parse_config_args
 
@@ -102,6 +103,15 @@ def test_keys_of_runs_and_nodes_exist() -> None:
         "num-partitions": 3,
         "data-root": "/srv/fedfusion/data",
     }
+
+
+def test_operators_connection_is_what_flower_reads() -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    stored = tomllib.loads(text)["superlink"]
+    connection = parse_superlink_connection(stored[stored["default"]], stored["default"])
+    assert connection.address == "127.0.0.1:8000"
+    assert connection.root_certificates == "/etc/fedfusion/ca.pem"
+    assert connection.insecure is False
 
 
 def test_guide_and_unit_start_the_superlink_alike() -> None:
