@@ -190,6 +190,7 @@ class RunConfig:
     max_update_ratio: float = _key(10.0, _above(0))
     round_timeout: float = _key(3600.0, _above(0))
     node_timeout: float = _key(60.0, _above(0))
+    min_available_clients: int = _key(0, _at_least(0))
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Value]) -> RunConfig:
@@ -233,6 +234,11 @@ class RunConfig:
                 f"{self.num_train_clients} of {self.num_clients} clients train in a round; "
                 f"at most {self.num_train_clients} is allowed"
             )
+        if self.min_available_clients > self.num_clients:
+            raise ConfigError(
+                f"{_shown('min_available_clients', self.min_available_clients)} can never be met: "
+                f"at most num-clients, which is {self.num_clients}, is allowed"
+            )
         if self.fraction_evaluate > 0 and self.validation_fraction == 0:
             raise ConfigError(
                 "validation-fraction = 0.0 leaves clients nothing to evaluate on: set "
@@ -248,6 +254,11 @@ class RunConfig:
     def num_train_clients(self) -> int:
         """How many clients train in a round."""
         return cohort_size(self.num_clients, self.fraction_train)
+
+    @property
+    def num_first_clients(self) -> int:
+        """Without how many clients round 1 does not begin."""
+        return self.min_available_clients or self.num_clients
 
     @property
     def model_normalization(self) -> str:

@@ -127,7 +127,9 @@ def central_evaluation(config: RunConfig) -> EvaluateFn:
 
 
 def _check_federation(grid: Grid, strategy: BaseStrategy, config: RunConfig) -> None:
-    connected = strategy.roster.wait_for(grid, config.num_clients, config.node_timeout)
+    connected = strategy.roster.wait_for(
+        grid, config.num_clients, config.node_timeout, at_least=config.num_first_clients
+    )
     if len(connected) > config.num_clients:
         raise ConfigError(
             f"num-clients = {config.num_clients}, but {len(connected)} clients are connected; "

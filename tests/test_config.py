@@ -146,6 +146,7 @@ OUT_OF_RANGE: list[tuple[str, Value, str]] = [
     ("max-update-ratio", 0.0, "greater than 0"),
     ("round-timeout", 0.0, "greater than 0"),
     ("node-timeout", -1.0, "greater than 0"),
+    ("min-available-clients", -1, "at least 0"),
 ]
 
 
@@ -230,6 +231,17 @@ def test_fed_gn_is_fedavg_with_group_norm() -> None:
     assert parse(strategy="fed-gn").model_normalization == "group"
     assert parse(strategy="fed-gn", normalization="layer").model_normalization == "layer"
     assert parse(strategy="fedavg").model_normalization == "batch"
+
+
+def test_more_first_clients_than_clients() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(min_available_clients=11)
+    text = str(caught.value)
+    assert "min-available-clients = 11 can never be met" in text
+    assert "num-clients, which is 10" in text
+    assert parse(min_available_clients=10).num_first_clients == 10
+    assert parse(min_available_clients=2).num_first_clients == 2
+    assert parse().num_first_clients == 10
 
 
 def test_min_valid_replies_that_can_never_come() -> None:

@@ -63,6 +63,31 @@ def test_fewer_clients_than_partitions_are_refused(tmp_path: Path) -> None:
         run_here(tmp_path, num_clients=9, **{"node-timeout": 0.1})
 
 
+def test_enough_first_clients_begin_and_a_late_one_joins(tmp_path: Path) -> None:
+    run_config = {
+        **ONE_ROUND,
+        "num-server-rounds": 2,
+        "output-dir": str(tmp_path),
+        "node-timeout": 0.1,
+        "min-available-clients": 9,
+    }
+    grid = InProcessGrid(app, 10, run_config)
+    late = list(grid.nodes)[-1]
+    node = grid.nodes.pop(late)
+    train = grid.send_and_receive
+
+    def join_after_round_one(*args: Any, **kwargs: Any) -> Any:
+        replies = train(*args, **kwargs)
+        grid.nodes[late] = node
+        return replies
+
+    grid.send_and_receive = join_after_round_one  # type: ignore[method-assign]
+    run(grid, Context(1, 0, {}, RecordDict(), run_config))
+    rows = [json.loads(line) for line in (tmp_path / "clients.jsonl").read_text().splitlines()]
+    took_part = {r: {x["partition"] for x in rows if x["round"] == r} for r in (1, 2)}
+    assert took_part == {1: set(range(9)), 2: set(range(10))}
+
+
 def test_infeasible_partition_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(PartitionError, match="classes-per-client"):
         run_here(tmp_path / "run", partition="pathological", **{"classes-per-client": 11})

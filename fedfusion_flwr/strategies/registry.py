@@ -133,7 +133,7 @@ def build_strategy(
         callbacks=callbacks,
         min_train_nodes=1,
         min_evaluate_nodes=1,
-        min_available_nodes=config.num_clients,
+        min_available_nodes=config.num_first_clients,
         **arguments,
     )
 

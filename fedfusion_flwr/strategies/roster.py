@@ -36,25 +36,42 @@ class Roster:
             self._client_of.setdefault(node.node_id, len(self._client_of))
         return {self._client_of[node.node_id]: node.node_id for node in nodes}
 
-    def wait_for(self, grid: Grid, expected: int, timeout: float) -> dict[int, int]:
+    def wait_for(
+        self, grid: Grid, expected: int, timeout: float, at_least: int | None = None
+    ) -> dict[int, int]:
         """Wait until ``expected`` nodes are connected, at most ``timeout`` seconds.
 
         Numbers are given only then, so that a slow start does not change them.
+
+        Parameters
+        ----------
+        grid : Grid
+            Whose nodes to count.
+        expected : int
+            With so many the wait is over.
+        timeout : float
+            Seconds, after which ``at_least`` nodes suffice.
+        at_least : int or None
+            ``expected`` by default.
 
         Raises
         ------
         NotEnoughNodes
             With the number found and how to get more.
         """
+        at_least = expected if at_least is None else at_least
         deadline = time.monotonic() + timeout
         announced = False
         while (found := len(list(grid.get_node_ids()))) < expected:
             if time.monotonic() >= deadline:
+                if found >= at_least:
+                    log(INFO, "Going on with %d of %d clients", found, expected)
+                    break
                 raise NotEnoughNodes(
                     f"only {found} of {expected} expected clients connected within {timeout:g} s; "
                     f"in simulation start the run with --federation-config "
-                    f'"num-supernodes={expected}", on devices start more SuperNodes or lower '
-                    "num-clients"
+                    f'"num-supernodes={expected}", on devices start more SuperNodes, or lower '
+                    "min-available-clients or num-clients"
                 )
             if not announced:
                 log(INFO, "Waiting for %d clients (%d connected)", expected, found)

@@ -86,6 +86,21 @@ def test_timeout_says_how_to_get_more() -> None:
     assert "num-clients" in text
 
 
+def test_goes_on_with_fewer_after_the_timeout_only() -> None:
+    grid = InProcessGrid(FakeClient(), 2)
+    roster = Roster(lambda _: pytest.fail("waited although the time was over"))
+    assert list(roster.wait_for(grid, 5, timeout=0, at_least=2)) == [0, 1]
+    with pytest.raises(NotEnoughNodes, match="only 2 of 5"):
+        Roster(lambda _: None).wait_for(grid, 5, timeout=0, at_least=3)
+
+
+def test_waits_for_all_although_fewer_would_do() -> None:
+    grid = InProcessGrid(FakeClient(), 2)
+    late = {"partition-id": 2, "num-partitions": 3}
+    connected = Roster(lambda _: grid.add_node(late)).wait_for(grid, 3, timeout=60, at_least=2)
+    assert list(connected) == [0, 1, 2]
+
+
 def test_run_with_too_few_nodes_does_not_start() -> None:
     client = FakeClient()
     with pytest.raises(NotEnoughNodes, match="only 2 of 4"):

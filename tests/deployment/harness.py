@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the fault tests do to a federation of real processes, and read of its runs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from scripts.local_federation import APP, LocalFederation, Value, is_accepted
+from scripts.processes import FederationError
+
+PATIENCE = 600.0
+"""Seconds for what takes seconds on an idle machine; not a measurement."""
+
+RETURN_TIMEOUT = 180.0
+"""Flower holds a vanished node for online for up to 60 s, and lets it in only after that."""
+
+CONFIG: dict[str, Value] = {
+    "num-clients": 3,
+    "partition": "iid",
+    "strategy": "fedavg",
+    "fraction-evaluate": 0.0,
+}
+
+
+class Run:
+    """One run: its id, and what it has written so far."""
+
+    def __init__(self, run_id: str, directory: Path) -> None:
+        self.run_id = run_id
+        self.directory = directory
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rounds after round 0, which is the untrained model's."""
+        return [row for row in self._rows("metrics.jsonl") if row["round"] > 0]
+
+    def clients(self, server_round: int) -> dict[int | None, str]:
+        """What became of each client's reply in a round: ``ok`` or why it was dropped."""
+        rows = [row for row in self._rows("clients.jsonl") if row["round"] == server_round]
+        return {row.get("client"): row.get("dropped", "ok") for row in rows}
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError):
+            text = (self.directory / name).read_text(encoding="utf-8")
+            return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+        return []
+
+
+class Deployment(LocalFederation):
+    """A federation whose runs lie in its folder, and that can be brought back to health."""
+
+    _count = itertools.count(1)
+
+    def begin(self, app: Path = APP, **overrides: Value) -> Run:
+        """Submit a run for three clients."""
+        directory = self.folder / f"run-{next(self._count)}"
+        keys = {key.replace("_", "-"): value for key, value in overrides.items()}
+        run_id = self.submit({**CONFIG, "output-dir": str(directory), **keys}, app)
+        return Run(run_id, directory)
+
+    def finish(self, run: Run) -> str:
+        """Wait for a run's end; returns its status."""
+        return self.wait_for_run(run.run_id, PATIENCE)[0]
+
+    def wait_for_round(self, run: Run, number: int) -> None:
+        """Wait until a round is over."""
+        self.wait_until(
+            lambda: len(run.metrics()) >= number, PATIENCE, f"round {number} of the run is over"
+        )
+
+    def trainings(self, number: int) -> int:
+        """Train messages that a SuperNode has received since it was started."""
+        return self.supernodes[number].output().count("Receiving: train message")
+
+    def wait_for_training(self, number: int, count: int) -> None:
+        """Wait until a SuperNode has received that many train messages."""
+        what = f"SuperNode {number} trains for the {count}th time"
+        self.wait_until(lambda: self.trainings(number) >= count, PATIENCE, what)
+
+    def bring_back(self, number: int) -> int:
+        """Start a SuperNode as a supervisor would, again and again; returns the refusals."""
+        deadline = time.monotonic() + RETURN_TIMEOUT
+        for refusals in itertools.count():
+            self.start_supernode(number)
+            program = self.supernodes.pop(number)
+            while program.exit_code is None and not is_accepted(program):
+                time.sleep(0.2)
+            if program.exit_code is None:
+                self.supernodes[number] = program
+                return refusals
+            if time.monotonic() > deadline:
+                raise FederationError(f"SuperNode {number} is not let in:\n{program.tail()}")
+        raise AssertionError("unreachable")
+
+    def heal(self) -> None:
+        """Start what a test before this one has ended."""
+        for number in set(range(self.num_supernodes)) - set(self.supernodes):
+            self.bring_back(number)
