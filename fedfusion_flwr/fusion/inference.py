@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -285,6 +284,9 @@ def align_components(posterior: FusionPosterior, reference: Tensor) -> FusionPos
     reference : Tensor
         Earlier assignments (K, M); zero rows for clients that had none.
     """
+    # Here and not above: clients import this package too.
+    from scipy.optimize import linear_sum_assignment
+
     overlap = reference.double().T @ posterior.assignments
     _, order = linear_sum_assignment(overlap.numpy(), maximize=True)
     index = torch.as_tensor(order)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 
 MIN_SILHOUETTE = 0.1
@@ -42,6 +40,9 @@ def starting_partition(x: Tensor, max_groups: int) -> Tensor:
     Tensor
         Labels (K,), int64, the largest group first: stick breaking prefers that order.
     """
+    # Here and not above: clients import this package too, and sklearn takes them a second.
+    from sklearn.cluster import KMeans
+
     points = x.double().numpy()
     restarts = 10 if len(points) <= _MANY_CLIENTS else 1
     largest = min(max_groups, len(points) - 1, len(np.unique(points, axis=0)))
@@ -60,6 +61,8 @@ def starting_partition(x: Tensor, max_groups: int) -> Tensor:
 
 def agreement(first: Tensor, second: Tensor) -> float:
     """Adjusted Rand index of two partitions (K,): 1 is the same but for names, 0 is chance."""
+    from sklearn.metrics import adjusted_rand_score
+
     return float(adjusted_rand_score(first.numpy(), second.numpy()))
 
 
@@ -70,4 +73,6 @@ def _silhouette(points: np.ndarray, labels: np.ndarray) -> float:
         points, labels = points[pick], labels[pick]
     if not 2 <= len(np.unique(labels)) <= len(labels) - 1:
         return 0.0
+    from sklearn.metrics import silhouette_score
+
     return float(silhouette_score(points, labels))

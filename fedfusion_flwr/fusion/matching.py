@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 Floats = NDArray[np.float64]
@@ -118,6 +117,9 @@ class _Run:
             gains = assignment_gains(
                 rows, self.sums, self.counts, len(self.descriptors), self.gamma, slots
             )
+            # Here and not above: clients import this package too.
+            from scipy.optimize import linear_sum_assignment
+
             _, units = linear_sum_assignment(gains, maximize=True)
         else:
             units = np.arange(len(rows))

@@ -13,7 +13,9 @@ import math
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
+from flwr.app.message.message import make_message
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 
 from tests.support import (
     COUNTER,
@@ -269,6 +271,17 @@ def from_a_stranger(replies: list[Message]) -> list[Message]:
     return replies
 
 
+def gone(replies: list[Message]) -> list[Message]:
+    """What Flower answers in the name of a node that is offline."""
+    for position, reply in enumerate(replies):
+        if is_last(reply):
+            error = Error(ErrorCode.NODE_UNAVAILABLE, "node is not available")
+            reply = make_message(metadata=reply.metadata, error=error)
+            reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+            replies[position] = reply
+    return replies
+
+
 @pytest.mark.parametrize("name", ["fedavg", "fedfusion", "ifca", "fesem", "fedcluster"])
 @pytest.mark.parametrize(
     ("tamper", "counts"),
@@ -276,6 +289,7 @@ def from_a_stranger(replies: list[Message]) -> list[Message]:
         (lose_last, {"missing": 1}),
         (repeat_first, {"duplicate": 1, "missing": 1}),
         (from_a_stranger, {"stranger": 1, "missing": 1}),
+        (gone, {"missing": 1}),
     ],
 )
 def test_replies_lost_repeated_or_from_elsewhere(
