@@ -244,6 +244,11 @@ class RunConfig:
                 "validation-fraction = 0.0 leaves clients nothing to evaluate on: set "
                 "fraction-evaluate = 0.0 too"
             )
+        if self.compile and self.strategy == "fedma":
+            raise ConfigError(
+                "compile = True does not go with strategy = 'fedma', whose models change their "
+                "shapes: set compile = False"
+            )
         if self.partition == "components" and self.num_clients < self.planted_components:
             raise ConfigError(
                 f"{_shown('planted_components', self.planted_components)} is not allowed: at most "

@@ -15,7 +15,13 @@ from flwr.serverapp.strategy import Result
 from fedfusion_flwr import protocol
 from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data import FederatedData, central_test_data, data_for, partition_for
+from fedfusion_flwr.data import (
+    FederatedData,
+    Partition,
+    central_test_data,
+    data_for,
+    partition_for,
+)
 from fedfusion_flwr.data.roots import CLASSES_FILE, MOMENTS_FILE, moments_lines
 from fedfusion_flwr.data.text import VOCABULARY_FILE
 from fedfusion_flwr.models import model_for, shape_of
@@ -26,14 +32,20 @@ from fedfusion_flwr.strategies import BaseStrategy, build_strategy, check_fits
 from fedfusion_flwr.strategies.reporting import EvaluateFn
 from fedfusion_flwr.tracking import (
     BestModel,
+    Checkpointer,
     ComponentRecovery,
     ConsoleLine,
+    EarlyStopping,
     FusionArchive,
     RunDirectory,
     RunLog,
     RunSummary,
+    ended_by_signals,
+    newest_checkpoint,
+    run_path,
     state_digest,
 )
+from fedfusion_flwr.tracking.checkpoint import Checkpoint
 from fedfusion_flwr.training import evaluate
 
 
@@ -64,49 +76,80 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     layers = None
     if config.strategy == "fedma":
         layers = plain_network(model, config.model, data.input_shape)
-    directory = RunDirectory.for_config(config)
+    checkpoint = None
+    if config.resume_from:
+        directory = RunDirectory.to_go_on_with(run_path(config.resume_from))
+        checkpoint = newest_checkpoint(directory.path, config)
+    else:
+        directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
     _write_for_devices(directory, data)
-    sent = ConfigRecord({protocol.DATA_SIGNATURE: data.signature})
-
-    best, history = BestModel(directory), RunSummary()
-    callbacks: list[RoundCallback] = []
-    if cut.main_components is not None:
-        callbacks.append(ComponentRecovery(cut.main_components))
-    callbacks += [
-        RunLog(directory),
-        FusionArchive(directory),
-        best,
-        history,
-        ConsoleLine(config.num_server_rounds),
-    ]
 
     def initial_state(number: int) -> State:
         return model_for(config, data, config.seed + number).state_dict()
 
-    strategy = build_strategy(config, callbacks, initial_state, layers)
+    strategy = build_strategy(config, (), initial_state, layers)
+    records = _Records(directory, config, strategy, cut)
+    strategy.callbacks = records.callbacks
+    if checkpoint is not None:
+        records.go_on_from(checkpoint)
     _check_federation(grid, strategy, config)
     log(INFO, "Run directory: %s", directory.path)
+    sent = ConfigRecord({protocol.DATA_SIGNATURE: data.signature})
     try:
-        result = strategy.start(
-            grid,
-            initial_arrays=protocol.record_from_state(model.state_dict()),
-            num_rounds=config.num_server_rounds,
-            timeout=config.round_timeout,
-            train_config=sent,
-            evaluate_config=sent,
-            evaluate_fn=central_evaluation(config),
-        )
+        with ended_by_signals(records.checkpointer):
+            result = strategy.start(
+                grid,
+                initial_arrays=protocol.record_from_state(model.state_dict()),
+                num_rounds=config.num_server_rounds,
+                timeout=config.round_timeout,
+                train_config=sent,
+                evaluate_config=sent,
+                evaluate_fn=central_evaluation(config),
+            )
     finally:
         # Also when the run is stopped: the last good model is worth keeping.
         if strategy.average.state:
             _save_final(directory, strategy)
-            directory.write_json("summary.json", history.summary())
+            directory.write_json("summary.json", records.history.summary())
     digest = state_digest(protocol.state_from_record(result.arrays))
-    log(INFO, "%s", history)
+    log(INFO, "%s", records.history)
     log(INFO, "Final model digest: %s", digest)
     log(INFO, "Run directory: %s", directory.path)
     return RunOutcome(result, digest, directory.path)
+
+
+class _Records:
+    """The round callbacks of a run: what is written, in the order in which they see a round."""
+
+    def __init__(
+        self, directory: RunDirectory, config: RunConfig, strategy: BaseStrategy, cut: Partition
+    ) -> None:
+        self.run_log, self.archive = RunLog(directory), FusionArchive(directory)
+        self.best, self.history = BestModel(directory, config.best_metric), RunSummary()
+        parts: dict[str, object] = {"best": self.best, "history": self.history}
+        self.callbacks: list[RoundCallback] = []
+        if cut.main_components is not None:
+            recovery = ComponentRecovery(cut.main_components)
+            parts["recovery"] = recovery
+            self.callbacks.append(recovery)
+        self.checkpointer = Checkpointer(directory, config, strategy, parts)
+        self.callbacks += [
+            self.run_log,
+            self.archive,
+            self.best,
+            self.history,
+            ConsoleLine(config.num_server_rounds),
+            self.checkpointer,
+        ]
+        if config.patience:
+            self.callbacks.append(EarlyStopping(self.best, config.patience))
+
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Bring everything to where the checkpoint was written; later rounds are forgotten."""
+        self.checkpointer.restore(checkpoint)
+        self.run_log.rewind(checkpoint.server_round)
+        self.archive.rewind(checkpoint.server_round)
 
 
 def central_evaluation(config: RunConfig) -> EvaluateFn:

@@ -72,6 +72,8 @@ class BaseStrategy(AlgorithmHooks):
         Arguments of `AlgorithmHooks` and of Flower's FedAvg: ``fraction_train``, ...
     """
 
+    STATE = (*AlgorithmHooks.STATE, "failed_rounds", "roster")
+
     def __init__(
         self,
         *,

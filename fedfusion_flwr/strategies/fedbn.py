@@ -27,6 +27,8 @@ from fedfusion_flwr.strategies.replies import ClientReply
 class FedBN(FedAvg):
     """FedAvg with BatchNorm layers of each client's own."""
 
+    STATE = (*FedAvg.STATE, "normalization_of")
+
     def __init__(self, **base: Any) -> None:
         super().__init__(**base)
         self.normalization_of: dict[int, State] = {}

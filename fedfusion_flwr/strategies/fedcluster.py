@@ -53,6 +53,8 @@ class FedCluster(MultiModelStrategy):
         Arguments of `MultiModelStrategy`.
     """
 
+    STATE = (*MultiModelStrategy.STATE, "origin", "mean_update_models")
+
     def __init__(
         self,
         *,

@@ -39,6 +39,8 @@ class FedClusterCycling(FedAvg):
         Arguments of `SingleModelStrategy`.
     """
 
+    STATE = (*FedAvg.STATE, "clusters")
+
     def __init__(self, *, num_clusters: int = 5, reshuffle_cycle: bool = True, **base: Any) -> None:
         super().__init__(**base)
         self.num_clusters = num_clusters

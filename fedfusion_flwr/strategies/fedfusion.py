@@ -75,6 +75,17 @@ class FedFusion(SingleModelStrategy):
         Arguments of `SingleModelStrategy` and of Flower's FedAvg.
     """
 
+    STATE = (
+        *SingleModelStrategy.STATE,
+        "inference",
+        "memory",
+        "absent",
+        "posterior",
+        "width",
+        "mixture",
+        "component_models",
+    )
+
     def __init__(
         self,
         *,

@@ -54,6 +54,8 @@ class FedGroup(MultiModelStrategy):
         Arguments of `MultiModelStrategy`.
     """
 
+    STATE = (*MultiModelStrategy.STATE, "origin", "directions")
+
     def __init__(
         self,
         *,

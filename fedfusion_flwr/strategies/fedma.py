@@ -66,6 +66,18 @@ class FedMA(BaseStrategy):
         ``average_decay`` must stay 0.
     """
 
+    STATE = (
+        *BaseStrategy.STATE,
+        "passes",
+        "completed_in",
+        "layer",
+        "nets",
+        "matchings",
+        "units",
+        "units_of",
+        "common_units",
+    )
+
     def __init__(
         self,
         *,

@@ -42,6 +42,8 @@ class FeSEM(MultiModelStrategy):
         Arguments of `MultiModelStrategy`.
     """
 
+    STATE = (*MultiModelStrategy.STATE, "latest")
+
     def __init__(
         self,
         *,

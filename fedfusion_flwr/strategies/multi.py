@@ -41,6 +41,8 @@ class MultiModelStrategy(BaseStrategy):
         Arguments of `BaseStrategy`.
     """
 
+    STATE = (*BaseStrategy.STATE, "cluster_models", "cluster_of")
+
     def __init__(
         self, *, num_clusters: int = 5, initial_state: InitialState | None = None, **base: Any
     ) -> None:

@@ -27,11 +27,23 @@ class Roster:
 
     def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         self._client_of: dict[int, int] = {}
+        self._restored = False
         self._sleep = sleep
+
+    def capture(self) -> dict[int, int]:
+        """Client by node; `restore` inverts it."""
+        return self._client_of
+
+    def restore(self, client_of: dict[int, int]) -> None:
+        """Remember who was who: devices keep their node ids. A simulation's nodes are all new."""
+        self._client_of, self._restored = client_of, True
 
     def connected(self, grid: Grid) -> dict[int, int]:
         """Node id by client id for the nodes that are connected now."""
         nodes = sorted(grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id))
+        if self._restored and not any(node.node_id in self._client_of for node in nodes):
+            self._client_of = {}
+        self._restored = False
         for node in nodes:
             self._client_of.setdefault(node.node_id, len(self._client_of))
         return {self._client_of[node.node_id]: node.node_id for node in nodes}

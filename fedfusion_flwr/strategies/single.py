@@ -31,6 +31,8 @@ class SingleModelStrategy(BaseStrategy):
         Arguments of `BaseStrategy`.
     """
 
+    STATE = (*BaseStrategy.STATE, "step")
+
     def __init__(
         self,
         *,

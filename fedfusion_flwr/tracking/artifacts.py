@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import hashlib
-import io
 import json
 import math
 import os
@@ -16,21 +14,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.rounds import FusionSnapshot, RoundReport
 
 RUNS_FOLDER = "fedfusion-runs"
-GLOBAL_ACCURACY = "global-accuracy"
 
 
 class OutputError(FedFusionError, OSError):
     """The run directory cannot be used."""
+
+
+def run_path(name: str) -> Path:
+    """Where ``output-dir`` or ``resume-from`` point; relative ones lie in ``~/fedfusion-runs``."""
+    return Path.home() / RUNS_FOLDER / Path(name).expanduser()
 
 
 class RunDirectory:
@@ -73,7 +73,14 @@ class RunDirectory:
         if not name:
             now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
             name = f"{now}-{config.strategy}-{config.dataset.replace(':', '-')}"
-        return cls(Path.home() / RUNS_FOLDER / Path(name).expanduser())
+        return cls(run_path(name))
+
+    @classmethod
+    def to_go_on_with(cls, path: Path) -> RunDirectory:
+        """The directory of an earlier run."""
+        directory = cls.__new__(cls)
+        directory.path = path
+        return directory
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
@@ -114,95 +121,6 @@ class RunDirectory:
             file.write(text)
 
 
-class RunLog:
-    """``metrics.jsonl``, one row a round, and ``clients.jsonl``, one row a client and round."""
-
-    def __init__(self, directory: RunDirectory) -> None:
-        self.directory = directory
-
-    def on_round_end(self, report: RoundReport) -> None:
-        """Append the round's rows."""
-        row: dict[str, Any] = {"round": report.server_round}
-        row |= {key: value for key, value in report.metrics.items() if key not in row}
-        row["clients-sampled"] = report.num_sampled
-        if report.fusion is not None:
-            row["mixture"] = report.fusion.mixture.tolist()
-        row["seconds"] = report.seconds
-        self.directory.append_json("metrics.jsonl", row)
-        self.directory.append_json(
-            "clients.jsonl",
-            *(
-                _client_row(report.server_round, dataclasses.asdict(client))
-                for client in report.clients
-            ),
-        )
-
-
-class FusionArchive:
-    """``fusion.npz``: the inference of every round, padded with NaN where a client was unknown yet.
-
-    ``rounds`` (R,), ``clients`` (K,), ``assignments`` (R, K, M), ``mixture`` (R, M) as used,
-    ``inferred_mixture`` (R, M), ``weights`` (R, K), ``components`` (R, M, D).
-    """
-
-    def __init__(self, directory: RunDirectory) -> None:
-        self.directory = directory
-        self.rounds: list[int] = []
-        self.snapshots: list[FusionSnapshot] = []
-
-    def on_round_end(self, report: RoundReport) -> None:
-        """Add the round and rewrite the file, if there was an inference."""
-        if report.fusion is None:
-            return
-        self.rounds.append(report.server_round)
-        self.snapshots.append(report.fusion)
-        clients = sorted({client for s in self.snapshots for client in s.clients})
-        column = {client: i for i, client in enumerate(clients)}
-        width = self.snapshots[0].mixture.numel()
-        assignments = np.full((len(self.rounds), len(clients), width), np.nan)
-        weights = np.full((len(self.rounds), len(clients)), np.nan)
-        for r, snapshot in enumerate(self.snapshots):
-            known = [column[client] for client in snapshot.clients]
-            assignments[r, known] = snapshot.posterior.assignments.numpy()
-            weights[r, known] = snapshot.weights.numpy()
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            rounds=np.array(self.rounds),
-            clients=np.array(clients),
-            assignments=assignments,
-            weights=weights,
-            mixture=np.stack([s.mixture.numpy() for s in self.snapshots]),
-            inferred_mixture=np.stack([s.posterior.mixture.numpy() for s in self.snapshots]),
-            components=np.stack(
-                [s.posterior.components.numpy().astype(np.float32) for s in self.snapshots]
-            ),
-        )
-        with self.directory.writing("fusion.npz") as file:
-            file.write(buffer.getvalue())
-
-
-class BestModel:
-    """``best_model.safetensors``: the served model of the most accurate round."""
-
-    def __init__(self, directory: RunDirectory) -> None:
-        self.directory = directory
-        self.accuracy = -math.inf
-        self.server_round = 0
-
-    def on_round_end(self, report: RoundReport) -> None:
-        """Save the round's model if it is the best so far; the first of equals stays."""
-        accuracy = report.metrics.get(GLOBAL_ACCURACY, -math.inf)
-        if report.server_round > 0 and accuracy > self.accuracy:
-            self.accuracy, self.server_round = accuracy, report.server_round
-            self.directory.write_state(
-                "best_model.safetensors",
-                report.model,
-                round=report.server_round,
-                global_accuracy=accuracy,
-            )
-
-
 def state_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of a state dict: equal models, equal digests."""
     digest = hashlib.sha256()
@@ -218,13 +136,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _client_row(server_round: int, row: dict[str, Any]) -> dict[str, Any]:
-    metrics = row.pop("metrics")
-    flat = {key.replace("_", "-"): value for key, value in row.items() if value is not None}
-    flat = {"round": server_round, **flat}
-    return flat | {key: value for key, value in metrics.items() if key not in flat}
 
 
 def _finite(value: Any) -> Any:

@@ -11,10 +11,13 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from flwr.common.logger import log
@@ -24,8 +27,10 @@ from torch import Tensor
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.rounds import RoundReport
+from fedfusion_flwr.strategies import BaseStrategy
 from fedfusion_flwr.tracking.artifacts import RunDirectory, state_digest
-from fedfusion_flwr.tracking.snapshot import Tree
+from fedfusion_flwr.tracking.snapshot import Tree, capture, rebuild
 
 KEPT = 2
 """Newest checkpoints that stay: if the last is damaged, there is one before it."""
@@ -48,6 +53,10 @@ class CheckpointError(FedFusionError, RuntimeError):
     """There is no usable checkpoint, or it belongs to another run."""
 
 
+class RunInterrupted(FedFusionError, RuntimeError):
+    """The run was asked to end, and did after a checkpoint."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state after ``server_round`` finished rounds of the run with this config."""
@@ -55,6 +64,89 @@ class Checkpoint:
     server_round: int
     config: dict[str, Any]
     state: Tree
+
+
+class Checkpointer:
+    """Writes a checkpoint every so many rounds, after the last, and when the run is asked to end.
+
+    Parameters
+    ----------
+    directory : RunDirectory
+        Where to.
+    config : RunConfig
+        Stored with the state.
+    strategy : BaseStrategy
+        Whose state is written.
+    parts : Mapping[str, object]
+        What else the rest of the run depends on, by name; see `snapshot`.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: RunConfig,
+        strategy: BaseStrategy,
+        parts: Mapping[str, object],
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.strategy = strategy
+        self.parts: dict[str, object] = {"strategy": strategy, **parts}
+        self.asked_by: str | None = None
+
+    def on_round_end(self, report: RoundReport) -> None:
+        """Write the round's checkpoint, if it is due; raise `RunInterrupted` if asked to end."""
+        every, last = self.config.checkpoint_every, self.config.num_server_rounds
+        done = report.server_round
+        # The round that ends a run by failing is not done: its strategy is between two states.
+        if done == 0 or self.strategy.rounds_done != done:
+            return
+        if self.asked_by or (every and (done % every == 0 or done == last)):
+            self._write(done)
+        if self.asked_by:
+            raise RunInterrupted(
+                f"ended by {self.asked_by} after round {done}; go on with "
+                f"resume-from = '{self.directory.path}'"
+            )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Bring all parts to where the checkpoint was written."""
+        for name, part in self.parts.items():
+            rebuild(checkpoint.state[name], part)
+
+    def _write(self, server_round: int) -> None:
+        state = {name: capture(part) for name, part in self.parts.items()}
+        checkpoint = Checkpoint(server_round, self.config.to_run_config(), state)
+        try:
+            write_checkpoint(self.directory, checkpoint)
+        except OSError as problem:
+            # The one before is still whole; a full disk need not end the run.
+            log(WARNING, "round %d: no checkpoint could be written: %s", server_round, problem)
+
+
+@contextlib.contextmanager
+def ended_by_signals(checkpointer: Checkpointer) -> Iterator[None]:
+    """While open, SIGTERM and SIGINT end the run well after its round; a second one at once.
+
+    Works in a process's main thread only, which is where devices' ServerApps run; a simulation runs
+    them in another, where the last periodic checkpoint has to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if checkpointer.asked_by:
+            raise KeyboardInterrupt
+        checkpointer.asked_by = signal.Signals(number).name
+        log(WARNING, "%s: the run ends after this round", checkpointer.asked_by)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_checkpoint(directory: RunDirectory, checkpoint: Checkpoint) -> None:

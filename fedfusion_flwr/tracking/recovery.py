@@ -18,6 +18,8 @@ class ComponentRecovery:
         The planted main component of every partition, shape (K,).
     """
 
+    STATE = ("partition_of",)
+
     def __init__(self, main_components: np.ndarray) -> None:
         self.main_components = main_components
         self.partition_of: dict[int, int] = {}

@@ -18,16 +18,23 @@ from torch import Tensor
 
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import FusionPosterior, NormalizationStatistics
+from fedfusion_flwr.fusion.matching import Matching
 from fedfusion_flwr.fusion.memory import ClientMemory
 from fedfusion_flwr.rounds import FusionSnapshot
 from fedfusion_flwr.strategies.replies import ClientReply
 
 RECORDS: dict[str, type] = {
     record.__name__: record
-    for record in (ClientMemory, ClientReply, FusionPosterior, FusionSnapshot)
+    for record in (
+        ClientMemory,
+        ClientReply,
+        FusionPosterior,
+        FusionSnapshot,
+        Matching,
+        NormalizationStatistics,
+    )
 }
 """Dataclasses whose instances may be part of a state."""
-RECORDS["NormalizationStatistics"] = NormalizationStatistics
 
 Tree = Any
 

@@ -24,6 +24,8 @@ class RunSummary:
     have kept; the last round is the figure to compare.
     """
 
+    STATE = ("last", "best", "costs")
+
     def __init__(self) -> None:
         self.last: dict[str, dict[str, float]] = {}
         self.best: dict[str, dict[str, float]] = {}

@@ -241,7 +241,7 @@ def test_nan_accuracy_never_wins_best_model(tmp_path: Any) -> None:
     best = BestModel(RunDirectory(tmp_path / "run"))
     strategy = FedAvg(callbacks=[best], fraction_evaluate=0)
     strategy.start(TamperingGrid(FakeClient(), 2), initial_arrays(), 3, evaluate_fn=evaluate)
-    assert (best.server_round, best.accuracy) == (1, 0.3)
+    assert (best.server_round, best.value) == (1, 0.3)
 
 
 # --- the judge alone ------------------------------------------------------------------------------

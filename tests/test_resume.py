@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is cut off and gone on with ends like one that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from client_app import app as client_app
+from fedfusion_flwr.server import RunOutcome, run
+from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.strategies import REGISTRY, RunStopped
+from fedfusion_flwr.tracking import CheckpointError, RunInterrupted
+from tests.support import assert_identical
+
+ROUNDS = 6
+CLIENTS = 4
+CONFIG: dict[str, Any] = {
+    "num-clients": CLIENTS,
+    "num-server-rounds": ROUNDS,
+    "partition": "shards",
+    "validation-fraction": 0.6,  # quick training
+    "checkpoint-every": 1,
+    "evaluate-every": 2,
+    "fraction-train": 0.75,
+    "num-clusters": 2,
+    "cluster-round": 2,
+    "warmup-rounds": 1,
+    "pretrain-steps": 2,
+    "pretrain-clients": 1,
+    "vae-steps": 5,
+    "vae-refit-steps": 2,
+    "num-components": 3,
+}
+ALWAYS = {"metrics.jsonl", "clients.jsonl", "summary.json"}
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 would: nothing gets to tidy up."""
+
+
+class DyingGrid(InProcessGrid):
+    """Dies at the given exchange with the clients."""
+
+    def __init__(self, config: dict[str, Any], dies_at: int | None = None, seed: int = 0) -> None:
+        super().__init__(client_app, CLIENTS, config, seed=seed, shuffle_replies=True)
+        self.left = dies_at
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+def go(folder: Path, *, dies_at: int | None = None, seed: int = 0, **config: Any) -> RunOutcome:
+    values = CONFIG | config
+    if "resume-from" not in values:
+        values["output-dir"] = str(folder)
+    grid = DyingGrid(values, dies_at, seed)
+    return run(grid, Context(1, 0, {}, RecordDict(), values))
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    """A JSON-lines file, without what is never twice the same: clocks and node ids."""
+    lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    never = ("seconds", "node", "train-seconds", "train-started")
+    return [{k: v for k, v in json.loads(line).items() if k not in never} for line in lines]
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as stored:
+        return dict(stored.metadata())
+
+
+@pytest.mark.parametrize("strategy", REGISTRY)
+def test_resumed_run_equals_the_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
+    """Killed somewhere in round 4, with another order of replies and other node ids after it."""
+    whole = go(tmp_path / "whole", strategy=strategy)
+    cut = tmp_path / "cut"
+    # Two exchanges a round, training and evaluation; some strategies have one more at the start.
+    with pytest.raises(Killed):
+        go(cut, strategy=strategy, dies_at=8)
+    done = len(rows(cut, "metrics.jsonl")) - 1
+    assert 2 <= done < ROUNDS
+    resumed = go(cut, strategy=strategy, seed=1, **{"resume-from": str(cut)})
+    assert resumed.digest == whole.digest
+    assert resumed.directory == cut
+    for name in ("metrics.jsonl", "clients.jsonl"):
+        assert rows(cut, name) == rows(tmp_path / "whole", name)
+    summaries = [(tmp_path / f / "summary.json").read_text() for f in ("cut", "whole")]
+    assert summaries[0] == summaries[1]
+    for name in ("final_model", "final_models", "best_model"):
+        files = [tmp_path / f / f"{name}.safetensors" for f in ("cut", "whole")]
+        assert files[0].exists() == files[1].exists()
+        if files[0].exists():
+            assert_identical(*map(load_file, files))
+            assert metadata(files[0]) == metadata(files[1])
+
+
+def test_the_archive_of_inferences_goes_on(tmp_path: Path) -> None:
+    go(tmp_path / "whole")
+    with pytest.raises(Killed):
+        go(tmp_path / "cut", dies_at=8)
+    go(tmp_path / "cut", **{"resume-from": str(tmp_path / "cut")})
+    paths = (tmp_path / folder / "fusion.npz" for folder in ("whole", "cut"))
+    with np.load(next(paths)) as whole, np.load(next(paths)) as cut:
+        assert set(whole.files) == set(cut.files)
+        for name in whole.files:
+            np.testing.assert_array_equal(cut[name], whole[name])
+
+
+def test_rounds_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    """Checkpoints every second round: the third is run again; a torn line is dropped."""
+    config = {"strategy": "fedavg", "checkpoint-every": 2}
+    whole = go(tmp_path / "whole", **config)
+    cut = tmp_path / "cut"
+    with pytest.raises(Killed):
+        go(cut, dies_at=7, **config)
+    assert [row["round"] for row in rows(cut, "metrics.jsonl")] == [0, 1, 2, 3]
+    with (cut / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"round": 4, "glo')
+    assert go(cut, **config, **{"resume-from": str(cut)}).digest == whole.digest
+    assert rows(cut, "metrics.jsonl") == rows(tmp_path / "whole", "metrics.jsonl")
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    whole = go(tmp_path / "whole", strategy="fedavgm")
+    go(tmp_path / "short", strategy="fedavgm", **{"num-server-rounds": 4})
+    longer = go(tmp_path / "short", strategy="fedavgm", **{"resume-from": str(tmp_path / "short")})
+    assert longer.digest == whole.digest
+
+
+def test_another_config_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    go(tmp_path / "run", strategy="fedavg", **{"num-server-rounds": 2})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    resume = {"resume-from": str(tmp_path / "run"), "learning-rate": 0.5}
+    with pytest.raises(CheckpointError, match=r"^learning-rate = 0.5, but the run in .* has 0.02"):
+        go(tmp_path / "run", strategy="fedavg", **resume)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_no_checkpoints_if_none_are_wanted(tmp_path: Path) -> None:
+    go(tmp_path / "run", strategy="fedavg", **{"num-server-rounds": 2, "checkpoint-every": 0})
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        go(tmp_path, strategy="fedavg", **{"resume-from": str(tmp_path / "run")})
+
+
+def test_a_signal_ends_the_run_after_its_round(tmp_path: Path) -> None:
+    class SignallingGrid(DyingGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            messages = list(messages)
+            if messages and self.left is not None:
+                self.left, asked = None, self.left
+                os.kill(os.getpid(), asked)
+            return super().send_and_receive(messages, timeout=timeout)
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    config = CONFIG | {"strategy": "fedavg", "checkpoint-every": 0}
+    whole = go(tmp_path / "whole", **config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / signal.Signals(number).name
+        values = config | {"output-dir": str(folder)}
+        context = Context(1, 0, {}, RecordDict(), values)
+        with pytest.raises(
+            RunInterrupted, match=f"ended by {folder.name} after round 1; .*{folder}"
+        ):
+            run(SignallingGrid(values, number), context)
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+        assert (folder / "final_model.safetensors").exists()
+        assert go(folder, **config, **{"resume-from": str(folder)}).digest == whole.digest
+
+
+def test_a_run_that_gets_no_better_ends_early_and_well(tmp_path: Path) -> None:
+    config = {"strategy": "fedavg", "learning-rate": 1e-12, "best-metric": "personalized-loss"}
+    outcome = go(tmp_path / "run", **config, **{"patience": 2, "evaluate-every": 1})
+    metrics = rows(tmp_path / "run", "metrics.jsonl")
+    losses = [row["personalized-loss"] for row in metrics[1:]]
+    best = 1 + losses.index(min(losses))
+    assert metrics[-1]["round"] == min(best + 2, ROUNDS)
+    assert outcome.digest
+
+
+def test_failed_rounds_leave_the_last_good_checkpoint(tmp_path: Path) -> None:
+    class BreakingGrid(DyingGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            self.calls = getattr(self, "calls", 0) + 1
+            return [] if self.calls > 4 else replies
+
+    values = CONFIG | {"strategy": "fedavg", "output-dir": str(tmp_path / "run")}
+    with pytest.raises(RunStopped):
+        run(BreakingGrid(values), Context(1, 0, {}, RecordDict(), values))
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-000003.safetensors", "checkpoint-000004.safetensors"]
+    whole = go(tmp_path / "whole", strategy="fedavg", **{"num-server-rounds": 2})
+    assert whole.digest  # the first two rounds were good, and the two failed ones kept their model
