@@ -239,11 +239,13 @@ class BaseStrategy(AlgorithmHooks):
         state: State,
         settings: Mapping[str, Setting],
     ) -> list[ClientReply]:
+        self._stopwatch.lap(self.report, "sample")
         self._round.ask({connected[client]: client for client in clients}, lambda _: state)
         messages = self._messages(MessageType.TRAIN, config, lambda _: settings)
         replies = list(grid.send_and_receive(messages, timeout=self.timeout))
         good, bad = self._judge(replies, lambda *_: state)
         book_replies(self.report, good, bad)
+        self._stopwatch.lap(self.report, "exchange")
         return good
 
     def _judge(

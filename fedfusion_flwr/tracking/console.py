@@ -10,7 +10,7 @@ from flwr.common.logger import log
 
 from fedfusion_flwr.rounds import RoundReport
 
-PHASES = ("sample", "train", "transfer", "infer", "aggregate", "evaluate")
+PHASES = ("sample", "exchange", "train", "transfer", "infer", "aggregate", "evaluate")
 
 
 class ConsoleLine:
@@ -50,7 +50,10 @@ class ConsoleLine:
         if "adjusted-rand-index" in m:
             parts.append(f"ARI {m['adjusted-rand-index']:.2f}")
         if report.server_round > 0:
-            parts.append(f"dropped {m.get('replies-dropped', 0):.0f}/{report.num_sampled}")
+            dropped = m.get("replies-dropped", 0)
+            # Of all that were asked, in exchanges before the round too.
+            asked = max(report.num_sampled, m.get("replies-valid", 0) + dropped)
+            parts.append(f"dropped {dropped:.0f}/{asked:.0f}")
             if m.get("round-failed"):
                 parts.append("KEPT OLD MODEL")
             if m.get("fusion-fallback"):

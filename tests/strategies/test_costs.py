@@ -93,6 +93,8 @@ def test_costs_by_hand(row: str) -> None:
         summary.on_round_end(report)
     assert summary.summary()["costs"] == totals
     assert any(kind == "evaluate" for kind, *_ in clients.sent)
+    exchanges = [told for kind, *_, told in clients.sent if kind == "train" and "phase" in told]
+    assert any("exchange" in report.seconds for report in outcome.reports) == bool(exchanges)
 
 
 def test_a_model_is_as_large_as_its_arrays() -> None:

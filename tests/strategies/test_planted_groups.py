@@ -170,3 +170,15 @@ def test_a_failed_first_exchange_is_repeated(name: str) -> None:
     assert "round-failed" not in outcome.reports[2].metrics
     assert same_partition(strategy.cluster_of, group_of)
     assert outcome.reports[3].clusters == strategy.cluster_of
+
+
+def test_fedcluster_samples_within_each_cluster() -> None:
+    """Half of each cluster of 6, 4 and 2 clients, at least one; before that, half of everybody."""
+    strategy = finder("fedcluster", fraction_train=0.5)
+    outcome = run_planted(strategy, PlantedClients(group_of), CLIENTS, rounds=6)
+    cohorts = [[row.client for row in report.clients] for report in outcome.reports[1:]]
+    assert len(cohorts[0]) == 6
+    for cohort in cohorts[1:]:
+        groups = [group_of(client) for client in cohort if client is not None]
+        assert sorted(groups) == [0, 0, 0, 1, 1, 2]
+    assert len({tuple(cohort) for cohort in cohorts[1:]}) > 1

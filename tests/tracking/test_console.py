@@ -72,6 +72,17 @@ def test_bad_news_stands_out() -> None:
     assert "INFERENCE FELL BACK" in line
 
 
+def test_exchanges_before_the_round_are_shown() -> None:
+    """A cold start of three clients and a cohort of one: five replies were bad or good in all."""
+    report = RoundReport(
+        1,
+        num_sampled=1,
+        metrics={"replies-valid": 3.0, "replies-dropped": 2.0},
+        seconds={"exchange": 1.5, "train": 0.5},
+    )
+    assert ConsoleLine(1).line(report).endswith("dropped 2/5 | exchange 1.5 train 0.5 s")
+
+
 def test_line_is_logged(shown: list[str]) -> None:
     callback = ConsoleLine(2)
     report = RoundReport(1, metrics={"train-loss": 1.0})

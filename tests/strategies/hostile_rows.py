@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways in which a client's reply can be spoiled, and the reason that each is dropped for.
+
+The rows are those that make Flower's own strategies return NaN, extrapolate, broadcast or stop.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
+
+from tests.support import (
+    COUNTER,
+    MEAN,
+    VARIANCE,
+    WEIGHT,
+    Spoil,
+    arrays_of,
+    edit_value,
+    npy_payload,
+    replace_metric,
+    replace_payload,
+    replace_value,
+    saved,
+)
+
+
+def one(value: float, key: str = WEIGHT, record: str = "arrays") -> Spoil:
+    """Overwrite a single number."""
+
+    def edit(array: np.ndarray) -> np.ndarray:
+        array.reshape(-1)[0] = value
+        return array
+
+    return edit_value(key, edit, record)
+
+
+def drop_record(name: str) -> Spoil:
+    def spoil(reply: Message) -> None:
+        del reply.content[name]
+
+    return spoil
+
+
+def drop_array(key: str, record: str = "arrays") -> Spoil:
+    def spoil(reply: Message) -> None:
+        del reply.content.array_records[record][key]
+
+    return spoil
+
+
+def drop_examples(reply: Message) -> None:
+    del reply.content.metric_records["metrics"]["num-examples"]
+
+
+def second_metric_record(reply: Message) -> None:
+    reply.content["more"] = MetricRecord({"num-examples": 3})
+
+
+def second_model(reply: Message) -> None:
+    reply.content["more"] = ArrayRecord({"x": Array(np.zeros(1))})
+
+
+def false_labels(reply: Message) -> None:
+    data = saved(np.zeros(2, dtype=np.float64))
+    arrays_of(reply)[WEIGHT] = Array(
+        dtype="float32", shape=(2, 2), stype="numpy.ndarray", data=data
+    )
+
+
+def normalization(key: str, value: list[float], dtype: str = "float32") -> Spoil:
+    return replace_value(key, value, dtype, record="normalization")
+
+
+def echo(value: object) -> Spoil:
+    def spoil(reply: Message) -> None:
+        reply.content.config_records["client"].__dict__["_data"]["server-round"] = value
+
+    return spoil
+
+
+def oldest(reply: Message) -> None:
+    reply.content.config_records["client"]["server-round"] = 0
+
+
+def crash(reply: Message) -> None:
+    raise OSError("disk is gone\nTraceback ...")
+
+
+SPOILED: dict[str, tuple[Spoil, str]] = {
+    "negative shape in the header": (
+        replace_payload(
+            WEIGHT,
+            npy_payload("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2)}", bytes(16)),
+        ),
+        "structure",
+    ),
+    "one NaN": (one(math.nan), "nonfinite"),
+    "one inf": (one(math.inf), "nonfinite"),
+    "NaN running mean": (one(math.nan, MEAN), "nonfinite"),
+    "examples 0": (replace_metric("num-examples", 0), "examples"),
+    "examples -10": (replace_metric("num-examples", -10), "examples"),
+    "examples NaN": (replace_metric("num-examples", math.nan), "nonfinite"),
+    "examples inf": (replace_metric("num-examples", math.inf), "nonfinite"),
+    "examples 10**18": (replace_metric("num-examples", 10**18), "examples"),
+    "examples 2.5": (replace_metric("num-examples", 2.5), "examples"),
+    "examples bool": (replace_metric("num-examples", True), "examples"),
+    "examples list": (replace_metric("num-examples", [10]), "examples"),
+    "examples empty list": (replace_metric("num-examples", []), "examples"),
+    "examples missing": (drop_examples, "examples"),
+    "shape (2,) into (2, 2)": (replace_value(WEIGHT, [1, 2], "float32"), "shape"),
+    "shape (2, 2) into (2,)": (replace_value(MEAN, [[1, 2], [3, 4]], "float32"), "shape"),
+    "shape (1, 2, 2)": (edit_value(WEIGHT, lambda a: a[None]), "shape"),
+    "0-dim counter as vector": (replace_value(COUNTER, [3], "int64"), "shape"),
+    "float counter": (replace_value(COUNTER, 7.0, "float32"), "dtype"),
+    "int32 counter": (replace_value(COUNTER, 7, "int32"), "dtype"),
+    "float64 weights": (edit_value(WEIGHT, lambda a: a.astype("f8")), "dtype"),
+    "int weights": (edit_value(WEIGHT, lambda a: a.astype("i4")), "dtype"),
+    "big-endian weights": (edit_value(WEIGHT, lambda a: a.astype(">f4")), "dtype"),
+    "key missing": (drop_array(WEIGHT), "structure"),
+    "key extra": (replace_value("backdoor", [1.0]), "structure"),
+    "no model": (drop_record("arrays"), "structure"),
+    "two models": (second_model, "structure"),
+    "no metric record": (drop_record("metrics"), "structure"),
+    "two metric records": (second_metric_record, "structure"),
+    "false labels": (false_labels, "shape"),
+    "NaN metric": (replace_metric("train-loss", math.nan), "nonfinite"),
+    "inf in a metric list": (replace_metric("losses", [1.0, math.inf]), "nonfinite"),
+    "object payload": (
+        replace_payload(WEIGHT, saved(np.array([{}], dtype=object), allow_pickle=True)),
+        "structure",
+    ),
+    "complex payload": (replace_payload(WEIGHT, saved(np.zeros(2, dtype="c8"))), "structure"),
+    "text payload": (replace_payload(WEIGHT, saved(np.array(["weights"]))), "structure"),
+    "garbage payload": (replace_payload(WEIGHT, b"\x80\x05garbage"), "structure"),
+    "empty payload": (replace_payload(WEIGHT, b""), "structure"),
+    "truncated payload": (
+        replace_payload(WEIGHT, saved(np.zeros((2, 2), dtype="f4"))[:-1]),
+        "structure",
+    ),
+    "trailing payload": (
+        replace_payload(WEIGHT, saved(np.zeros((2, 2), dtype="f4")) + b"x"),
+        "structure",
+    ),
+    "another serialization": (replace_payload(WEIGHT, b"x", stype="pickle"), "structure"),
+    "lying header": (
+        replace_payload(
+            WEIGHT,
+            npy_payload("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999,)}"),
+        ),
+        "structure",
+    ),
+    "oversize payload": (replace_payload(WEIGHT, bytes(100_000)), "size"),
+    "oversize array": (edit_value(WEIGHT, lambda a: np.zeros(10_000, "f4")), "size"),
+    "negative variance": (one(-1e-3, VARIANCE), "statistics"),
+    "huge running mean": (one(-1e7, MEAN), "statistics"),
+    "huge running variance": (one(1e30, VARIANCE), "statistics"),
+    "huge scale": (one(1e7, "norm.weight"), "statistics"),
+    "huge shift": (one(-1e7, "norm.bias"), "statistics"),
+    "counter backwards": (edit_value(COUNTER, lambda a: a - 2), "statistics"),
+    "normalization length": (normalization("mean", [0.0]), "statistics"),
+    "normalization NaN": (normalization("mean", [0.0, math.nan]), "statistics"),
+    "normalization std": (normalization("std", [1.0, -1.0]), "statistics"),
+    "normalization huge": (normalization("shift", [1e9, 0.0]), "statistics"),
+    "normalization float64": (normalization("mean", [0.0, 1.0], "float64"), "statistics"),
+    "normalization matrix": (normalization("mean", [[0.0, 1.0]]), "statistics"),  # type: ignore[list-item]
+    "normalization key missing": (drop_array("scale", "normalization"), "statistics"),
+    "normalization key extra": (normalization("more", [0.0, 0.0]), "statistics"),
+    "normalization oversize": (normalization("mean", [0.0] * 10_000), "size"),
+    "round of before": (oldest, "stale"),
+    "round as text": (echo("1"), "stale"),
+    "round missing": (echo(None), "stale"),
+    "client raises": (crash, "error"),
+}
