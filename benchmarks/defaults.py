@@ -47,9 +47,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
 }
 _PLAIN = {"server-momentum": 0.0, "average-decay": 0.0}
+# "FedAvg" has FedFusion's server step, as today's strategy fedavgm; "FedAvg, plain" has none.
 VARIANTS: dict[str, dict[str, Any]] = {
     "FedAvg, plain": {"strategy": "fedavg", "pool-moments": False, **_PLAIN},
-    "FedAvg": {"strategy": "fedavg"},
+    "FedAvg": {"strategy": "fedavgm"},
     "FedFusion rho 0.5": {"mixture": "balanced", "balance-exponent": 0.5},
     "FedFusion rho 0": {"mixture": "balanced", "balance-exponent": 0.0},
     "FedFusion inferred": {"mixture": "inferred"},

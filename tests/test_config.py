@@ -227,6 +227,12 @@ def test_evaluation_without_held_out_examples() -> None:
     assert parse(validation_fraction=0.0, fraction_evaluate=0.0).fraction_evaluate == 0
 
 
+def test_models_that_change_their_shapes_are_not_compiled() -> None:
+    with pytest.raises(ConfigError, match=r"^compile = True does not go with .* compile = False"):
+        parse(strategy="fedma", compile=True)
+    assert parse(strategy="fedavg", compile=True).compile
+
+
 def test_fed_gn_is_fedavg_with_group_norm() -> None:
     assert parse(strategy="fed-gn").model_normalization == "group"
     assert parse(strategy="fed-gn", normalization="layer").model_normalization == "layer"

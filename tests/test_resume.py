@@ -86,7 +86,14 @@ def metadata(path: Path) -> dict[str, str]:
         return dict(stored.metadata())
 
 
-@pytest.mark.parametrize("strategy", REGISTRY)
+QUICK = ("fedfusion", "fesem", "fedma")
+"""The three with the most state; the others are asked for by -m slow."""
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in REGISTRY],
+)
 def test_resumed_run_equals_the_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
     """Killed somewhere in round 4, with another order of replies and other node ids after it."""
     whole = go(tmp_path / "whole", strategy=strategy)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from logging import WARNING
 from typing import cast
 
+from flwr.common.logger import log
 from torch import Tensor, nn
 
 from fedfusion_flwr.config import RunConfig
@@ -45,6 +47,12 @@ def check_fits(config: RunConfig, model: nn.Module, examples: Tensor) -> None:
         raise ModelError(
             f"local-normalization = 'fused' needs running statistics of BatchNorm layers, and "
             f'{named} has none; use {to_batch}local-normalization = "batch" or another model'
+        )
+    if config.strategy == "fed-gn" and next(normalization_layers(model), None) is None:
+        log(
+            WARNING,
+            "%s has no normalization layer to become group norm: fed-gn is fedavg here",
+            named,
         )
     if config.strategy not in READ_STATISTICS:
         return

@@ -52,6 +52,16 @@ def test_what_fits_passes(settings: dict[str, Any]) -> None:
     check(**settings)
 
 
+def test_fed_gn_without_anything_to_normalize_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with caplog.at_level("WARNING", logger="flwr"):
+        check(plain, strategy="fed-gn")
+    assert "fed-gn is fedavg here" in caplog.text
+    caplog.clear()
+    check(strategy="fed-gn", normalization="group")
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("normalization", ["group", "layer"])
 def test_local_statistics_need_batchnorm(normalization: str) -> None:
     with pytest.raises(ModelError) as refusal:
