@@ -177,12 +177,12 @@ def test_what_a_user_can_mend_is_an_error_reply_of_one_sentence(
     assert "\n" not in reply.error.reason
 
 
-def test_compilation_without_a_compiler_is_an_error_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_without_a_compiler_is_an_error_reply() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    reply = ask("train", compile=True)
+    missing = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with config.patch(missing):
+        reply = ask("train", compile=True)
     assert re.search(
         r"compile = true, but .*; install .* or use compile = false", reply.error.reason
     )

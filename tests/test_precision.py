@@ -161,12 +161,12 @@ def test_compiled_training_is_close_repeatable_and_keeps_the_keys() -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_missing_compiler_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_names_the_remedy() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    monkeypatch.setattr(config, "force_disable_caches", True)
+    missing = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
     x = torch.randn(6, 3)
-    with pytest.raises(TrainingError, match=r"compile = true, .*use compile = false") as refusal:
+    refused = pytest.raises(TrainingError, match=r"compile = true, .*use compile = false")
+    with config.patch(missing), refused as refusal:
         fit(nn.Linear(3, 2), x, torch.arange(6) % 2, compiled=True)
     assert "\n" not in str(refusal.value)
