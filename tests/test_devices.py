@@ -107,7 +107,12 @@ def test_planted_components_are_none_of_a_devices_business(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     typed = RunConfig.from_run_config(
-        {**config, "data-root": str(tmp_path / "two"), "validation-fraction": 0.0}
+        {
+            **config,
+            "data-root": str(tmp_path / "two"),
+            "validation-fraction": 0.0,
+            "fraction-evaluate": 0.0,
+        }
         | {"partition": "components", "planted-components": 2, "component-transform": "rotate"}
     )
     data = data_for(typed)

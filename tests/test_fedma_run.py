@@ -79,6 +79,7 @@ def test_one_pass_learns_where_a_mean_of_networks_does_not(tmp_path: Path) -> No
     assert metrics[4]["client-steps"] == metrics[1]["client-steps"] > 0
 
 
+@pytest.mark.slow
 def test_a_wide_model_is_evaluated_saved_and_trained_on(tmp_path: Path) -> None:
     """Nine rounds: two passes and one round more, all with steps enough to move."""
     many = {"batch-size": 512, "matching-gamma": 20.0, "fraction-evaluate": 1.0}

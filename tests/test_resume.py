@@ -26,10 +26,11 @@ from tests.support import assert_identical
 ROUNDS = 6
 CLIENTS = 4
 CONFIG: dict[str, Any] = {
+    "dataset": "npz",
     "num-clients": CLIENTS,
     "num-server-rounds": ROUNDS,
     "partition": "shards",
-    "validation-fraction": 0.6,  # quick training
+    "validation-fraction": 0.2,
     "checkpoint-every": 1,
     "evaluate-every": 2,
     "fraction-train": 0.75,
@@ -43,6 +44,21 @@ CONFIG: dict[str, Any] = {
     "num-components": 3,
 }
 ALWAYS = {"metrics.jsonl", "clients.jsonl", "summary.json"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pictures(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A small data set, because every test here makes several runs."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 240), ("test", 40)):
+        labels = np.arange(count) % 4
+        pixels = generator.integers(0, 120, (count, 8, 8))
+        pixels[np.arange(count), 2 * labels] = 255
+        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
+    path = tmp_path_factory.mktemp("data") / "pictures.npz"
+    np.savez(path, **arrays)
+    CONFIG["data-root"] = str(path)
 
 
 class Killed(BaseException):

@@ -58,7 +58,11 @@ def client_weights(
         raise ValueError("num_examples must not be all zero")
     contribution = n.unsqueeze(1) * b
     mass = contribution.sum(0)
-    present = mass > NEGLIGIBLE_SHARE * mass.sum()
+    own_share = mass / mass.sum()
+    # A trace of a component must not be blown up to what the mixture gives it; where the mixture
+    # gives it no more than its own share, there is nothing to blow up, and FedAvg stays exact.
+    modest = pi <= pi.sum() * own_share * (1 + 1e-9)
+    present = (mass > 0) & ((own_share > NEGLIGIBLE_SHARE) | modest)
     value = torch.where(present, pi, torch.zeros_like(pi))
     if value.sum() <= 0:
         return example_weights(n)

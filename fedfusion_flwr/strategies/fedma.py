@@ -247,8 +247,8 @@ class FedMA(BaseStrategy):
         self.report.metrics["layer-width"] = float(matching.width)
 
     def num_channels(self) -> int | None:
-        """Not fixed: widths change, and nothing here reads the clients' statistics."""
-        return None
+        """Of what the clients were sent: in a phase all of them train one size, which changes."""
+        return self.channels_of(next(iter(self._round.sent.values()), self.current))
 
     def summary(self) -> None:
         """Log the strategy's settings at the start of a run."""

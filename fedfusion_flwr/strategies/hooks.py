@@ -122,5 +122,9 @@ class AlgorithmHooks(ReportingFedAvg):
 
     def num_channels(self) -> int | None:
         """Length of a ``normalization`` vector, where the model's BatchNorm layers tell it."""
-        prefixes = select_layers(batchnorm_prefixes(self.current), self.statistics_layers)
-        return sum(self.current[f"{p}running_mean"].numel() for p in prefixes) or None
+        return self.channels_of(self.current)
+
+    def channels_of(self, state: State) -> int | None:
+        """How many channels the reported BatchNorm layers of a model have in all."""
+        prefixes = select_layers(batchnorm_prefixes(state), self.statistics_layers)
+        return sum(state[f"{p}running_mean"].numel() for p in prefixes) or None

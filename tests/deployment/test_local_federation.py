@@ -72,6 +72,7 @@ def test_one_command_runs_a_federation_and_leaves_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_ctrl_c_half_way_leaves_nothing(tmp_path: Path) -> None:
     script = start_script(folder=tmp_path)
     assert script.stdout is not None

@@ -64,7 +64,13 @@ def check(done: EngineRun, channels: int) -> None:
         assert fusion["components"].shape[2] == 4 * channels
 
 
-@pytest.mark.parametrize("name", sorted(CHANNELS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenetv2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("densenet121", "resnet18")),
+    ],
+)
 def test_deep_models_run_on_an_image_folder(engine: Engine, pictures: Path, name: str) -> None:
     config = {**CONFIG, "data-root": str(pictures), "model": name}
     done = engine.run(config, supernodes=CLIENTS)
@@ -76,29 +82,38 @@ def test_deep_models_run_on_an_image_folder(engine: Engine, pictures: Path, name
     }
 
 
-@pytest.mark.skipif(
-    not cifar_zip().exists(), reason="no cifar10-images.zip in FEDFUSION_SHARED_DATA"
-)
-def test_cifar_10_with_group_normalization_in_bfloat16(engine: Engine, tmp_path: Path) -> None:
-    """Twelve training and two test images of each class."""
-    with zipfile.ZipFile(cifar_zip()) as archive:
-        taken: dict[PurePosixPath, int] = {}
-        for name in sorted(archive.namelist()):
-            path = PurePosixPath(name)
-            most = 12 if path.parts[1:2] == ("train",) else 2
-            if path.suffix == ".jpg" and taken.get(path.parent, 0) < most:
-                taken[path.parent] = taken.get(path.parent, 0) + 1
-                archive.extract(name, tmp_path)
-    assert len(taken) == 20
-    config = {
-        **CONFIG,
-        "data-root": str(tmp_path / "cifar10"),
-        "model": "mobilenetv2",
+IN_OTHER_WAYS = {
+    "mobilenetv2": {
         "normalization": "group",
         "statistics-source": "probe",
         "precision": "bf16",
     }
-    check(engine.run(config, supernodes=CLIENTS), CHANNELS["mobilenetv2"])
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not cifar_zip().exists(), reason="no cifar10-images.zip in FEDFUSION_SHARED_DATA"
+)
+@pytest.mark.parametrize("name", sorted(CHANNELS))
+def test_cifar_10(engine: Engine, tmp_path: Path, name: str) -> None:
+    """Twelve training and two test images of each class."""
+    with zipfile.ZipFile(cifar_zip()) as archive:
+        taken: dict[PurePosixPath, int] = {}
+        for member in sorted(archive.namelist()):
+            path = PurePosixPath(member)
+            most = 12 if path.parts[1:2] == ("train",) else 2
+            if path.suffix == ".jpg" and taken.get(path.parent, 0) < most:
+                taken[path.parent] = taken.get(path.parent, 0) + 1
+                archive.extract(member, tmp_path)
+    assert len(taken) == 20
+    config = {
+        **CONFIG,
+        "data-root": str(tmp_path / "cifar10"),
+        "model": name,
+        **IN_OTHER_WAYS.get(name, {}),
+    }
+    check(engine.run(config, supernodes=CLIENTS), CHANNELS[name])
 
 
 NETS = """
@@ -117,6 +132,7 @@ def shallow(shape):
 """
 
 
+@pytest.mark.slow
 def test_a_model_beside_the_app_goes_into_the_bundle(
     engine: Engine, pictures: Path, tmp_path: Path
 ) -> None:

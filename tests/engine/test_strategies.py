@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every strategy through `flwr run`: three rounds, four clients, clean artifacts.
 
-Three run by default, one of each kind of extra work: several models down, an exchange before the
-round, cohorts of a schedule. The others are marked slow: ``pytest -m slow``.
+The one that sends several models runs by default. The others are marked slow: ``pytest -m slow``.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CONFIG: dict[str, Any] = {
     "pretrain-steps": 5,
     "matching-sweeps": 1,
 }
-BY_DEFAULT = ("ifca", "fedgroup", "fedcluster-cycling")
+BY_DEFAULT = ("ifca",)
 SAYS = {
     "ifca": "IFCA: 2 models, 1 rounds of warm-up",
     "fedgroup": "FedGroup: 2 groups, cold start of 5 steps",

@@ -41,6 +41,7 @@ def test_generated_tweets_by_user(engine: Engine, tmp_path: Path) -> None:
     assert finished.metrics()[2]["global-accuracy"] > 0.95
 
 
+@pytest.mark.slow
 @needs_real
 def test_real_tweets(engine: Engine, tmp_path: Path) -> None:
     with gzip.open(REAL, "rt", encoding="latin-1", newline="") as file:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedfusion_flwr.computation import place_model
 from fedfusion_flwr.fusion import NormalizationStatistics, fuse_state_dicts
 from fedfusion_flwr.models import BiLSTM, ModelError, build_model
 from fedfusion_flwr.randomness import torch_generator
-from fedfusion_flwr.training import evaluate, place_model, train
+from fedfusion_flwr.training import evaluate, train
 
 WORDS = 30
 
@@ -57,7 +58,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0, *, fused: bool = 
         weight_decay=1e-4,
         generator=torch_generator(seed, "training", 1, 0),
         fused_normalization=fused,
-    )
+    ).loss
 
 
 # --- padding and order

@@ -19,6 +19,7 @@ from fedfusion_flwr.strategies import (
     SingleModelStrategy,
     build_strategy,
 )
+from tests.strategies.matched import NETWORK
 from tests.support import untrained_state
 
 # A value of every particular key that is not its default.
@@ -60,7 +61,7 @@ HELD_ELSEWHERE = {
 def built(name: str, **settings: Any) -> BaseStrategy:
     values = {"strategy": name, **settings}
     config = RunConfig.from_run_config({k.replace("_", "-"): v for k, v in values.items()})
-    return build_strategy(config, [], untrained_state)
+    return build_strategy(config, [], untrained_state, NETWORK)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -83,7 +84,7 @@ def test_builds_with_its_keys(name: str) -> None:
 def test_every_argument_of_its_own_is_a_key(name: str) -> None:
     """What a strategy's class adds to its bases' arguments can be set from a run config."""
     entry = REGISTRY[name]
-    known = {*entry.keys, "inference", "initial_state"}
+    known = {*entry.keys, "inference", "initial_state", "network"}
     for part in entry.strategy.__mro__:
         if part in (SingleModelStrategy, MultiModelStrategy, BaseStrategy):
             break
