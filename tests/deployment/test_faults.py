@@ -13,7 +13,12 @@ from scripts.local_federation import APP
 from scripts.processes import stop
 from tests.deployment.harness import PATIENCE, Deployment
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.faults,
+    pytest.mark.timeout(1800),
+]
 
 ALL = {0: "ok", 1: "ok", 2: "ok"}
 
@@ -66,11 +71,13 @@ def test_a_killed_supernode_costs_its_reply_and_may_return(healthy: Deployment) 
     assert healthy.bring_back(1) > 0
     assert healthy.finish(run) == "finished:completed"
     valid = [row["replies-valid"] for row in run.metrics()]
-    assert valid[:2] == [3, 2]
-    assert valid[-1] == 3
+    # In the round in which it was killed, or in the next if it had answered a moment before.
+    lost = [number for number, count in enumerate(valid, start=1) if count == 2]
+    assert lost in ([2], [3], [2, 3])
     assert run.clients(1) == run.clients(4) == ALL
-    second = run.clients(2)
-    assert second[0] == second[2] == "ok" != second[1]
+    for server_round in lost:
+        answers = run.clients(server_round)
+        assert answers[0] == answers[2] == "ok" != answers[1]
 
 
 def test_a_supernode_that_comes_late_takes_part_from_the_next_round(healthy: Deployment) -> None:
