@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ class FederatedData:
         """Shape of an example: (channels, height, width), or (length,) of a text."""
         return tuple(self.x_train.shape[1:])
 
-    @property
+    @functools.cached_property
     def signature(self) -> str:
         """All that a model trained on this data depends on, and nothing of the examples.
 

@@ -101,12 +101,23 @@ def moments_lines(mean: tuple[float, ...], std: tuple[float, ...]) -> list[str]:
     return [" ".join(map(repr, numbers)) for numbers in (mean, std)]
 
 
-def _lines(path: Path) -> list[str] | None:
-    """The lines that are not blank, stripped; None where there is no such file."""
+def read_text(path: Path) -> str | None:
+    """A text file's content; None where there is no such file.
+
+    Raises
+    ------
+    DataError
+        If it is not UTF-8 text.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"{path} cannot be read as UTF-8 text ({problem}).") from problem
-    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _lines(path: Path) -> list[str] | None:
+    """The lines that are not blank, stripped; None where there is no such file."""
+    text = read_text(path)
+    return None if text is None else [line.strip() for line in text.splitlines() if line.strip()]

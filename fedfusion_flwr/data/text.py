@@ -13,6 +13,7 @@ from sys import intern
 import numpy as np
 
 from fedfusion_flwr.data.dataset import DataError
+from fedfusion_flwr.data.roots import read_text
 
 PADDING = "<pad>"
 UNKNOWN = "<unk>"
@@ -90,12 +91,9 @@ def read_vocabulary(folder: Path) -> tuple[str, ...] | None:
         has an empty line or a word twice.
     """
     path = folder / VOCABULARY_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    text = read_text(path)
+    if text is None:
         return None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({problem}).") from problem
     words = tuple(text.removesuffix("\n").split("\n"))
     if words[:2] != RESERVED or len(words) == len(RESERVED):
         raise DataError(

@@ -95,7 +95,7 @@ class FedCluster(MultiModelStrategy):
         for cluster in range(len(self.cluster_models)):
             members = [c for c in clients if self.cluster_of.get(c) == cluster]
             if members:
-                wanted = max(cohort_size(len(members), self.fraction_train), 1)
+                wanted = cohort_size(len(members), self.fraction_train)
                 cohort += random_cohort(members, wanted, generator)
         return sorted(cohort)
 
