@@ -15,10 +15,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
+from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import cohort_size
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.fusion import fuse_state_dicts
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import ClientRow, RoundCallback, RoundReport, State
 from fedfusion_flwr.strategies.bookkeeping import (
@@ -209,6 +211,10 @@ class BaseStrategy(AlgorithmHooks):
         """Refuse to call a run a success in which no round was."""
         if self.failed_rounds >= num_rounds and self.fraction_train > 0:
             raise RunStopped(f"none of {num_rounds} rounds had enough valid replies; {_WHERE}")
+
+    def fuse_states(self, states: Iterable[Mapping[str, Tensor]], weights: Tensor) -> State:
+        """The weighted mean that all share; running statistics as ``pool_moments`` says."""
+        return fuse_state_dicts(states, weights, pool_moments=self.pool_moments)
 
     # --- plumbing -------------------------------------------------------------------------------
 

@@ -30,7 +30,6 @@ from fedfusion_flwr.fusion import (
     client_weights,
     component_coefficients,
     example_weights,
-    fuse_state_dicts,
     inhabited,
     prune_assignments,
 )
@@ -182,7 +181,7 @@ class FedFusion(SingleModelStrategy):
             yield from states
             yield from ghosts
 
-        return fuse_state_dicts(chained(), all_weights, pool_moments=self.pool_moments)
+        return self.fuse_states(chained(), all_weights)
 
     def accepted(self, replies: list[ClientReply], weights: Tensor) -> None:
         """Record the inference with the final weights and what absent components last did."""
@@ -211,11 +210,7 @@ class FedFusion(SingleModelStrategy):
         if len(parts) <= 1:
             return next((self.component_models[m] for m in parts), self.served)
         weights = torch.tensor(list(parts.values()), dtype=torch.float64)
-        return fuse_state_dicts(
-            (self.component_models[m] for m in parts),
-            weights / weights.sum(),
-            pool_moments=self.pool_moments,
-        )
+        return self.fuse_states((self.component_models[m] for m in parts), weights / weights.sum())
 
     def models(self) -> dict[str, State]:
         """The component models of the last round in which clients evaluated, ``m0``, ``m1``, ..."""
@@ -262,10 +257,8 @@ class FedFusion(SingleModelStrategy):
         examples = torch.tensor([reply.num_examples for reply in replies])
         coefficients = component_coefficients(assignments, examples)
         for component in torch.nonzero(inhabited(assignments)).flatten().tolist():
-            self.component_models[component] = fuse_state_dicts(
-                (reply.state for reply in replies),
-                coefficients[component],
-                pool_moments=self.pool_moments,
+            self.component_models[component] = self.fuse_states(
+                (reply.state for reply in replies), coefficients[component]
             )
 
     def _statistics(self, reply: ClientReply) -> NormalizationStatistics:

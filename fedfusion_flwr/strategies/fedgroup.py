@@ -22,7 +22,6 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.fusion import fuse_state_dicts
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.fusion.updates import (
     difference,
@@ -140,11 +139,7 @@ class FedGroup(MultiModelStrategy):
         for group in range(len(rates)):
             parts = torch.tensor(rates, dtype=torch.float64)
             parts[group] = 1.0
-            mixed.append(
-                fuse_state_dicts(
-                    self.cluster_models, parts / parts.sum(), pool_moments=self.pool_moments
-                )
-            )
+            mixed.append(self.fuse_states(self.cluster_models, parts / parts.sum()))
         return mixed
 
     def summary(self) -> None:

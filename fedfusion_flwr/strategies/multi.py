@@ -14,7 +14,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.fusion import example_weights, fuse_state_dicts
+from fedfusion_flwr.fusion import example_weights
 from fedfusion_flwr.fusion.server_step import implausible
 from fedfusion_flwr.fusion.updates import count_different, squared_distance
 from fedfusion_flwr.randomness import numpy_generator
@@ -119,11 +119,7 @@ class MultiModelStrategy(BaseStrategy):
 
     def fuse(self, replies: list[ClientReply]) -> State:
         """Example-weighted mean of the replies' models."""
-        return fuse_state_dicts(
-            (reply.state for reply in replies),
-            self._weights(replies),
-            pool_moments=self.pool_moments,
-        )
+        return self.fuse_states((reply.state for reply in replies), self._weights(replies))
 
     def distinct_models(self) -> list[State]:
         """``num_clusters`` untrained models, the global one first.
@@ -160,7 +156,7 @@ class MultiModelStrategy(BaseStrategy):
         if len(states) == 1:
             return dict(states[0])
         weights = torch.full((len(states),), 1 / len(states), dtype=torch.float64)
-        return fuse_state_dicts(states, weights, pool_moments=self.pool_moments)
+        return self.fuse_states(states, weights)
 
     def _cluster_model(self, client: int, otherwise: State) -> State:
         cluster = self.cluster_of.get(client)

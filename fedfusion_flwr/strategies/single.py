@@ -10,7 +10,7 @@ import torch
 from flwr.common.logger import log
 from torch import Tensor
 
-from fedfusion_flwr.fusion import ServerStep, cap_weights, example_weights, fuse_state_dicts
+from fedfusion_flwr.fusion import ServerStep, cap_weights, example_weights
 from fedfusion_flwr.fusion.server_step import implausible
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.rounds import State
@@ -51,9 +51,7 @@ class SingleModelStrategy(BaseStrategy):
 
     def aggregate(self, replies: list[ClientReply], weights: Tensor) -> State:
         """The fused model, before the server step."""
-        return fuse_state_dicts(
-            (reply.state for reply in replies), weights, pool_moments=self.pool_moments
-        )
+        return self.fuse_states((reply.state for reply in replies), weights)
 
     def accepted(self, replies: list[ClientReply], weights: Tensor) -> None:
         """Take note that this round's aggregate became the new model."""
