@@ -56,8 +56,8 @@ _CIFAR10 = {
     "num-server-rounds": 15,
     "precision": "bf16",
 }
-_MORE_STEPS = {**_CIFAR10, "num-clients": 2, "num-server-rounds": 18, "batch-size": 16}
-_SUBSET = (500, 100)
+_TWO_CLIENTS = {**_CIFAR10, "num-clients": 2}
+_SUBSET, _LARGER_SUBSET = (500, 100), (1000, 100)
 CASES = {
     "bilstm-sentiment140": Case(
         "sentiment140",
@@ -79,11 +79,11 @@ CASES = {
         "cifar10", {"model": "resnet18", **_CIFAR10}, images_per_class=_SUBSET
     ),
     "lenet-cifar10": Case("cifar10", {"model": "lenet", **_CIFAR10}, images_per_class=_SUBSET),
-    "resnet18-cifar10-more-steps": Case(
-        "cifar10", {"model": "resnet18", **_MORE_STEPS}, images_per_class=_SUBSET
+    "resnet18-cifar10-larger": Case(
+        "cifar10", {"model": "resnet18", **_TWO_CLIENTS}, images_per_class=_LARGER_SUBSET
     ),
-    "lenet-cifar10-more-steps": Case(
-        "cifar10", {"model": "lenet", **_MORE_STEPS}, images_per_class=_SUBSET
+    "lenet-cifar10-larger": Case(
+        "cifar10", {"model": "lenet", **_TWO_CLIENTS}, images_per_class=_LARGER_SUBSET
     ),
 }
 

@@ -38,7 +38,7 @@ def test_what_has_no_root_is_left_out_and_what_is_stored_not_repeated(
         learning, "read_rows", lambda path: [{"case": "resnet18-cifar10", "seed": 0}]
     )
     learning.run_missing({"cifar10": Path("/images")}, workers=1)
-    names = ("lenet-cifar10", "resnet18-cifar10-more-steps", "lenet-cifar10-more-steps")
+    names = ("lenet-cifar10", "resnet18-cifar10-larger", "lenet-cifar10-larger")
     assert started == [(name, 0) for name in names]
     printed = capsys.readouterr().out
     assert "bilstm-sentiment140 | needs --data-root sentiment140=PATH" in printed
