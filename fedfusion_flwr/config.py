@@ -6,10 +6,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
+from fedfusion_flwr.config_rules import (
+    ANY,
+    DECAY,
+    FRACTION,
+    RATE,
+    Rule,
+    above,
+    at_least,
+    between,
+    checked,
+    one_of,
+    one_of_or_function,
+)
 from fedfusion_flwr.errors import FedFusionError
 
 Value = str | int | float | bool
@@ -18,50 +31,6 @@ Value = str | int | float | bool
 class ConfigError(FedFusionError, ValueError):
     """A run-config key that is unknown, of the wrong type or out of range."""
 
-
-@dataclass(frozen=True)
-class _Rule:
-    """What a key may hold: a predicate, and the same in words."""
-
-    accepts: Callable[[Any], bool]
-    allowed: str
-
-
-def _key(default: Any, rule: _Rule) -> Any:
-    return field(default=default, metadata={"rule": rule})
-
-
-def _one_of(*names: str) -> _Rule:
-    return _Rule(lambda v: v in names, "one of " + ", ".join(f"'{n}'" for n in names))
-
-
-def _one_of_or_function(*names: str) -> _Rule:
-    """A name, or what the user wrote: ``package.module:function``."""
-
-    def accepts(value: str) -> bool:
-        module, colon, function = value.partition(":")
-        dotted = bool(colon) and all(part.isidentifier() for part in module.split("."))
-        return value in names or (dotted and function.isidentifier())
-
-    return _Rule(accepts, _one_of(*names).allowed + ", or your own as 'module:function'")
-
-
-def _at_least(low: float) -> _Rule:
-    return _Rule(lambda v: v >= low, f"at least {low}")
-
-
-def _above(low: float) -> _Rule:
-    return _Rule(lambda v: v > low, f"greater than {low}")
-
-
-def _between(low: float, high: float) -> _Rule:
-    return _Rule(lambda v: low <= v <= high, f"from {low} to {high}")
-
-
-_ANY = _Rule(lambda _: True, "")
-_FRACTION = _Rule(lambda v: 0 < v <= 1, "greater than 0 and at most 1")
-_RATE = _Rule(lambda v: 0 < v <= 1e6, "greater than 0 and at most 1000000")
-_DECAY = _Rule(lambda v: 0 <= v < 1, "at least 0 and less than 1")
 
 STRATEGIES = (
     "fedfusion",
@@ -104,93 +73,93 @@ class RunConfig:
     lists of defaults together.
     """
 
-    num_server_rounds: int = _key(30, _at_least(1))
-    seed: int = _key(0, _at_least(0))
-    strategy: str = _key("fedfusion", _one_of(*STRATEGIES))
-    output_dir: str = _key("", _ANY)
-    checkpoint_every: int = _key(10, _at_least(0))
-    resume_from: str = _key("", _ANY)
-    best_metric: str = _key("global-accuracy", _one_of(*BEST_METRICS))
-    patience: int = _key(0, _at_least(0))
+    num_server_rounds: int = checked(30, at_least(1))
+    seed: int = checked(0, at_least(0))
+    strategy: str = checked("fedfusion", one_of(*STRATEGIES))
+    output_dir: str = checked("", ANY)
+    checkpoint_every: int = checked(10, at_least(0))
+    resume_from: str = checked("", ANY)
+    best_metric: str = checked("global-accuracy", one_of(*BEST_METRICS))
+    patience: int = checked(0, at_least(0))
 
-    dataset: str = _key("mnist-5k", _one_of_or_function(*DATASETS))
-    data_root: str = _key("", _ANY)
-    augment: bool = _key(True, _ANY)
-    vocabulary_size: int = _key(20_000, _at_least(3))
-    text_length: int = _key(40, _at_least(1))
-    num_clients: int = _key(10, _at_least(1))
-    partition: str = _key("components", _one_of(*PARTITIONS))
-    dirichlet_alpha: float = _key(0.1, _above(0))
-    min_partition_size: int = _key(10, _at_least(2))
-    classes_per_client: int = _key(2, _at_least(1))
-    shards_per_client: int = _key(2, _at_least(1))
-    planted_components: int = _key(5, _at_least(1))
-    component_mixing: float = _key(0.0, _at_least(0))
-    component_sizes: str = _key("balanced", _one_of("balanced", "long-tailed"))
-    component_transform: str = _key("none", _one_of("none", "rotate"))
-    validation_fraction: float = _key(0.1, _DECAY)
+    dataset: str = checked("mnist-5k", one_of_or_function(*DATASETS))
+    data_root: str = checked("", ANY)
+    augment: bool = checked(True, ANY)
+    vocabulary_size: int = checked(20_000, at_least(3))
+    text_length: int = checked(40, at_least(1))
+    num_clients: int = checked(10, at_least(1))
+    partition: str = checked("components", one_of(*PARTITIONS))
+    dirichlet_alpha: float = checked(0.1, above(0))
+    min_partition_size: int = checked(10, at_least(2))
+    classes_per_client: int = checked(2, at_least(1))
+    shards_per_client: int = checked(2, at_least(1))
+    planted_components: int = checked(5, at_least(1))
+    component_mixing: float = checked(0.0, at_least(0))
+    component_sizes: str = checked("balanced", one_of("balanced", "long-tailed"))
+    component_transform: str = checked("none", one_of("none", "rotate"))
+    validation_fraction: float = checked(0.1, DECAY)
 
-    model: str = _key("lenet", _one_of_or_function(*MODELS))
-    normalization: str = _key("batch", _one_of("batch", "group", "layer", "none"))
-    normalization_groups: int = _key(2, _at_least(1))
-    local_epochs: int = _key(1, _at_least(1))
-    batch_size: int = _key(32, _at_least(2))
-    learning_rate: float = _key(0.02, _RATE)
-    momentum: float = _key(0.9, _DECAY)
-    weight_decay: float = _key(1e-4, _at_least(0))
-    local_normalization: str = _key("batch", _one_of("batch", "fused"))
-    fused_from_round: int = _key(5, _at_least(2))
-    precision: str = _key("fp32", _one_of("fp32", "bf16"))
-    compile: bool = _key(False, _ANY)
-    device: str = _key("auto", _one_of("auto", "cpu", "cuda"))
-    threads_per_client: int = _key(1, _at_least(1))
+    model: str = checked("lenet", one_of_or_function(*MODELS))
+    normalization: str = checked("batch", one_of("batch", "group", "layer", "none"))
+    normalization_groups: int = checked(2, at_least(1))
+    local_epochs: int = checked(1, at_least(1))
+    batch_size: int = checked(32, at_least(2))
+    learning_rate: float = checked(0.02, RATE)
+    momentum: float = checked(0.9, DECAY)
+    weight_decay: float = checked(1e-4, at_least(0))
+    local_normalization: str = checked("batch", one_of("batch", "fused"))
+    fused_from_round: int = checked(5, at_least(2))
+    precision: str = checked("fp32", one_of("fp32", "bf16"))
+    compile: bool = checked(False, ANY)
+    device: str = checked("auto", one_of("auto", "cpu", "cuda"))
+    threads_per_client: int = checked(1, at_least(1))
 
-    fraction_train: float = _key(1.0, _FRACTION)
-    fraction_evaluate: float = _key(1.0, _between(0, 1))
-    evaluate_every: int = _key(10, _at_least(1))
-    sampling: str = _key("random", _one_of("random", "stratified"))
+    fraction_train: float = checked(1.0, FRACTION)
+    fraction_evaluate: float = checked(1.0, between(0, 1))
+    evaluate_every: int = checked(10, at_least(1))
+    sampling: str = checked("random", one_of("random", "stratified"))
 
-    num_components: int = _key(8, _at_least(1))
-    mixture: str = _key("balanced", _one_of("inferred", "balanced", "counts"))
-    balance_exponent: float = _key(0.5, _between(0, 1))
-    statistics_source: str = _key("local", _one_of("local", "probe"))
-    statistics_layers: str = _key("all", _one_of("all", "ends"))
-    assignment_smoothing: float = _key(0.5, _DECAY)
-    absent: str = _key("drop", _one_of("drop", "remember"))
-    vae_step: int = _key(1, _at_least(1))
-    vae_steps: int = _key(150, _at_least(1))
-    vae_refit_steps: int = _key(30, _at_least(1))
-    vae_learning_rate: float = _key(3e-3, _RATE)
+    num_components: int = checked(8, at_least(1))
+    mixture: str = checked("balanced", one_of("inferred", "balanced", "counts"))
+    balance_exponent: float = checked(0.5, between(0, 1))
+    statistics_source: str = checked("local", one_of("local", "probe"))
+    statistics_layers: str = checked("all", one_of("all", "ends"))
+    assignment_smoothing: float = checked(0.5, DECAY)
+    absent: str = checked("drop", one_of("drop", "remember"))
+    vae_step: int = checked(1, at_least(1))
+    vae_steps: int = checked(150, at_least(1))
+    vae_refit_steps: int = checked(30, at_least(1))
+    vae_learning_rate: float = checked(3e-3, RATE)
 
-    proximal_mu: float = _key(0.01, _at_least(0))
-    num_clusters: int = _key(5, _at_least(1))
-    cluster_round: int = _key(5, _at_least(1))
-    distance_threshold: float = _key(0.0, _at_least(0))
-    linkage: str = _key("ward", _one_of("ward", "complete", "average"))
-    reshuffle_cycle: bool = _key(True, _ANY)
-    centre_update: str = _key("all", _one_of("all", "round"))
-    warm_start: bool = _key(True, _ANY)
-    warmup_rounds: int = _key(3, _at_least(0))
-    pretrain_steps: int = _key(50, _at_least(1))
-    pretrain_clients: int = _key(20, _at_least(1))
-    inter_group_rate: float = _key(0.0, _at_least(0))
-    matching_width: str = _key("variable", _one_of("variable", "fixed"))
-    matching_gamma: float = _key(1e-3, _above(0))
-    matching_sweeps: int = _key(5, _at_least(1))
+    proximal_mu: float = checked(0.01, at_least(0))
+    num_clusters: int = checked(5, at_least(1))
+    cluster_round: int = checked(5, at_least(1))
+    distance_threshold: float = checked(0.0, at_least(0))
+    linkage: str = checked("ward", one_of("ward", "complete", "average"))
+    reshuffle_cycle: bool = checked(True, ANY)
+    centre_update: str = checked("all", one_of("all", "round"))
+    warm_start: bool = checked(True, ANY)
+    warmup_rounds: int = checked(3, at_least(0))
+    pretrain_steps: int = checked(50, at_least(1))
+    pretrain_clients: int = checked(20, at_least(1))
+    inter_group_rate: float = checked(0.0, at_least(0))
+    matching_width: str = checked("variable", one_of("variable", "fixed"))
+    matching_gamma: float = checked(1e-3, above(0))
+    matching_sweeps: int = checked(5, at_least(1))
 
-    pool_moments: bool = _key(True, _ANY)
-    server_learning_rate: float = _key(1.0, _RATE)
-    server_momentum: float = _key(0.5, _DECAY)
-    average_decay: float = _key(0.8, _DECAY)
-    max_client_weight: float = _key(1.0, _FRACTION)
+    pool_moments: bool = checked(True, ANY)
+    server_learning_rate: float = checked(1.0, RATE)
+    server_momentum: float = checked(0.5, DECAY)
+    average_decay: float = checked(0.8, DECAY)
+    max_client_weight: float = checked(1.0, FRACTION)
 
-    min_valid_replies: int = _key(1, _at_least(1))
-    max_failed_rounds: int = _key(3, _at_least(1))
-    max_examples: int = _key(10_000_000, _at_least(1))
-    max_update_ratio: float = _key(10.0, _above(0))
-    round_timeout: float = _key(3600.0, _above(0))
-    node_timeout: float = _key(60.0, _above(0))
-    min_available_clients: int = _key(0, _at_least(0))
+    min_valid_replies: int = checked(1, at_least(1))
+    max_failed_rounds: int = checked(3, at_least(1))
+    max_examples: int = checked(10_000_000, at_least(1))
+    max_update_ratio: float = checked(10.0, above(0))
+    round_timeout: float = checked(3600.0, above(0))
+    node_timeout: float = checked(60.0, above(0))
+    min_available_clients: int = checked(0, at_least(0))
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Value]) -> RunConfig:
@@ -215,7 +184,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            rule: _Rule = f.metadata["rule"]
+            rule: Rule = f.metadata["rule"]
             value = getattr(self, f.name)
             if not rule.accepts(value):
                 raise ConfigError(f"{_shown(f.name, value)} is not allowed: {rule.allowed}")

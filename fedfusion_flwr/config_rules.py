@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What run-config keys may hold: predicates, and the same in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a key may hold: a predicate, and the same in words."""
+
+    accepts: Callable[[Any], bool]
+    allowed: str
+
+
+def checked(default: Any, rule: Rule) -> Any:
+    """A dataclass field with a rule that its values keep."""
+    return field(default=default, metadata={"rule": rule})
+
+
+def one_of(*names: str) -> Rule:
+    """One of these names."""
+    return Rule(lambda v: v in names, "one of " + ", ".join(f"'{n}'" for n in names))
+
+
+def one_of_or_function(*names: str) -> Rule:
+    """A name, or what the user wrote: ``package.module:function``."""
+
+    def accepts(value: str) -> bool:
+        module, colon, function = value.partition(":")
+        dotted = bool(colon) and all(part.isidentifier() for part in module.split("."))
+        return value in names or (dotted and function.isidentifier())
+
+    return Rule(accepts, one_of(*names).allowed + ", or your own as 'module:function'")
+
+
+def at_least(low: float) -> Rule:
+    """No less than this."""
+    return Rule(lambda v: v >= low, f"at least {low}")
+
+
+def above(low: float) -> Rule:
+    """More than this."""
+    return Rule(lambda v: v > low, f"greater than {low}")
+
+
+def between(low: float, high: float) -> Rule:
+    """No less than one, no more than the other."""
+    return Rule(lambda v: low <= v <= high, f"from {low} to {high}")
+
+
+ANY = Rule(lambda _: True, "")
+FRACTION = Rule(lambda v: 0 < v <= 1, "greater than 0 and at most 1")
+RATE = Rule(lambda v: 0 < v <= 1e6, "greater than 0 and at most 1000000")
+DECAY = Rule(lambda v: 0 <= v < 1, "at least 0 and less than 1")
