@@ -104,10 +104,6 @@ def _train(work: _Work) -> RecordDict:
         normalization = _normalization(_probe, work)
         looked = reported.get(protocol.FORWARD_EXAMPLES, 0)
         reported[protocol.FORWARD_EXAMPLES] = looked + len(data.x)
-    has_validation = len(data.x_validation) > 0
-    x_check = data.x_validation if has_validation else data.x
-    y_check = data.y_validation if has_validation else data.y
-    reported["loss-before"], _ = evaluate(work.model, x_check, y_check, config.precision)
     phase = str(work.settings.get(protocol.PHASE, "training"))
     result = train(
         work.model,
@@ -129,7 +125,6 @@ def _train(work: _Work) -> RecordDict:
         frozen=set(cast(list[str], work.settings.get(protocol.FROZEN, []))),
     )
     reported[protocol.TRAIN_LOSS], reported[protocol.GRADIENT_STEPS] = result
-    reported["loss-after"], _ = evaluate(work.model, x_check, y_check, config.precision)
     if config.statistics_source == "local":
         normalization = _normalization(_trained_statistics, work)
     reported[protocol.TRAIN_STARTED] = started

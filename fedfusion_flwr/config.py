@@ -117,6 +117,7 @@ class RunConfig:
     fraction_train: float = checked(1.0, FRACTION)
     fraction_evaluate: float = checked(1.0, between(0, 1))
     evaluate_every: int = checked(10, at_least(1))
+    central_evaluate_every: int = checked(1, at_least(1))
     sampling: str = checked("random", one_of("random", "stratified"))
 
     num_components: int = checked(8, at_least(1))

@@ -15,6 +15,7 @@ client         ConfigRecord  client -> server: ``server-round`` echoed, ``partit
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import warnings
@@ -74,19 +75,16 @@ class ProtocolError(FedFusionError, ValueError):
     """A record that does not decode to what it should be."""
 
 
-def array_view(array: Array) -> NDArray[np.generic]:
-    """Decode an Array without copying: a read-only view of its bytes.
+def _header_bytes(data: bytes) -> bytes:
+    """The .npy header alone, as far as it says how long it is."""
+    prefix, size = (12, data[8:12]) if data[6:7] == b"\x02" else (10, data[8:10])
+    return data[: min(prefix + int.from_bytes(size, "little"), NPY_OVERHEAD)]
 
-    The labels ``array.dtype`` and ``array.shape`` are written by the sender and not believed.
 
-    Raises
-    ------
-    ProtocolError
-        If the payload is not a plain .npy array of just the announced size.
-    """
-    if array.stype != "numpy.ndarray":
-        raise ProtocolError(f"serialized as {array.stype!r} instead of 'numpy.ndarray'")
-    stream = io.BytesIO(array.data)
+@functools.lru_cache(maxsize=4096)  # Equal in every reply of a run, and parsing takes long.
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
+    """Shape, memory order, type and length of the .npy header at the start of ``data``."""
+    stream = io.BytesIO(data)
     try:
         version = npy.read_magic(stream)
         if version == (1, 0):
@@ -104,7 +102,22 @@ def array_view(array: Array) -> NDArray[np.generic]:
     # The header is the sender's text: negative, boolean or absurdly many dimensions are possible.
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
         raise ProtocolError(f"shape {shape!s:.60} is not accepted")
-    offset = stream.tell()
+    return shape, fortran_order, dtype, stream.tell()
+
+
+def array_view(array: Array) -> NDArray[np.generic]:
+    """Decode an Array without copying: a read-only view of its bytes.
+
+    The labels ``array.dtype`` and ``array.shape`` are written by the sender and not believed.
+
+    Raises
+    ------
+    ProtocolError
+        If the payload is not a plain .npy array of just the announced size.
+    """
+    if array.stype != "numpy.ndarray":
+        raise ProtocolError(f"serialized as {array.stype!r} instead of 'numpy.ndarray'")
+    shape, fortran_order, dtype, offset = _header(_header_bytes(array.data))
     if math.prod(shape) * dtype.itemsize != len(array.data) - offset:
         raise ProtocolError(f"shape {shape} does not fit {len(array.data) - offset} bytes of data")
     try:
@@ -120,10 +133,15 @@ def state_from_record(record: Mapping[str, Array]) -> dict[str, Tensor]:
 
 
 def tensor_view(view: NDArray[np.generic]) -> Tensor:
-    """A tensor that shares memory with a read-only view, without torch's warning about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(view)
+    """A tensor that shares memory with a read-only view: do not write to it."""
+    return torch.from_numpy(view)
+
+
+with warnings.catch_warnings():
+    # Torch warns of read-only arrays once in a process. These are meant; a filter around each call
+    # would cost more than the call.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    torch.from_numpy(np.frombuffer(bytes(1), dtype=np.uint8))
 
 
 def record_from_state(state: Mapping[str, Tensor]) -> ArrayRecord:

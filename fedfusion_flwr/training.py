@@ -109,7 +109,7 @@ def train(
             module.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
-        trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+        trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True
     )
     forward = compiled_forward(model) if compiled else model
     received = [p.detach().clone() for p in trained] if proximal_mu else []
@@ -118,7 +118,7 @@ def train(
         for epoch in itertools.count():
             if (epoch == epochs) if max_steps is None else (steps == max_steps):
                 break
-            total, seen = torch.zeros((), dtype=torch.float64), 0
+            total, seen = torch.zeros((), dtype=torch.float64, device=x.device), 0
             for index in shuffled_batches(len(x), batch_size, generator):
                 rows = index.to(x.device)
                 inputs = x[rows] if augment is None else augment(x[rows])
@@ -130,7 +130,8 @@ def train(
                 if proximal_mu:
                     add_proximal_gradient(trained, received, proximal_mu)
                 optimizer.step()
-                total += loss.detach().double().cpu() * len(index)
+                # Where the loss is: fetching it would make a GPU wait in every step.
+                total.add_(loss.detach(), alpha=len(index))
                 seen += len(index)
                 steps += 1
                 if steps == max_steps:

@@ -7,7 +7,6 @@ from fedfusion_flwr.fusion.aggregation import (
     client_weights,
     component_coefficients,
     example_weights,
-    fuse_state_dicts,
     inhabited,
     prune_assignments,
 )
@@ -18,6 +17,7 @@ from fedfusion_flwr.fusion.inference import (
 )
 from fedfusion_flwr.fusion.memory import StatisticsMemory
 from fedfusion_flwr.fusion.server_step import ServedAverage, ServerStep
+from fedfusion_flwr.fusion.state_dicts import fuse_state_dicts
 from fedfusion_flwr.fusion.statistics import (
     NormalizationStatistics,
     StatisticsError,

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from fedfusion_flwr.fusion.aggregation import (
     component_coefficients,
-    fuse_state_dicts,
     inhabited,
 )
-from fedfusion_flwr.fusion.server_step import State, is_parameter
+from fedfusion_flwr.fusion.state_dicts import State, fuse_state_dicts, is_parameter
 
 
 class AbsentComponents:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From assignments to client weights, and from client models to the global one.
+"""From assignments to client weights.
 
 Component mass B_m = sum_k n_k b_km; component model w_m = sum_k (n_k b_km / B_m) w_k; global model
 w = sum_m pi_m w_m. Collected per client that is p_k = sum_m pi_m n_k b_km / B_m.
@@ -7,12 +7,8 @@ w = sum_m pi_m w_m. Collected per client that is p_k = sum_m pi_m n_k b_km / B_m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
 from torch import Tensor
-
-from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 
 NEGLIGIBLE_SHARE = 1e-6
 """A component with less than this share of the mass counts as absent."""
@@ -178,91 +174,3 @@ def component_coefficients(assignments: Tensor, num_examples: Tensor) -> Tensor:
     contribution = num_examples.double().unsqueeze(1) * assignments.double()
     mass = contribution.sum(0)
     return torch.where(mass > 0, contribution / mass.clamp_min(1e-300), contribution * 0).T
-
-
-def fuse_state_dicts(
-    states: Iterable[Mapping[str, Tensor]], weights: Tensor, *, pool_moments: bool = True
-) -> dict[str, Tensor]:
-    """Weighted fusion of state dicts, streamed: two float64 models in memory, however many states.
-
-    Parameters and float buffers are averaged. BatchNorm running statistics are fused as moments of
-    the mixture, mean = sum p mu, var = sum p (var + mu^2) - mean^2, because averaging variances
-    loses the spread between clients. Integer buffers (``num_batches_tracked``) take the maximum.
-
-    Parameters
-    ----------
-    states : Iterable[Mapping[str, Tensor]]
-        One state dict per client, equal keys and shapes; consumed once.
-    weights : Tensor
-        p, shape (K,), non-negative, sums to 1.
-    pool_moments : bool
-        False averages running variances like any other tensor, as plain FedAvg implementations do.
-
-    Raises
-    ------
-    ValueError
-        If there are no states, or their number, keys or shapes do not agree.
-    """
-    accumulator = _Accumulator(pool_moments)
-    p = weights.double().tolist()
-    count = 0
-    for state in states:
-        if count >= len(p):
-            raise ValueError(f"more states than the {len(p)} weights")
-        accumulator.add(state, p[count])
-        count += 1
-    if count != len(p) or not count:
-        raise ValueError(f"{count} states for {len(p)} weights")
-    return accumulator.result()
-
-
-class _Accumulator:
-    def __init__(self, pool_moments: bool) -> None:
-        self.pool_moments = pool_moments
-        self.sums: dict[str, Tensor] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.mean_of: dict[str, str] = {}
-        self.reference: dict[str, Tensor] = {}
-        self.started = False
-
-    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
-        if not self.started:
-            self.started = True
-            self.dtypes = {key: value.dtype for key, value in state.items()}
-            if self.pool_moments:
-                self.mean_of = {
-                    f"{prefix}running_var": f"{prefix}running_mean"
-                    for prefix in batchnorm_prefixes(state)
-                }
-                self.reference = {key: state[key].double() for key in self.mean_of.values()}
-        if state.keys() != self.dtypes.keys():
-            odd = sorted(state.keys() ^ self.dtypes.keys())
-            raise ValueError(f"state dicts differ in their keys: {odd[:3]}")
-        for key, value in state.items():
-            self._add_one(key, value, state, weight)
-
-    def _add_one(self, key: str, value: Tensor, state: Mapping[str, Tensor], weight: float) -> None:
-        known = self.sums.get(key)
-        if known is not None and known.shape != value.shape:
-            raise ValueError(f"{key}: shape {tuple(value.shape)} differs from {tuple(known.shape)}")
-        if not value.is_floating_point():
-            self.sums[key] = value.clone() if known is None else torch.maximum(known, value)
-            return
-        term = value.double()
-        if key in self.mean_of:
-            # Around a reference near the means: mu^2 alone would drown a small variance.
-            mean = self.mean_of[key]
-            term = term + (state[mean].double() - self.reference[mean]).square()
-        if known is None:
-            self.sums[key] = term * weight
-        else:
-            known.add_(term, alpha=weight)
-
-    def result(self) -> dict[str, Tensor]:
-        fused: dict[str, Tensor] = {}
-        for key, total in self.sums.items():
-            if key in self.mean_of:
-                mean = self.mean_of[key]
-                total = (total - (self.sums[mean] - self.reference[mean]).square()).clamp_min(0)
-            fused[key] = total.to(self.dtypes[key])
-        return fused

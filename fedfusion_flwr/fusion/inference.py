@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedfusion_flwr.fusion.folding import Folding
 from fedfusion_flwr.fusion.initialization import agreement, starting_partition
 from fedfusion_flwr.fusion.standardizer import Standardizer
 from fedfusion_flwr.fusion.threads import one_thread
@@ -78,7 +79,9 @@ class DistributionInference:
     temperature : tuple[float, float]
         Gumbel-softmax temperature at the first and at the last step of a fit.
     max_features : int
-        Wider inputs pass through a fixed random projection to this width.
+        Wider inputs are folded to this width, see `Folding`.
+    batch_size : int
+        Clients in an Adam step; so many or fewer take part in every step together.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class DistributionInference:
         noise_variance: float = 1.0,
         temperature: tuple[float, float] = (1.0, 0.3),
         max_features: int = 1024,
+        batch_size: int = 512,
     ) -> None:
         if num_components < 1:
             raise ValueError(f"num_components must be at least 1, got {num_components}")
@@ -113,6 +117,7 @@ class DistributionInference:
         self.noise_variance = noise_variance
         self.temperature = temperature
         self.max_features = max_features
+        self.batch_size = batch_size
         self.num_fits = 0
         self._vae: FusionVAE | None = None
         self._optimizer: torch.optim.Adam | None = None
@@ -154,24 +159,28 @@ class DistributionInference:
         InferenceError
             If the loss or the posterior turns non-finite.
         """
-        x = torch.as_tensor(vectors).double()
+        x = torch.as_tensor(vectors)
         n = torch.as_tensor(num_examples).double()
         if x.dim() != 2 or n.shape != x.shape[:1] or not x.numel():
             raise ValueError(f"expected (K, D) and (K,), got {tuple(x.shape)}, {tuple(n.shape)}")
-        if not (x.isfinite().all() and n.isfinite().all() and (n > 0).all()):
+        # A finite sum says it in one reading; finite values may still have none.
+        finite = x.sum(dtype=torch.float64).isfinite() or x.isfinite().all()
+        if not (finite and n.isfinite().all() and (n > 0).all()):
             raise ValueError("statistics must be finite and examples positive")
         self.num_fits += 1
         scaler = Standardizer.of(x)
         if self.num_components == 1 or not scaler.informative.any():
             return self._one_component(x)
-        standardized = scaler.standardize(x)
-        features = self._project(standardized)
+        folding = Folding(x.shape[1], self.max_features, self.seed)
+        features = folding.features(scaler, x)
         vae, elbo = self._fit_vae(features, (n / n.mean()).float())
         with torch.no_grad():
             assignments = vae.assignments(features).double()
             mixture = vae.mixture().double()
-            decoded = self._unproject(vae.component_features(), features, standardized)
-            components = scaler.restore(decoded.double())
+            decoded = vae.component_features().double()
+            if folding.folds:
+                decoded = folding.unfold(decoded, features, assignments, scaler, x)
+            components = scaler.restore(decoded)
         if not all(t.isfinite().all() for t in (assignments, mixture, components)):
             self._vae = None
             raise InferenceError("the posterior is not finite")
@@ -186,7 +195,7 @@ class DistributionInference:
         """The answer where clients cannot differ: everybody in the first component."""
         assignments = torch.zeros(len(x), self.num_components, dtype=torch.float64)
         assignments[:, 0] = 1
-        components = x.mean(0).expand(self.num_components, -1).clone()
+        components = x.mean(0, dtype=torch.float64).expand(self.num_components, -1).clone()
         return FusionPosterior(assignments, assignments[0].clone(), components, 0.0)
 
     def _fit_vae(self, x: Tensor, weights: Tensor) -> tuple[FusionVAE, float]:
@@ -200,7 +209,7 @@ class DistributionInference:
             stale = agreement(labels, current) < _WARM_AGREEMENT
         if stale or vae is None or optimizer is None:
             vae, optimizer = self._new_vae(x.shape[1])
-            _fit_partition(vae, optimizer, x, labels)
+            self._fit_partition(vae, optimizer, x, labels, generator)
             steps = self.steps
         else:
             steps = self.refit_steps
@@ -246,7 +255,10 @@ class DistributionInference:
         elbo = 0.0
         for step in range(steps):
             temperature = hot * (cold / hot) ** (step / max(steps - 1, 1))
-            terms = vae.elbo(x, weights, temperature, generator)
+            rows = self._batch(len(x), generator)
+            batch = x[rows]
+            # A batch stands for all clients against the terms that are there once.
+            terms = vae.elbo(batch, weights[rows] * (len(x) / len(batch)), temperature, generator)
             objective = terms.total(self.latent_kl_weight) / len(x)
             elbo = float(objective.detach())
             if not math.isfinite(elbo):
@@ -257,54 +269,27 @@ class DistributionInference:
             optimizer.step()
         return elbo
 
-    def _project(self, standardized: Tensor) -> Tensor:
-        width = standardized.shape[1]
-        if width <= self.max_features:
-            return standardized
-        generator = torch.Generator().manual_seed(self.seed)
-        projection = torch.randn(width, self.max_features, generator=generator)
-        return standardized @ (projection / math.sqrt(width))
+    def _fit_partition(
+        self,
+        vae: FusionVAE,
+        optimizer: torch.optim.Adam,
+        x: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        """Teach the encoder a hard partition, and the decoder its centres."""
+        groups = int(labels.max()) + 1
+        centers = torch.stack([x[labels == m].mean(0) for m in range(groups)])
+        for _ in range(_PARTITION_STEPS):
+            rows = self._batch(len(x), generator)
+            loss = F.cross_entropy(vae.encoder(x[rows]), labels[rows])
+            loss = loss + (vae.decoder(vae.component_mean[:groups]) - centers).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
-    def _unproject(self, decoded: Tensor, features: Tensor, standardized: Tensor) -> Tensor:
-        if features is standardized:
-            return decoded
-        # The least-squares map back, learned from the clients themselves.
-        inverse = torch.linalg.lstsq(features.double(), standardized.double()).solution
-        restored: Tensor = decoded.double() @ inverse
-        return restored
-
-
-def align_components(posterior: FusionPosterior, reference: Tensor) -> FusionPosterior:
-    """Renumber components so that they overlap most with earlier assignments of the same clients.
-
-    Parameters
-    ----------
-    posterior : FusionPosterior
-        With assignments (K, M).
-    reference : Tensor
-        Earlier assignments (K, M); zero rows for clients that had none.
-    """
-    # Here and not above: clients import this package too.
-    from scipy.optimize import linear_sum_assignment
-
-    overlap = reference.double().T @ posterior.assignments
-    _, order = linear_sum_assignment(overlap.numpy(), maximize=True)
-    index = torch.as_tensor(order)
-    return FusionPosterior(
-        posterior.assignments[:, index],
-        posterior.mixture[index],
-        posterior.components[index],
-        posterior.elbo,
-    )
-
-
-def _fit_partition(vae: FusionVAE, optimizer: torch.optim.Adam, x: Tensor, labels: Tensor) -> None:
-    """Teach the encoder a hard partition, and the decoder its centres."""
-    groups = int(labels.max()) + 1
-    centers = torch.stack([x[labels == m].mean(0) for m in range(groups)])
-    for _ in range(_PARTITION_STEPS):
-        loss = F.cross_entropy(vae.encoder(x), labels)
-        loss = loss + (vae.decoder(vae.component_mean[:groups]) - centers).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def _batch(self, clients: int, generator: torch.Generator) -> Tensor | slice:
+        """The rows of one Adam step."""
+        if clients <= self.batch_size:
+            return slice(None)
+        return torch.randint(clients, (self.batch_size,), generator=generator)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedfusion_flwr.fusion.standardizer import some_clients
+
 MIN_SILHOUETTE = 0.1
 """Below this the clients count as one group: noise in many dimensions scores up to about 0.05."""
 
@@ -22,7 +24,9 @@ The best alone is too coarse: where one group lies far off, "it against the rest
 although the rest is several groups.
 """
 
-_MANY_CLIENTS = 1000
+_RESTARTS = 10
+_FEW_CLIENTS = 100
+"""With more, k-means hardly depends on its start, and restarts cost more."""
 
 
 def starting_partition(x: Tensor, max_groups: int) -> Tensor:
@@ -42,18 +46,23 @@ def starting_partition(x: Tensor, max_groups: int) -> Tensor:
     """
     # Here and not above: clients import this package too, and sklearn takes them a second.
     from sklearn.cluster import KMeans
+    from sklearn.metrics import pairwise_distances
 
-    points = x.double().numpy()
-    restarts = 10 if len(points) <= _MANY_CLIENTS else 1
+    # Of very many clients some are partitioned; the others join the nearest group.
+    points = x[some_clients(len(x))].double().numpy()
+    restarts = _RESTARTS if len(points) <= _FEW_CLIENTS else 2
+    distances = pairwise_distances(points)
     largest = min(max_groups, len(points) - 1, len(np.unique(points, axis=0)))
-    candidates: list[tuple[float, np.ndarray]] = []
+    candidates: list[tuple[float, KMeans]] = []
     for groups in range(2, largest + 1):
-        labels = KMeans(groups, n_init=restarts, random_state=0).fit(points).labels_
-        candidates.append((_silhouette(points, labels), labels))
+        found = KMeans(groups, n_init=restarts, random_state=0).fit(points)
+        candidates.append((_silhouette(distances, found.labels_), found))
     best = max((quality for quality, _ in candidates), default=0.0)
-    chosen = np.zeros(len(points), dtype=np.int64)
+    chosen = np.zeros(len(x), dtype=np.int64)
     if best > MIN_SILHOUETTE:
-        chosen = [labels for quality, labels in candidates if quality >= PARSIMONY * best][-1]
+        winner = [found for quality, found in candidates if quality >= PARSIMONY * best][-1]
+        everybody = len(points) == len(x)
+        chosen = winner.labels_ if everybody else winner.predict(x.double().numpy())
     sizes = np.bincount(chosen)
     rank = np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")
     return torch.as_tensor(rank[chosen])
@@ -66,13 +75,9 @@ def agreement(first: Tensor, second: Tensor) -> float:
     return float(adjusted_rand_score(first.numpy(), second.numpy()))
 
 
-def _silhouette(points: np.ndarray, labels: np.ndarray) -> float:
-    if len(points) > _MANY_CLIENTS:
-        # Evenly spaced and not random: the same clients at every number of groups.
-        pick = np.linspace(0, len(points) - 1, _MANY_CLIENTS).astype(int)
-        points, labels = points[pick], labels[pick]
+def _silhouette(distances: np.ndarray, labels: np.ndarray) -> float:
     if not 2 <= len(np.unique(labels)) <= len(labels) - 1:
         return 0.0
     from sklearn.metrics import silhouette_score
 
-    return float(silhouette_score(points, labels))
+    return float(silhouette_score(distances, labels, metric="precomputed"))

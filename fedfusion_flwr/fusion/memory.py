@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfusion_flwr.fusion.inference import FusionPosterior, align_components
+from fedfusion_flwr.fusion.inference import FusionPosterior
 
 FULL_COHORT = 4
 """From this many clients on, the cohort's own mean is trusted as the centre."""
@@ -93,14 +93,14 @@ class StatisticsMemory:
         for client, row in zip(ids, stacked - center, strict=True):
             memory = self.clients.get(client)
             if memory is None:
-                self.clients[client] = ClientMemory(row, num_examples[client], server_round)
+                self.clients[client] = ClientMemory(row.float(), num_examples[client], server_round)
                 continue
-            memory.vector = memory.vector + self.update_rate * (row - memory.vector)
+            memory.vector = torch.lerp(memory.vector, row.float(), self.update_rate)
             memory.num_examples = num_examples[client]
             memory.last_round = server_round
 
     def vectors(self) -> Tensor:
-        """Centred statistics of all known clients, (K, D), float64."""
+        """Centred statistics of all known clients, (K, D), float32."""
         return torch.stack([self.clients[i].vector for i in self.ids])
 
     def num_examples(self) -> Tensor:
@@ -140,3 +140,27 @@ class StatisticsMemory:
                 raise KeyError(f"client {client} has no assignment yet")
             rows.append(assignment)
         return torch.stack(rows)
+
+
+def align_components(posterior: FusionPosterior, reference: Tensor) -> FusionPosterior:
+    """Renumber components so that they overlap most with earlier assignments of the same clients.
+
+    Parameters
+    ----------
+    posterior : FusionPosterior
+        With assignments (K, M).
+    reference : Tensor
+        Earlier assignments (K, M); zero rows for clients that had none.
+    """
+    # Here and not above: clients import this package too.
+    from scipy.optimize import linear_sum_assignment
+
+    overlap = reference.double().T @ posterior.assignments
+    _, order = linear_sum_assignment(overlap.numpy(), maximize=True)
+    index = torch.as_tensor(order)
+    return FusionPosterior(
+        posterior.assignments[:, index],
+        posterior.mixture[index],
+        posterior.components[index],
+        posterior.elbo,
+    )

@@ -3,20 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
-from fedfusion_flwr.fusion.aggregation import fuse_state_dicts
-
-State = dict[str, Tensor]
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def is_parameter(key: str, value: Tensor) -> bool:
-    """Whether a state-dict entry is stepped; buffers and integers are replaced instead."""
-    return value.is_floating_point() and key.rpartition(".")[2] not in _BUFFERS
+from fedfusion_flwr.fusion.state_dicts import State, fuse_state_dicts, is_parameter
 
 
 class ServerStep:
@@ -52,12 +41,12 @@ class ServerStep:
         for key, value in aggregate.items():
             if not is_parameter(key, value):
                 continue
-            velocity = value.double() - current[key].double()
-            if key in self.velocity:
-                velocity = velocity + self.momentum * self.velocity[key]
-            self.velocity[key] = velocity
-            moved = current[key].double() + self.learning_rate * velocity
-            stepped[key] = moved.to(value.dtype)
+            start = current[key].double()
+            step = value.double() - start
+            # In place: a velocity has twice the size of its model.
+            velocity = self.velocity.setdefault(key, torch.zeros_like(step))
+            velocity.mul_(self.momentum).add_(step)
+            stepped[key] = start.add(velocity, alpha=self.learning_rate).to(value.dtype)
         return stepped
 
 
@@ -97,28 +86,3 @@ class ServedAverage:
             self._exact = fuse_state_dicts([self._exact, exact], weights)
         self.state = {key: self._exact[key].to(value.dtype) for key, value in model.items()}
         return self.state
-
-
-def implausible(
-    current: Mapping[str, Tensor], proposed: Mapping[str, Tensor], max_ratio: float
-) -> str | None:
-    """Why a proposed model must not replace the current one; None if it may.
-
-    Parameters
-    ----------
-    current, proposed : Mapping[str, Tensor]
-        State dicts of equal keys.
-    max_ratio : float
-        Largest allowed ||proposed - current|| / ||current|| over the parameters.
-    """
-    step = norm = 0.0
-    for key, value in proposed.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            return f"'{key}' is not finite"
-        if is_parameter(key, value):
-            old = current[key].double()
-            step += float((value.double() - old).square().sum())
-            norm += float(old.square().sum())
-    if norm > 0 and step > max_ratio**2 * norm:
-        return f"the model moved {(step / norm) ** 0.5:.3g} times the model's norm"
-    return None

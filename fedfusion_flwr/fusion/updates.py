@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedfusion_flwr.fusion.server_step import is_parameter
+from fedfusion_flwr.fusion.state_dicts import is_parameter
 
 State = dict[str, Tensor]
 _CHUNK = 1 << 16

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import example_weights
-from fedfusion_flwr.fusion.server_step import implausible
+from fedfusion_flwr.fusion.state_dicts import UpdateBound
 from fedfusion_flwr.fusion.updates import count_different, squared_distance
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import State
@@ -89,7 +89,8 @@ class MultiModelStrategy(BaseStrategy):
         updated = 0
         for cluster, group in sorted(members.items()):
             fused = self.fuse(group)
-            problem = implausible(self.cluster_models[cluster], fused, self.max_update_ratio)
+            bound = UpdateBound(self.cluster_models[cluster], self.max_update_ratio)
+            problem = bound.objection(fused)
             if problem:
                 log(
                     WARNING,
@@ -110,7 +111,7 @@ class MultiModelStrategy(BaseStrategy):
     def advance_as_one(self, replies: list[ClientReply]) -> State:
         """FedAvg, for rounds in which there are no clusters yet."""
         fused = self.fuse(replies)
-        problem = implausible(self.current, fused, self.max_update_ratio)
+        problem = UpdateBound(self.current, self.max_update_ratio).objection(fused)
         if problem:
             raise KeepOldModel(f"of the fused model, {problem}")
         weights = self._weights(replies).tolist()

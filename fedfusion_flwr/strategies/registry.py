@@ -48,6 +48,7 @@ _SHARED = (
     "seed",
     "pool_moments",
     "evaluate_every",
+    "central_evaluate_every",
     "min_valid_replies",
     "max_failed_rounds",
     "max_examples",

@@ -10,14 +10,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.fusion import NormalizationStatistics
-from fedfusion_flwr.fusion.server_step import implausible
+from fedfusion_flwr.fusion.state_dicts import UpdateBound, nonfinite, square_sums
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 from fedfusion_flwr.rounds import ClientRow
 
@@ -121,6 +120,7 @@ class ReplyJudge:
         self.examples_key = examples_key
         self.max_examples = max_examples
         self.max_update_ratio = max_update_ratio
+        self._bounds: dict[int, UpdateBound] = {}
 
     def judge(self, replies: Iterable[Message]) -> tuple[list[ClientReply], list[ClientRow]]:
         """Split replies into good ones, sorted by client id, and rows that say why one is not.
@@ -225,14 +225,23 @@ class ReplyJudge:
                 raise BadReply("shape", f"'{key}' is {view.shape}, not {tuple(wanted.shape)}")
             if view.dtype != wanted.numpy().dtype:
                 raise BadReply("dtype", f"'{key}' is {view.dtype}, not {wanted.numpy().dtype}")
-            if view.dtype.kind == "f" and not np.isfinite(view).all():
-                raise BadReply("nonfinite", f"'{key}' is not finite")
             state[key] = protocol.tensor_view(view)
+        sums = square_sums(state)
+        unusable = nonfinite(state, sums)
+        if unusable:
+            raise BadReply("nonfinite", f"'{unusable}' is not finite")
         self._check_normalization(state, expected)
-        leap = implausible(expected, state, self.max_update_ratio)
+        leap = self._bound(expected).leap(state, sums)
         if leap:
             raise BadReply("update", leap)
         return state
+
+    def _bound(self, expected: Mapping[str, Tensor]) -> UpdateBound:
+        """The bound around a model that was sent, made once for all who were sent it."""
+        bound = self._bounds.get(id(expected))
+        if bound is None or bound.current is not expected:
+            bound = self._bounds[id(expected)] = UpdateBound(expected, self.max_update_ratio)
+        return bound
 
     def _check_normalization(
         self, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]

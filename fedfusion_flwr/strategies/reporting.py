@@ -29,6 +29,8 @@ class ReportingFedAvg(FlowerFedAvg):
     ----------
     average_decay : float
         Decay of the moving average of global models that is served; 0 serves the newest.
+    central_evaluate_every : int
+        The server evaluates in every so many rounds, and in the first and the last.
     callbacks : Sequence[RoundCallback]
         See every round's report; one that raises `StopRun` ends the run after that round.
     **flower
@@ -39,9 +41,15 @@ class ReportingFedAvg(FlowerFedAvg):
     """What a checkpoint holds of the strategy; an algorithm adds the attributes of its own."""
 
     def __init__(
-        self, *, average_decay: float, callbacks: Sequence[RoundCallback], **flower: Any
+        self,
+        *,
+        average_decay: float,
+        callbacks: Sequence[RoundCallback],
+        central_evaluate_every: int = 1,
+        **flower: Any,
     ) -> None:
         super().__init__(**flower)
+        self.central_evaluate_every = central_evaluate_every
         self.average = ServedAverage(average_decay)
         self.callbacks = list(callbacks)
         self.report = RoundReport(0)
@@ -140,7 +148,8 @@ class ReportingFedAvg(FlowerFedAvg):
     ) -> None:
         self.rounds_done, self.newest = server_round, protocol.state_from_record(arrays)
         self.report.model = self.average.state or self.newest
-        if evaluate_fn is not None:
+        due = server_round % self.central_evaluate_every == 0 or server_round == self.num_rounds
+        if evaluate_fn is not None and due:
             served = protocol.record_from_state(self.report.model) if self.average.state else arrays
             central = evaluate_fn(server_round, served)
             if central is not None:

@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedfusion_flwr.fusion import ServerStep, cap_weights, example_weights
-from fedfusion_flwr.fusion.server_step import implausible
+from fedfusion_flwr.fusion.state_dicts import UpdateBound
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.rounds import State
 from fedfusion_flwr.strategies.base import BaseStrategy, KeepOldModel
@@ -66,7 +66,7 @@ class SingleModelStrategy(BaseStrategy):
             weights = cap_weights(self.client_weights(replies), self.max_client_weight)
         self._stopwatch.lap(self.report, "infer")
         aggregate = self.aggregate(replies, weights)
-        problem = implausible(self.current, aggregate, self.max_update_ratio)
+        problem = UpdateBound(self.current, self.max_update_ratio).objection(aggregate)
         if problem:
             raise KeepOldModel(f"of the fused model, {problem}")
         model = self.step(self.current, aggregate)

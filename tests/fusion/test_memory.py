@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfusion_flwr.fusion import FusionPosterior, StatisticsMemory
-from fedfusion_flwr.fusion.inference import align_components
+from fedfusion_flwr.fusion.memory import align_components
 
 
 def f64(*values: object) -> Tensor:

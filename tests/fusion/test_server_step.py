@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfusion_flwr.fusion import ServedAverage, ServerStep, fuse_state_dicts
-from fedfusion_flwr.fusion.server_step import implausible, is_parameter
+from fedfusion_flwr.fusion.state_dicts import UpdateBound, is_parameter
 from fedfusion_flwr.models import build_model
 
 many = settings(deadline=None, max_examples=60)
@@ -214,15 +214,15 @@ def test_a_model_that_moved_too_far_is_implausible() -> None:
     """Weights (3, 4) to (3, 16) moved 12 from a norm of 5: 2.4 times; statistics do not count."""
     old = {"w": torch.tensor([3.0, 4.0]), "running_mean": torch.zeros(1)}
     new = {"w": torch.tensor([3.0, 16.0]), "running_mean": torch.full((1,), 50.0)}
-    assert implausible(old, new, 2.41) is None
-    assert "moved 2.4 times" in str(implausible(old, new, 2.39))
+    assert UpdateBound(old, 2.41).objection(new) is None
+    assert "moved 2.4 times" in str(UpdateBound(old, 2.39).objection(new))
 
 
 @pytest.mark.parametrize("key", ["w", "running_mean"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_model_that_is_not_finite_is_implausible(key: str, value: float) -> None:
     old = {"w": torch.ones(2), "running_mean": torch.ones(2)}
-    reason = implausible(old, {**old, key: torch.tensor([1.0, value])}, 10.0)
+    reason = UpdateBound(old, 10.0).objection({**old, key: torch.tensor([1.0, value])})
     assert f"'{key}' is not finite" in str(reason)
 
 

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does the server's part of a round cost: check, infer, fuse, step?
+
+    python benchmarks/server_round.py [CASE ...] [--table]
+
+``aggregate_train`` of FedFusion on K replies from its second round on, against
+
+- a plain weighted sum of the same models, decoded without copies, in float32 and in place: one
+  reading of the replies, nothing checked; the memory's speed;
+- ``aggregate_train`` of Flower's own FedAvg.
+
+All three use the machine's default number of threads. Memory is what FedFusion's call adds at its
+peak to that of the process, replies and all, in models.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
+
+from benchmarks.measuring import Columns, PeakMemory, command_line, seconds
+from fedfusion_flwr import protocol
+from fedfusion_flwr.experiments.rows import Row
+from fedfusion_flwr.models import build_model
+from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.strategies import FedFusion
+
+RESULTS = Path(__file__).parent / "results" / "server_round.jsonl"
+GROUPS = 5
+ROUNDS = 4
+IMAGES = {"lenet": (1, 28, 28), "resnet18": (3, 32, 32)}
+
+State = dict[str, torch.Tensor]
+
+
+def replies(state: State, clients: int) -> list[RecordDict]:
+    """Models near ``state``, whose running means tell five groups apart."""
+    generator = torch.Generator().manual_seed(0)
+    noise = {k: torch.rand(v.shape, generator=generator) - 0.5 for k, v in state.items()}
+    offsets = {k: torch.randn(GROUPS, *v.shape, generator=generator) for k, v in state.items()}
+    contents = []
+    for client in range(clients):
+        model: State = {}
+        for key, value in state.items():
+            if not value.is_floating_point():
+                model[key] = value + 1
+                continue
+            model[key] = value + noise[key] * (0.01 + 0.001 * client / clients)
+            if key.endswith("running_mean"):
+                model[key] += offsets[key][client % GROUPS]
+        metrics = MetricRecord({protocol.NUM_EXAMPLES: 100})
+        contents.append(RecordDict({"arrays": protocol.record_from_state(model), "metrics": metrics}))
+    return contents
+
+
+def plain_sum(state: State, contents: list[RecordDict]) -> State:
+    total = {k: torch.zeros_like(v) for k, v in state.items() if v.is_floating_point()}
+    for content in contents:
+        arrays = content.array_records["arrays"]
+        for key, value in total.items():
+            term = protocol.tensor_view(protocol.array_view(arrays[key]))
+            value.add_(term, alpha=1 / len(contents))
+    return total
+
+
+def measure(model: str, clients: int) -> Row:
+    """One case; seconds are the least over the rounds after the first."""
+    state = build_model(model, IMAGES[model], 10, seed=0).state_dict()
+    contents = replies(state, clients)
+
+    def answer(message: Message, context: Context) -> Message:
+        partition = context.node_config["partition-id"]
+        assert isinstance(partition, int)
+        return Message(contents[partition], reply_to=message)
+
+    grid = InProcessGrid(answer, clients)
+    sizes: dict[str, Any] = {"fraction_evaluate": 0.0, "min_train_nodes": clients}
+    strategies = {
+        "fedfusion": FedFusion(**sizes, server_momentum=0.5, average_decay=0.8),
+        "flower-fedavg": FedAvg(**sizes, min_available_nodes=clients),
+    }
+    arrays = protocol.record_from_state(state)
+    spent: dict[str, list[float]] = {name: [] for name in ("plain-sum", *strategies)}
+    laps: dict[str, float] = {}
+
+    def aggregate(name: str, server_round: int) -> Callable[[], object]:
+        asked = strategies[name].configure_train(server_round, arrays, ConfigRecord(), grid)
+        answers = list(grid.send_and_receive(asked))
+        return functools.partial(strategies[name].aggregate_train, server_round, answers)
+
+    for server_round in range(1, ROUNDS + 1):
+        spent["plain-sum"].append(seconds(lambda: plain_sum(state, contents)))
+        for name in strategies:
+            spent[name].append(seconds(aggregate(name, server_round)))
+        laps = dict(strategies["fedfusion"].report.seconds)
+    work = aggregate("fedfusion", ROUNDS + 1)
+    with PeakMemory() as peak:
+        work()
+    size = sum(value.nbytes for value in state.values())
+    return {
+        "clients": clients,
+        "model-bytes": size,
+        "seconds": {name: min(values[1:]) for name, values in spent.items()},
+        "first-round-seconds": spent["fedfusion"][0],
+        "infer-seconds": laps["infer"],
+        "extra-models": peak.grown / size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+CASES = {
+    f"{model} x {clients}": functools.partial(measure, model, clients)
+    for model, clients in (
+        ("lenet", 10),
+        ("lenet", 100),
+        ("lenet", 1000),
+        ("resnet18", 10),
+        ("resnet18", 100),
+    )
+}
+
+
+def _ratio(row: Row, other: str) -> str:
+    return f"{row['seconds']['fedfusion'] / row['seconds'][other]:.2f}"
+
+
+COLUMNS: Columns = {
+    "FedFusion, s": lambda row: f"{row['seconds']['fedfusion']:.3f}",
+    "of it inference, s": lambda row: f"{row['infer-seconds']:.3f}",
+    "to a plain sum": lambda row: _ratio(row, "plain-sum"),
+    "to Flower's FedAvg": lambda row: _ratio(row, "flower-fedavg"),
+    "extra memory, models": lambda row: f"{row['extra-models']:.1f}",
+}
+
+if __name__ == "__main__":
+    command_line(__doc__ or "", RESULTS, CASES, COLUMNS)

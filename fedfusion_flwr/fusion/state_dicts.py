@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arithmetic of whole models: weighted fusion, and how far one may move in a round.
+
+Models are larger than the processor's caches, so everything here goes through them in blocks and
+reads each client's model once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
+
+State = dict[str, Tensor]
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+_BLOCK = 1 << 15
+"""Elements at a time: two blocks of float64 stay in a core's cache, and torch computes one so small
+in the calling thread."""
+
+_SHARED_WORK = 1 << 22
+"""From so many elements of all models together on, blocks are shared among threads."""
+
+
+def is_parameter(key: str, value: Tensor) -> bool:
+    """Whether a state-dict entry is stepped; buffers and integers are replaced instead."""
+    return value.is_floating_point() and key.rpartition(".")[2] not in _BUFFERS
+
+
+def fuse_state_dicts(
+    states: Iterable[Mapping[str, Tensor]], weights: Tensor, *, pool_moments: bool = True
+) -> State:
+    """Weighted fusion of state dicts; beside them it needs the memory of the result only.
+
+    Parameters and float buffers are averaged, in float64. BatchNorm running statistics are fused as
+    moments of the mixture, mean = sum p mu, var = sum p (var + mu^2) - mean^2, because averaging
+    variances loses the spread between clients. Integer buffers (``num_batches_tracked``) take the
+    maximum. The bits do not depend on the number of threads.
+
+    Parameters
+    ----------
+    states : Iterable[Mapping[str, Tensor]]
+        One state dict per client, equal keys and shapes; consumed once.
+    weights : Tensor
+        p, shape (K,), non-negative, sums to 1.
+    pool_moments : bool
+        False averages running variances like any other tensor, as plain FedAvg implementations do.
+
+    Raises
+    ------
+    ValueError
+        If there are no states, or their number, keys or shapes do not agree.
+    """
+    models, p = list(states), weights.double().tolist()
+    _check_alike(models, len(p))
+    variances: set[str] = set()
+    if pool_moments:
+        variances = {f"{prefix}running_var" for prefix in batchnorm_prefixes(models[0])}
+    fused: State = {}
+    blocks: list[Callable[[], None]] = []
+    for key, value in models[0].items():
+        tensors = [model[key] for model in models]
+        if not value.is_floating_point():
+            fused[key] = _maximum(tensors)
+        elif key in variances:
+            mean = key.removesuffix("running_var") + "running_mean"
+            fused[key] = _pooled_variance(tensors, [model[mean] for model in models], p)
+        else:
+            fused[key] = torch.empty(value.shape, dtype=value.dtype)
+            blocks += _blocks_of_sum(fused[key], tensors, p)
+    elements = sum(value.numel() for value in models[0].values())
+    _run_all(blocks, threads=torch.get_num_threads() if elements * len(p) > _SHARED_WORK else 1)
+    return fused
+
+
+def _check_alike(models: Sequence[Mapping[str, Tensor]], count: int) -> None:
+    if len(models) > count:
+        raise ValueError(f"more states than the {count} weights")
+    if len(models) < count or not models:
+        raise ValueError(f"{len(models)} states for {count} weights")
+    first = models[0]
+    for model in models:
+        if model.keys() != first.keys():
+            odd = sorted(model.keys() ^ first.keys())
+            raise ValueError(f"state dicts differ in their keys: {odd[:3]}")
+        for key, value in model.items():
+            if value.shape != first[key].shape:
+                shapes = f"{tuple(value.shape)} differs from {tuple(first[key].shape)}"
+                raise ValueError(f"{key}: shape {shapes}")
+
+
+def _maximum(tensors: Sequence[Tensor]) -> Tensor:
+    largest = tensors[0].clone()
+    for tensor in tensors[1:]:
+        torch.maximum(largest, tensor, out=largest)
+    return largest
+
+
+def _pooled_variance(
+    variances: Sequence[Tensor], means: Sequence[Tensor], weights: Sequence[float]
+) -> Tensor:
+    """Variance of the mixture, sum p (var + (mu - r)^2) - (sum p mu - r)^2.
+
+    Around a reference r near the means: mu^2 alone would drown a small variance.
+    """
+    reference = means[0].double()
+    center, moment = torch.zeros_like(reference), torch.zeros_like(reference)
+    for variance, mean, weight in zip(variances, means, weights, strict=True):
+        offset = mean.double() - reference
+        center.add_(mean.double(), alpha=weight)
+        moment.add_(offset.square_().add_(variance.double()), alpha=weight)
+    return moment.sub_(center.sub_(reference).square_()).clamp_min_(0).to(variances[0].dtype)
+
+
+def _blocks_of_sum(
+    result: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]
+) -> list[Callable[[], None]]:
+    """The weighted sum as independent pieces of work, each of which fills a block of the result."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    target = result.view(-1)
+
+    def fill(start: int) -> None:
+        block = target[start : start + _BLOCK]
+        total = torch.zeros(len(block), dtype=torch.float64)
+        term = torch.empty_like(total)
+        for values, weight in zip(flat, weights, strict=True):
+            term.copy_(values[start : start + _BLOCK])
+            total.add_(term, alpha=weight)
+        block.copy_(total)
+
+    def piece(start: int) -> Callable[[], None]:
+        return lambda: fill(start)
+
+    return [piece(start) for start in range(0, len(target), _BLOCK)]
+
+
+def _run_all(pieces: Sequence[Callable[[], None]], threads: int) -> None:
+    if threads == 1 or len(pieces) < 2:
+        for piece in pieces:
+            piece()
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda piece: piece(), pieces):
+            pass
+
+
+class UpdateBound:
+    """Tells models that must not replace the current one.
+
+    Parameters
+    ----------
+    current : Mapping[str, Tensor]
+        State dict.
+    max_ratio : float
+        Largest allowed ||proposed - current|| / ||current|| over the parameters.
+    """
+
+    def __init__(self, current: Mapping[str, Tensor], max_ratio: float) -> None:
+        self.current = current
+        self.max_ratio = max_ratio
+        self._norm = _norm(current, square_sums(current))
+
+    def objection(self, proposed: Mapping[str, Tensor]) -> str | None:
+        """Why a model must not replace the current one, of the same keys; None if it may."""
+        sums = square_sums(proposed)
+        odd = nonfinite(proposed, sums)
+        return f"'{odd}' is not finite" if odd else self.leap(proposed, sums)
+
+    def leap(self, proposed: Mapping[str, Tensor], sums: Mapping[str, float]) -> str | None:
+        """The same for a finite model whose `square_sums` are known."""
+        # ||proposed|| + ||current|| bounds the step and mostly settles it; 1 % is for rounding.
+        reach = 1.01 * (_norm(proposed, sums) + self._norm)
+        if reach <= self.max_ratio * self._norm:
+            return None
+        step = norm = 0.0
+        for key, value in proposed.items():
+            if is_parameter(key, value):
+                for new, old in _pieces(value, self.current[key]):
+                    step += float((new.double() - old.double()).square().sum())
+                    norm += float(old.double().square().sum())
+        if norm > 0 and step > self.max_ratio**2 * norm:
+            return f"the model moved {(step / norm) ** 0.5:.3g} times the model's norm"
+        return None
+
+
+def square_sums(state: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sum of squares of every floating tensor, in one reading; finite only if all values are.
+
+    To the precision of float32, whose overflow counts as infinite.
+    """
+    return {
+        key: sum(float(torch.dot(part, part)) for (part,) in _pieces(_real(value)))
+        for key, value in state.items()
+        if value.is_floating_point()
+    }
+
+
+def nonfinite(state: Mapping[str, Tensor], sums: Mapping[str, float]) -> str | None:
+    """The first key of a tensor that is not finite, if any, given the `square_sums`."""
+    for key, total in sums.items():
+        if not math.isfinite(total) and not bool(state[key].isfinite().all()):
+            return key
+    return None
+
+
+def _norm(state: Mapping[str, Tensor], sums: Mapping[str, float]) -> float:
+    return math.sqrt(sum(s for key, s in sums.items() if is_parameter(key, state[key])))
+
+
+def _real(value: Tensor) -> Tensor:
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Flat pieces of equal place: long dot products in float32 would lose what is small."""
+    return zip(*(torch.split(tensor.reshape(-1), _BLOCK) for tensor in tensors), strict=True)
