@@ -23,22 +23,28 @@ Row = dict[str, Any]
 
 def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
     """Run one federation; its metrics of every round from 0, and what identifies the run."""
-    import torch
     from flwr.app import Context, RecordDict
 
     from client_app import app
     from fedfusion_flwr.server import run
     from fedfusion_flwr.simulation import InProcessGrid
 
-    commit = _commit()  # Before the run, while nobody has changed a file.
+    commit = current_commit()  # Before the run, while nobody has changed a file.
     with tempfile.TemporaryDirectory() as folder:
         context = Context(1, 0, {}, RecordDict(), {**config, "output-dir": folder})
         started = time.perf_counter()
         outcome = run(InProcessGrid(app, config["num-clients"], context.run_config), context)
         seconds = time.perf_counter() - started
         metrics = read_rows(outcome.directory / "metrics.jsonl")
-    return metrics, {
-        "digest": outcome.digest,
+    return metrics, identity(outcome.digest, seconds, commit)
+
+
+def identity(digest: str, seconds: float, commit: str) -> Row:
+    """What identifies a run: its end, and the software and machine that it ran on."""
+    import torch
+
+    return {
+        "digest": digest,
         "seconds": round(seconds, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -48,7 +54,7 @@ def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
     }
 
 
-def _commit() -> str:
+def current_commit() -> str:
     """The commit that is checked out here, marked where files differ from it; or unknown."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     folder = Path(__file__).parent
