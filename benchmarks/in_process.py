@@ -54,6 +54,21 @@ def identity(digest: str, seconds: float, commit: str) -> Row:
     }
 
 
+def write_pictures(path: Path, train: int = 240, test: int = 40) -> Path:
+    """A data set for ``npz``: four classes of 8 x 8 images, which differ by a bright row."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", train), ("test", test)):
+        labels = np.arange(count) % 4
+        pixels = generator.integers(0, 120, (count, 8, 8))
+        pixels[np.arange(count), 2 * labels] = 255
+        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
+    np.savez(path, **arrays)
+    return path
+
+
 def current_commit() -> str:
     """The commit that is checked out here, marked where files differ from it; or unknown."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]

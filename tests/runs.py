@@ -12,10 +12,21 @@ from flwr.app import Context, RecordDict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from benchmarks.in_process import write_pictures
 from client_app import app as client_app
 from fedfusion_flwr.server import RunOutcome, run
 from fedfusion_flwr.simulation import InProcessGrid
 from tests.support import assert_identical
+
+__all__ = [
+    "CLIENTS",
+    "CONFIG",
+    "ROUNDS",
+    "assert_same_artifacts",
+    "rows",
+    "run_in_process",
+    "write_pictures",
+]
 
 ROUNDS = 6
 CLIENTS = 4
@@ -38,19 +49,6 @@ CONFIG: dict[str, Any] = {
     "num-components": 3,
 }
 """Every strategy's keys, so that each does all that it can within six rounds."""
-
-
-def write_pictures(path: Path) -> Path:
-    """Four classes of 8 x 8 images, which differ by a bright row."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 240), ("test", 40)):
-        labels = np.arange(count) % 4
-        pixels = generator.integers(0, 120, (count, 8, 8))
-        pixels[np.arange(count), 2 * labels] = 255
-        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
-    np.savez(path, **arrays)
-    return path
 
 
 def run_in_process(config: dict[str, Any], seed: int = 0) -> RunOutcome:
