@@ -3,7 +3,7 @@
 
 A short run, always of the same examples. For a long one of new examples:
 
-    FUZZ_EXAMPLES=5000 pytest tests/fuzz --timeout 0 --hypothesis-show-statistics
+    FUZZ_EXAMPLES=2000 pytest tests/fuzz --timeout 0 --hypothesis-show-statistics
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 def test_a_run_survives_any_reply(
     name: str, honest: dict[str, Outcome], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    @fuzzing(max_examples=EXAMPLES or 60)
+    @fuzzing(max_examples=EXAMPLES // 10 or 25)
     @given(SPOIL)
     def survives(spoil: Spoil) -> None:
         folder = tmp_path_factory.mktemp("run") / "run"
