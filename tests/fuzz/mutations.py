@@ -150,7 +150,7 @@ def _values(draw: st.DrawFn) -> Spoil:
         flat = array.reshape(-1)
         with np.errstate(all="ignore"):
             if factor is not None:
-                array = (array * factor).astype(array.dtype)
+                array = np.asarray(array * factor, array.dtype)
             elif flat.size and array.dtype.kind in "iuf":
                 flat[place % flat.size] = np.float64(value).astype(array.dtype)
             array = np.repeat(array, repeats, 0) if array.ndim else array
