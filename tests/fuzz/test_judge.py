@@ -6,12 +6,19 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import (
+    add_header_to_object_body,
+    get_all_nested_objects,
+    get_object_body,
+    get_object_id,
+)
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from hypothesis import event, given
 from hypothesis import strategies as st
@@ -146,3 +153,17 @@ def test_memory_is_bounded_before_decoding(record: str, kind: str) -> None:
     assert not good
     assert bad[-1].dropped in ("size", "structure", "statistics")
     assert peak < 2**20
+
+
+def test_flowers_own_decoding_is_not_bounded() -> None:
+    """As docs/security.md says; where this fails, Flower has become better than its word there."""
+    array = Array(np.zeros(10_000, dtype="f4"))
+    contents = {key: chunk.deflate() for key, chunk in array.slice_array()}
+    body = json.loads(get_object_body(array.deflate(), Array))
+    body["arraychunk_ids"] = [0] * 50
+    bomb = add_header_to_object_body(json.dumps(body).encode(), array)
+    contents[get_object_id(bomb)] = bomb
+    sent = sum(len(content) for content in contents.values())
+    inflated = inflate_object_from_contents(get_object_id(bomb), contents)
+    assert isinstance(inflated, Array)
+    assert len(inflated.data) > 40 * sent

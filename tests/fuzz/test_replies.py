@@ -3,7 +3,7 @@
 
 A short run, always of the same examples. For a long one of new examples:
 
-    FUZZ_EXAMPLES=2000 pytest tests/fuzz --timeout 0 --hypothesis-show-statistics
+    FUZZ_EXAMPLES=1200 pytest tests/fuzz --timeout 0 --hypothesis-show-statistics
 """
 
 from __future__ import annotations
