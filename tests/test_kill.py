@@ -114,3 +114,15 @@ def test_files_that_may_not_grow_cost_no_checkpoint(config: dict[str, Any], tmp_
     resume = {**config, "resume-from": str(folder)}
     assert in_a_process(to_its_end, resume, 1) == (0, whole.digest)
     assert_same_artifacts(folder, whole.directory)
+
+
+def test_a_disk_without_any_room_ends_the_run_and_loses_nothing(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = run_in_process(in_folder(config, tmp_path / "whole"))
+    folder = tmp_path / "run"
+    assert in_a_process(with_file_limit, 1, 3, in_folder(config, folder)) == (1, None)
+    assert checkpoints(folder) == ["checkpoint-000001", "checkpoint-000002"]
+    resume = {**config, "resume-from": str(folder)}
+    assert in_a_process(to_its_end, resume, 1) == (0, whole.digest)
+    assert_same_artifacts(folder, whole.directory)
