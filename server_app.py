@@ -3,7 +3,9 @@
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid.http_grid import HttpGrid
 
+from fedfusion_flwr.receiving import CarefulGrid
 from fedfusion_flwr.server import run
 
 app = ServerApp()
@@ -12,4 +14,5 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that ``[tool.flwr.app.config]`` describes."""
-    run(grid, context)
+    # Devices are not trusted; a simulation's clients are this machine's own.
+    run(CarefulGrid(grid) if isinstance(grid, HttpGrid) else grid, context)

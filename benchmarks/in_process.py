@@ -23,22 +23,28 @@ Row = dict[str, Any]
 
 def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
     """Run one federation; its metrics of every round from 0, and what identifies the run."""
-    import torch
     from flwr.app import Context, RecordDict
 
     from client_app import app
     from fedfusion_flwr.server import run
     from fedfusion_flwr.simulation import InProcessGrid
 
-    commit = _commit()  # Before the run, while nobody has changed a file.
+    commit = current_commit()  # Before the run, while nobody has changed a file.
     with tempfile.TemporaryDirectory() as folder:
         context = Context(1, 0, {}, RecordDict(), {**config, "output-dir": folder})
         started = time.perf_counter()
         outcome = run(InProcessGrid(app, config["num-clients"], context.run_config), context)
         seconds = time.perf_counter() - started
         metrics = read_rows(outcome.directory / "metrics.jsonl")
-    return metrics, {
-        "digest": outcome.digest,
+    return metrics, identity(outcome.digest, seconds, commit)
+
+
+def identity(digest: str, seconds: float, commit: str) -> Row:
+    """What identifies a run: its end, and the software and machine that it ran on."""
+    import torch
+
+    return {
+        "digest": digest,
         "seconds": round(seconds, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -48,7 +54,22 @@ def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
     }
 
 
-def _commit() -> str:
+def write_pictures(path: Path, train: int = 240, test: int = 40) -> Path:
+    """A data set for ``npz``: four classes of 8 x 8 images, which differ by a bright row."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", train), ("test", test)):
+        labels = np.arange(count) % 4
+        pixels = generator.integers(0, 120, (count, 8, 8))
+        pixels[np.arange(count), 2 * labels] = 255
+        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
+    np.savez(path, **arrays)
+    return path
+
+
+def current_commit() -> str:
     """The commit that is checked out here, marked where files differ from it; or unknown."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     folder = Path(__file__).parent

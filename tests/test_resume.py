@@ -3,61 +3,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from client_app import app as client_app
 from fedfusion_flwr.server import RunOutcome, run
 from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import REGISTRY, RunStopped
 from fedfusion_flwr.tracking import CheckpointError, RunInterrupted
-from tests.support import assert_identical
-
-ROUNDS = 6
-CLIENTS = 4
-CONFIG: dict[str, Any] = {
-    "dataset": "npz",
-    "num-clients": CLIENTS,
-    "num-server-rounds": ROUNDS,
-    "partition": "shards",
-    "validation-fraction": 0.2,
-    "checkpoint-every": 1,
-    "evaluate-every": 2,
-    "fraction-train": 0.75,
-    "num-clusters": 2,
-    "cluster-round": 2,
-    "warmup-rounds": 1,
-    "pretrain-steps": 2,
-    "pretrain-clients": 1,
-    "vae-steps": 5,
-    "vae-refit-steps": 2,
-    "num-components": 3,
-}
-ALWAYS = {"metrics.jsonl", "clients.jsonl", "summary.json"}
+from tests.runs import CLIENTS, CONFIG, ROUNDS, assert_same_artifacts, rows, write_pictures
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _pictures(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A small data set, because every test here makes several runs."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 240), ("test", 40)):
-        labels = np.arange(count) % 4
-        pixels = generator.integers(0, 120, (count, 8, 8))
-        pixels[np.arange(count), 2 * labels] = 255
-        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
-    path = tmp_path_factory.mktemp("data") / "pictures.npz"
-    np.savez(path, **arrays)
+    path = write_pictures(tmp_path_factory.mktemp("data") / "pictures.npz")
     CONFIG["data-root"] = str(path)
 
 
@@ -90,18 +56,6 @@ def go(folder: Path, *, dies_at: int | None = None, seed: int = 0, **config: Any
     return run(grid, Context(1, 0, {}, RecordDict(), values))
 
 
-def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    """A JSON-lines file, without what is never twice the same: clocks and node ids."""
-    lines = (folder / name).read_text(encoding="utf-8").splitlines()
-    never = ("seconds", "node", "train-seconds", "train-started")
-    return [{k: v for k, v in json.loads(line).items() if k not in never} for line in lines]
-
-
-def metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as stored:
-        return dict(stored.metadata())
-
-
 QUICK = ("fedfusion", "fesem", "fedma")
 """The three with the most state; the others are asked for by -m slow."""
 
@@ -122,28 +76,7 @@ def test_resumed_run_equals_the_uninterrupted_one(strategy: str, tmp_path: Path)
     resumed = go(cut, strategy=strategy, seed=1, **{"resume-from": str(cut)})
     assert resumed.digest == whole.digest
     assert resumed.directory == cut
-    for name in ("metrics.jsonl", "clients.jsonl"):
-        assert rows(cut, name) == rows(tmp_path / "whole", name)
-    summaries = [(tmp_path / f / "summary.json").read_text() for f in ("cut", "whole")]
-    assert summaries[0] == summaries[1]
-    for name in ("final_model", "final_models", "best_model"):
-        files = [tmp_path / f / f"{name}.safetensors" for f in ("cut", "whole")]
-        assert files[0].exists() == files[1].exists()
-        if files[0].exists():
-            assert_identical(*map(load_file, files))
-            assert metadata(files[0]) == metadata(files[1])
-
-
-def test_the_archive_of_inferences_goes_on(tmp_path: Path) -> None:
-    go(tmp_path / "whole")
-    with pytest.raises(Killed):
-        go(tmp_path / "cut", dies_at=8)
-    go(tmp_path / "cut", **{"resume-from": str(tmp_path / "cut")})
-    paths = (tmp_path / folder / "fusion.npz" for folder in ("whole", "cut"))
-    with np.load(next(paths)) as whole, np.load(next(paths)) as cut:
-        assert set(whole.files) == set(cut.files)
-        for name in whole.files:
-            np.testing.assert_array_equal(cut[name], whole[name])
+    assert_same_artifacts(cut, tmp_path / "whole")
 
 
 def test_rounds_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ MAX_STATISTIC = 1e6
 MAX_BATCHES = 2**31
 """Most batches that a client can have tracked in one round; keeps counters from overflowing."""
 
+MAX_METRICS = 100_000
+"""Most numbers, and letters of their names, in a reply's metrics: they are written down."""
 
 Expected = Callable[[int, Mapping[str, float]], Mapping[str, Tensor]]
 
@@ -187,6 +189,9 @@ class ReplyJudge:
         if len(records) != 1:
             raise BadReply("structure", f"holds {len(records)} MetricRecords instead of one")
         metrics = dict(next(iter(records.values())))
+        size = sum(len(k) + (len(v) if isinstance(v, list) else 1) for k, v in metrics.items())
+        if size > MAX_METRICS:
+            raise BadReply("size", f"its metrics are {size} numbers and letters of names")
         for key, value in metrics.items():
             values = value if isinstance(value, list) else [value]
             if not all(math.isfinite(v) for v in values):
@@ -269,10 +274,11 @@ class ReplyJudge:
             if self.num_channels is not None and not batchnorm_prefixes(state):
                 raise BadReply("statistics", "no normalization record, which this model needs")
             return None
-        if self.num_channels is not None:
-            allowed = 4 * self.num_channels + protocol.NPY_OVERHEAD
-            if any(len(array.data) > allowed for array in record.values()):
-                raise BadReply("size", "its normalization record is too large")
+        # No model has more channels than numbers; that bounds them where it does not tell them.
+        channels = self.num_channels or sum(value.numel() for value in state.values())
+        allowed = 4 * channels + protocol.NPY_OVERHEAD
+        if any(len(array.data) > allowed for array in record.values()):
+            raise BadReply("size", "its normalization record is too large")
         try:
             statistics = protocol.statistics_from_record(record)
         except protocol.ProtocolError as problem:
@@ -286,5 +292,7 @@ class ReplyJudge:
 
 
 def _first_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[0][:300] if lines else "no reason given"
+    """What is logged of it: nothing that a terminal would obey."""
+    lines = text[:10_000].strip().splitlines()
+    line = lines[0][:300] if lines else "no reason given"
+    return "".join(letter if letter.isprintable() else "?" for letter in line)

@@ -22,6 +22,8 @@ from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.errors import FedFusionError
 
 RUNS_FOLDER = "fedfusion-runs"
+_PART = ".part"
+"""Ends the name of a file that is being written; only a killed process leaves one behind."""
 
 
 class OutputError(FedFusionError, OSError):
@@ -77,15 +79,17 @@ class RunDirectory:
 
     @classmethod
     def to_go_on_with(cls, path: Path) -> RunDirectory:
-        """The directory of an earlier run."""
+        """The directory of an earlier run, without the torn files of a killed one."""
         directory = cls.__new__(cls)
         directory.path = path
+        for torn in path.glob(f".*{_PART}"):
+            torn.unlink(missing_ok=True)
         return directory
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
         """A file that appears whole or not at all: written aside, synced, renamed."""
-        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
+        handle, temporary = tempfile.mkstemp(_PART, f".{name}.", self.path)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file

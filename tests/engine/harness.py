@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -52,6 +53,7 @@ class Engine:
         self.folder = folder
         self.home = folder / "flwr-home"
         self.count = 0
+        self.orphans: set[int] = set()
         first, second = _free_ports(2)
         self.environment = {
             **os.environ,
@@ -114,16 +116,21 @@ class Engine:
         )
         return done.stdout
 
+    def kill_server(self) -> None:
+        """SIGKILL the process of the run in progress, in which the ServerApp is."""
+        port = self.environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
+        (server,) = _pgrep("-f", rf"flwr-simulation .*127\.0\.0\.1:{port}\b")
+        # Ray's: some of them do not notice.
+        self.orphans |= _descendants(server)
+        os.kill(server, signal.SIGKILL)
+
     def stop(self) -> None:
-        """End the SuperLink that the first run started: nobody else does."""
-        found = subprocess.run(
-            ["pgrep", "-f", f"flower-superlink.*{re.escape(str(self.home))}"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        for pid in found.stdout.split():
-            os.kill(int(pid), signal.SIGTERM)
+        """End the SuperLink that the first run started, and orphans: nobody else does."""
+        for pid in self.orphans & set(_pgrep("-f", "/ray/")):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in _pgrep("-f", f"flower-superlink.*{re.escape(str(self.home))}"):
+            os.kill(pid, signal.SIGTERM)
 
 
 def copy_of_app(folder: Path) -> Path:
@@ -135,6 +142,17 @@ def copy_of_app(folder: Path) -> Path:
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "fedfusion_flwr", app / "fedfusion_flwr", ignore=skip)
     return app
+
+
+def _pgrep(*arguments: str) -> list[int]:
+    command = ["pgrep", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def _descendants(pid: int) -> set[int]:
+    children = set(_pgrep("-P", str(pid)))
+    return children.union(*(_descendants(child) for child in children))
 
 
 def _free_ports(count: int) -> list[int]:

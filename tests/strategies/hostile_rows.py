@@ -154,6 +154,8 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     ),
     "oversize payload": (replace_payload(WEIGHT, bytes(100_000)), "size"),
     "oversize array": (edit_value(WEIGHT, lambda a: np.zeros(10_000, "f4")), "size"),
+    "a million metrics in a list": (replace_metric("losses", [0.5] * 10**6), "size"),
+    "a metric of an endless name": (replace_metric("x" * 10**6, 0.5), "size"),
     "negative variance": (one(-1e-3, VARIANCE), "statistics"),
     "huge running mean": (one(-1e7, MEAN), "statistics"),
     "huge running variance": (one(1e30, VARIANCE), "statistics"),

@@ -247,9 +247,11 @@ def test_nan_accuracy_never_wins_best_model(tmp_path: Any) -> None:
 # --- the judge alone ------------------------------------------------------------------------------
 
 
-def judged(content: RecordDict | None, node: int = 11, **settings: Any) -> Any:
+def judged(
+    content: RecordDict | None, node: int = 11, channels: int | None = 2, **settings: Any
+) -> Any:
     sent = tiny_model().state_dict()
-    judge = ReplyJudge(4, {11: 0, 12: 1}, lambda *_: sent, num_channels=2, **settings)
+    judge = ReplyJudge(4, {11: 0, 12: 1}, lambda *_: sent, num_channels=channels, **settings)
     TamperingGrid(FakeClient(), 0)  # names this process as a message's sender
     request = Message(RecordDict(), node, "train")
     request.metadata.__dict__["_message_id"] = "m"
@@ -282,6 +284,22 @@ def test_good_reply() -> None:
 def test_error_reply_shows_its_first_line() -> None:
     _, bad = judged(None)
     assert (bad[11].dropped, bad[11].detail) == ("error", "first line")
+
+
+def test_what_a_client_writes_cannot_steer_the_terminal_of_the_log() -> None:
+    _, bad = judged(good_content(**{"\x1b[2Jmore": math.nan}))
+    assert "[2Jmore" in bad[11].detail
+    assert bad[11].detail.isprintable()
+
+
+def test_normalization_of_more_channels_than_the_model_has_numbers() -> None:
+    """Where the model does not tell their number, as with GroupNorm."""
+    content = good_content()
+    content["normalization"] = protocol.record_from_state(
+        {key: torch.ones(5000) for key in ("mean", "std", "shift", "scale")}
+    )
+    _, bad = judged(content, channels=None)
+    assert bad[11].dropped == "size"
 
 
 def test_stranger_has_no_client_id() -> None:

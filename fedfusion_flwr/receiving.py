@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fetches devices' replies so that none can end the run, or speak for another node."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from logging import WARNING
+
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.logger import log
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from google.protobuf.message import DecodeError
+
+_UNDECODABLE = (
+    ArithmeticError,
+    AttributeError,
+    DecodeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What decoding raises on made-up bytes; a lost connection to the SuperLink is none of these."""
+
+
+class CarefulGrid(Grid):
+    """Another Grid, whose replies are fetched one by one and belong to the node that was asked.
+
+    flwr 1.41 decodes replies before a strategy sees them, all that it fetches at once: one that
+    does not decode raises, ends the run, and takes the others with it. And who a reply is from and
+    what it answers is read from the reply, where its author may have written another's name. Here
+    an undecodable reply becomes an error reply of its node, which costs that node its round.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's.
+    poll_seconds : float
+        Between two looks for replies.
+    sleep : Callable[[float], None]
+        Waits.
+    """
+
+    def __init__(
+        self, grid: Grid, poll_seconds: float = 1.0, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._grid = grid
+        self._poll_seconds = poll_seconds
+        self._sleep = sleep
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push messages and collect a reply to each, until all are there or the time is over."""
+        messages = list(messages)
+        pushed = self._grid.push_messages(messages)
+        # In the order of the messages; none for one that could not be pushed.
+        waiting = {
+            identifier: message.metadata
+            for identifier, message in zip(pushed, messages, strict=True)
+            if identifier
+        }
+        del messages
+        deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
+        replies: list[Message] = []
+        while True:
+            for identifier, asked in list(waiting.items()):
+                reply = self._pull(identifier, asked)
+                if reply is not None:
+                    replies.append(reply)
+                    del waiting[identifier]
+            if not waiting or time.monotonic() >= deadline:
+                return replies
+            self._sleep(self._poll_seconds)
+
+    def _pull(self, identifier: str, asked: Metadata) -> Message | None:
+        """The reply to one message, if it is there."""
+        try:
+            found = list(self._grid.pull_messages([identifier]))
+            if not found:
+                return None
+            reply = found[0]
+            if not isinstance(reply, Message):
+                raise TypeError(f"a {type(reply).__name__} instead of a Message")
+            if not reply.has_error() and not isinstance(reply.content, RecordDict):
+                raise TypeError(f"a {type(reply.content).__name__} instead of a RecordDict")
+            told = reply.metadata.src_node_id
+        except _UNDECODABLE as problem:
+            log(WARNING, "the reply of node %d does not decode: %r", asked.dst_node_id, problem)
+            return _undecodable(identifier, asked, problem)
+        # Flower's own word for a node that is gone; whoever else says it is missing all the same.
+        if reply.has_error() and told == SUPERLINK_NODE_ID:
+            return reply
+        if told != asked.dst_node_id:
+            log(WARNING, "the reply of node %d says that it is of %d", asked.dst_node_id, told)
+            reply.metadata.__dict__["_src_node_id"] = asked.dst_node_id
+        return reply
+
+    # --- the other grid's ----------------------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Flower's older way to make a message."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the connected nodes."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The connected nodes."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Push messages; their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies to the given messages, as far as there are any."""
+        return self._grid.pull_messages(message_ids)
+
+
+def _undecodable(identifier: str, asked: Metadata, problem: BaseException) -> Message:
+    metadata = Metadata(
+        run_id=asked.run_id,
+        message_id="",
+        src_node_id=asked.dst_node_id,
+        dst_node_id=asked.src_node_id,
+        reply_to_message_id=identifier,
+        group_id=asked.group_id,
+        created_at=time.time(),
+        ttl=asked.ttl,
+        message_type=asked.message_type,
+    )
+    reason = f"the reply does not decode ({type(problem).__name__})"
+    return make_message(metadata=metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))

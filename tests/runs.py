@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small runs in one process, and what two runs that should be the same are compared by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, RecordDict
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from benchmarks.in_process import write_pictures
+from client_app import app as client_app
+from fedfusion_flwr.server import RunOutcome, run
+from fedfusion_flwr.simulation import InProcessGrid
+from tests.support import assert_identical
+
+__all__ = [
+    "CLIENTS",
+    "CONFIG",
+    "ROUNDS",
+    "assert_same_artifacts",
+    "rows",
+    "run_in_process",
+    "write_pictures",
+]
+
+ROUNDS = 6
+CLIENTS = 4
+CONFIG: dict[str, Any] = {
+    "dataset": "npz",
+    "num-clients": CLIENTS,
+    "num-server-rounds": ROUNDS,
+    "partition": "shards",
+    "validation-fraction": 0.2,
+    "checkpoint-every": 1,
+    "evaluate-every": 2,
+    "fraction-train": 0.75,
+    "num-clusters": 2,
+    "cluster-round": 2,
+    "warmup-rounds": 1,
+    "pretrain-steps": 2,
+    "pretrain-clients": 1,
+    "vae-steps": 5,
+    "vae-refit-steps": 2,
+    "num-components": 3,
+}
+"""Every strategy's keys, so that each does all that it can within six rounds."""
+
+
+def run_in_process(config: dict[str, Any], seed: int = 0) -> RunOutcome:
+    """One run without Ray; ``seed`` is of the node ids and of the order of replies."""
+    clients = config["num-clients"]
+    grid = InProcessGrid(client_app, clients, config, seed=seed, shuffle_replies=True)
+    return run(grid, Context(1, 0, {}, RecordDict(), config))
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    """A JSON-lines file, without what is never twice the same: clocks and node ids."""
+    lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    never = ("seconds", "node", "train-seconds", "train-started")
+    return [{k: v for k, v in json.loads(line).items() if k not in never} for line in lines]
+
+
+def assert_same_artifacts(folder: Path, other: Path) -> None:
+    """All that two runs have written is the same, but for clocks and node ids."""
+    for name in ("metrics.jsonl", "clients.jsonl"):
+        assert rows(folder, name) == rows(other, name)
+    assert (folder / "summary.json").read_text() == (other / "summary.json").read_text()
+    for name in ("final_model", "final_models", "best_model"):
+        files = [f / f"{name}.safetensors" for f in (folder, other)]
+        assert files[0].exists() == files[1].exists()
+        if files[0].exists():
+            assert_identical(*map(load_file, files))
+            assert _metadata(files[0]) == _metadata(files[1])
+    archives = [f / "fusion.npz" for f in (folder, other)]
+    assert archives[0].exists() == archives[1].exists()
+    if archives[0].exists():
+        with np.load(archives[0]) as one, np.load(archives[1]) as two:
+            assert set(one.files) == set(two.files)
+            for name in one.files:
+                np.testing.assert_array_equal(one[name], two[name])
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as stored:
+        return dict(stored.metadata())
