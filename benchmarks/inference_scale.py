@@ -13,10 +13,10 @@ import functools
 from pathlib import Path
 
 import torch
+from fedfusion_flwr.experiments.rows import Row
 from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.measuring import Columns, PeakMemory, command_line, seconds
-from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.fusion import DistributionInference, FusionPosterior
 
 RESULTS = Path(__file__).parent / "results" / "inference_scale.jsonl"
@@ -43,10 +43,14 @@ def measure(clients: int, width: int) -> Row:
     inference = DistributionInference(8, seed=0)
     spent: list[float] = []
     posteriors: list[FusionPosterior] = []
+
+    def fit() -> None:
+        posteriors.append(inference.fit(x, examples))
+
     with PeakMemory() as peak:
         for _ in range(1 + REFITS):
-            spent.append(seconds(lambda: posteriors.append(inference.fit(x, examples))))
-            x += DRIFT * torch.randn(1, width, generator=generator)
+            spent.append(seconds(fit))
+            x.add_(DRIFT * torch.randn(1, width, generator=generator))
     found = posteriors[-1].assignments.argmax(1)
     return {
         "clients": clients,

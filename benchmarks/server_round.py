@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fedfusion_flwr.experiments.rows import Row
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.measuring import Columns, PeakMemory, command_line, seconds
 from fedfusion_flwr import protocol
-from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import FedFusion
@@ -55,7 +55,9 @@ def replies(state: State, clients: int) -> list[RecordDict]:
             if key.endswith("running_mean"):
                 model[key] += offsets[key][client % GROUPS]
         metrics = MetricRecord({protocol.NUM_EXAMPLES: 100})
-        contents.append(RecordDict({"arrays": protocol.record_from_state(model), "metrics": metrics}))
+        contents.append(
+            RecordDict({"arrays": protocol.record_from_state(model), "metrics": metrics})
+        )
     return contents
 
 

@@ -110,6 +110,7 @@ OUT_OF_RANGE: list[tuple[str, Value, str]] = [
     ("fraction-evaluate", -0.1, "from 0 to 1"),
     ("fraction-evaluate", 1.1, "from 0 to 1"),
     ("evaluate-every", 0, "at least 1"),
+    ("central-evaluate-every", 0, "at least 1"),
     ("sampling", "uniform", "'random', 'stratified'"),
     ("num-components", 0, "at least 1"),
     ("mixture", "even", "'inferred', 'balanced', 'counts'"),

@@ -176,7 +176,7 @@ class UpdateBound:
         """The same for a finite model whose `square_sums` are known."""
         # ||proposed|| + ||current|| bounds the step and mostly settles it; 1 % is for rounding.
         reach = 1.01 * (_norm(proposed, sums) + self._norm)
-        if reach <= self.max_ratio * self._norm:
+        if reach < self.max_ratio * self._norm:
             return None
         step = norm = 0.0
         for key, value in proposed.items():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfusion_flwr.fusion.folding import Folding
@@ -32,6 +32,7 @@ def test_every_statistic_goes_into_one_sum_with_a_sign() -> None:
     assert sorted((features != 0).sum(0).tolist()) == [2, 3]
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(65, 400), st.integers(0, 1000))
 def test_squared_distances_shrink_by_the_number_of_layers(width: int, seed: int) -> None:
     """Over 200 foldings the mean square of a folded vector is |x|^2 / layers, within 20 %."""
