@@ -13,10 +13,15 @@ import numpy as np
 
 from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import RunConfig
-from fedfusion_flwr.data import NO_AUGMENTATION, augment, central_test_data, data_for
+from fedfusion_flwr.data import (
+    NO_AUGMENTATION,
+    augment,
+    central_test_data,
+    data_for,
+    partition_for,
+)
 from fedfusion_flwr.data.partition import local_split
 from fedfusion_flwr.experiments.rows import Row, identity
-from fedfusion_flwr.experiments.suite import federated_epochs
 from fedfusion_flwr.models import model_for
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.tracking import RunDirectory, state_digest
@@ -39,7 +44,8 @@ def train_centralized(
     Parameters
     ----------
     config : dict[str, Value]
-        Run-config overrides; keys of strategies and partitions mean nothing here.
+        Run-config overrides. The partition says how many steps the federated run takes, and
+        nothing else; a strategy's keys mean nothing here.
     folder, model_file : str
         Where the model is saved, as safetensors.
     batch_seed : int
@@ -63,7 +69,7 @@ def train_centralized(
     y = data.y_train[everything[kept]].to(device)
     model = place_model(model_for(parsed, data, parsed.seed), device)
     epoch = math.ceil(len(y) / parsed.batch_size)
-    total = steps if steps is not None else round(federated_epochs(config) * epoch)
+    total = federated_steps(parsed) if steps is None else steps
 
     checkpoints, losses, accuracies = [0], [], []
     while True:
@@ -112,3 +118,22 @@ def train_centralized(
         "seconds": round(time.perf_counter() - started, 1),
         **about,
     }
+
+
+def federated_steps(config: RunConfig) -> int:
+    """Gradient steps of all clients in a federated run in which nobody fails.
+
+    With partial participation the expected number, rounded.
+    """
+    in_epoch = 0
+    for client, indices in enumerate(partition_for(config).indices):
+        train_part, _ = local_split(indices, config.validation_fraction, config.seed, client)
+        in_epoch += steps_of(len(train_part), config.batch_size)
+    taking_part = config.num_train_clients / config.num_clients
+    return round(config.num_server_rounds * config.local_epochs * taking_part * in_epoch)
+
+
+def steps_of(examples: int, batch_size: int) -> int:
+    """Batches of an epoch; a last batch of one example joins the one before."""
+    joins = examples > batch_size and examples % batch_size == 1
+    return math.ceil(examples / batch_size) - joins

@@ -12,7 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
-from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.experiments.grid import TUNE, Cell, Overrides, merged, with_equal_steps
 
@@ -265,7 +264,10 @@ def _tuning(told: dict[str, Any] | None, name: str) -> Tuning | None:
 def _centralized(
     told: dict[str, Any] | None, grids: list[Grid], name: str
 ) -> tuple[list[Grid], list[int]]:
-    """Of the groups named: the same data sets, models and rounds, with seeds of their own."""
+    """Of the groups named: their data sets, models and rounds, with seeds of their own.
+
+    Of the partitions the first, which says how many gradient steps there are.
+    """
     if told is None:
         return [], []
     where = f"suite '{name}', centralized"
@@ -278,7 +280,7 @@ def _centralized(
             [],
             grid.datasets,
             grid.models,
-            [],
+            grid.partitions[:1],
             told.get("seeds", [0]),
             merged(grid.config, told.get("config", {})),
             float(told.get("seconds", 0)),
@@ -294,10 +296,3 @@ def _only(told: Mapping[str, Any], allowed: set[str], where: str) -> None:
             close = difflib.get_close_matches(key, allowed, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known are {sorted(allowed)}"
             raise SuiteError(f"{where}: unknown key '{key}'; {hint}")
-
-
-def federated_epochs(config: Mapping[str, Any]) -> float:
-    """Passes over all training examples that a federated run with this config makes."""
-    parsed = RunConfig.from_run_config(config)
-    trained = parsed.num_train_clients / parsed.num_clients
-    return parsed.num_server_rounds * parsed.local_epochs * trained

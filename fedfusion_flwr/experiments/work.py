@@ -14,7 +14,7 @@ from fedfusion_flwr.experiments.cell import SIMULATION
 from fedfusion_flwr.experiments.grid import TUNE, Cell, Overrides, merged, slug
 from fedfusion_flwr.experiments.processes import Job
 from fedfusion_flwr.experiments.rows import Row
-from fedfusion_flwr.experiments.suite import Suite, federated_epochs
+from fedfusion_flwr.experiments.suite import Suite
 
 CENTRALIZED = "centralized"
 MODELS_FOLDER = "models"
@@ -178,25 +178,20 @@ class Reference:
 
 
 def references(suite: Suite) -> list[Reference]:
-    """What the suite wants trained on the pooled data.
-
-    Where several groups have a data set and model in common, with the steps of the longest.
-    """
-    longest: dict[tuple[str, str], Overrides] = {}
-    seconds: dict[tuple[str, str], float] = {}
-    seeds: dict[tuple[str, str], list[int]] = {}
+    """What the suite wants trained on the pooled data; of several groups the first counts."""
+    found: dict[str, Reference] = {}
     for grid in suite.centralized:
-        for dataset, model in itertools.product(grid.datasets, grid.models):
-            named = suite.named("datasets", dataset), suite.named("models", model)
-            config = merged(suite.common, grid.config, *named)
-            known = longest.get((dataset, model))
-            if known is None or federated_epochs(config) > federated_epochs(known):
-                longest[dataset, model] = config
-                seconds[dataset, model] = grid.seconds
-                seeds[dataset, model] = list(grid.seeds)
-    return [
-        Reference(*key, seed, batch_seed, {**config, "seed": seed}, seconds[key])
-        for key, config in longest.items()
-        for seed in seeds[key]
-        for batch_seed in suite.batch_seeds
-    ]
+        for dataset, model, seed, batch_seed in itertools.product(
+            grid.datasets, grid.models, grid.seeds, suite.batch_seeds
+        ):
+            config = merged(
+                suite.common,
+                grid.config,
+                suite.named("datasets", dataset),
+                suite.named("models", model),
+                suite.named("partitions", grid.partitions[0]),
+                {"seed": seed},
+            )
+            reference = Reference(dataset, model, seed, batch_seed, config, grid.seconds)
+            found.setdefault(reference.id, reference)
+    return list(found.values())
