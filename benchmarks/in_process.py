@@ -6,68 +6,35 @@ Without Ray; the numbers of a run are the same. A result file holds one JSON obj
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
+
+__all__ = ["Row", "append_row", "read_rows", "run_federation", "run_in_processes"]
 
 
 def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
     """Run one federation; its metrics of every round from 0, and what identifies the run."""
-    import torch
     from flwr.app import Context, RecordDict
 
     from client_app import app
     from fedfusion_flwr.server import run
     from fedfusion_flwr.simulation import InProcessGrid
 
-    commit = _commit()  # Before the run, while nobody has changed a file.
+    about = identity()  # Before the run, while nobody has changed a file.
     with tempfile.TemporaryDirectory() as folder:
         context = Context(1, 0, {}, RecordDict(), {**config, "output-dir": folder})
         started = time.perf_counter()
         outcome = run(InProcessGrid(app, config["num-clients"], context.run_config), context)
         seconds = time.perf_counter() - started
         metrics = read_rows(outcome.directory / "metrics.jsonl")
-    return metrics, {
-        "digest": outcome.digest,
-        "seconds": round(seconds, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "flwr": version("flwr"),
-        "commit": commit,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-    }
-
-
-def _commit() -> str:
-    """The commit that is checked out here, marked where files differ from it; or unknown."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    folder = Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; none where it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Add a row to a file."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    return metrics, {"digest": outcome.digest, "seconds": round(seconds, 1), **about}
 
 
 def run_in_processes(cells: Sequence[tuple[Any, ...]], options: list[str], workers: int) -> None:

@@ -58,12 +58,13 @@ def identity() -> Row:
     """Versions, commit and machine; ask before the run, while nobody has changed a file."""
     import torch
 
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "flwr": version("flwr"),
         "commit": _commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}{gpu}",
     }
 
 
