@@ -104,7 +104,7 @@ def _compare(options: argparse.Namespace) -> int:
     from fedfusion_flwr.experiments.compare import Comparison, locked
     from fedfusion_flwr.experiments.processes import interrupted_by_sigterm
     from fedfusion_flwr.experiments.render import TITLES, markdown, write_tables
-    from fedfusion_flwr.experiments.suite import load_suite
+    from fedfusion_flwr.experiments.suite_file import load_suite
     from fedfusion_flwr.experiments.work import Machine
 
     suite = load_suite(options.suite)
@@ -151,10 +151,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _centralized(options: argparse.Namespace) -> int:
+    from fedfusion_flwr.command_line import parse_overrides
     from fedfusion_flwr.experiments.centralized import train_centralized
     from fedfusion_flwr.experiments.rows import read_rows, write_rows
     from fedfusion_flwr.experiments.work import Machine, Reference
-    from fedfusion_flwr.overrides import parse_overrides
 
     config = {
         **parse_overrides(options.run_config),

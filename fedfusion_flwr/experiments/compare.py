@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.experiments.grid import Overrides
+from fedfusion_flwr.experiments.overrides import Overrides
 from fedfusion_flwr.experiments.processes import Job, run_jobs
 from fedfusion_flwr.experiments.progress import Clock, Timed, shown
 from fedfusion_flwr.experiments.rows import Row, append_row, read_rows, write_rows, write_text
 from fedfusion_flwr.experiments.suite import Suite, SuiteError
 from fedfusion_flwr.experiments.tuning import scores, winners
-from fedfusion_flwr.experiments.work import CellWork, Machine, Work, references
+from fedfusion_flwr.experiments.work import Machine, Work
 
 FILES = ("tune.jsonl", "cells.jsonl", "centralized.jsonl")
 FAILURES, OUTDATED = "failures.jsonl", "outdated.jsonl"
@@ -119,11 +119,10 @@ class Comparison:
         ]
 
     def _tuning(self) -> list[Work]:
-        return [CellWork(cell) for cell in self.suite.tune_cells()]
+        return list(self.suite.tune_cells())
 
     def _compared(self) -> list[Work]:
-        cells = self.suite.cells(self.winners())
-        return [*(CellWork(cell) for cell in cells), *references(self.suite)]
+        return [*self.suite.cells(self.winners()), *self.suite.references()]
 
     def _wanted(self, work: Sequence[Work]) -> list[Work]:
         return [one for one in work if not self.groups or one.group in self.groups]

@@ -68,7 +68,7 @@ class _Running:
 
     def result(self) -> Row:
         """What the process wrote; or what became of it."""
-        self._close()
+        self.close()
         path = self.job.folder / RESULT
         if path.exists():
             result: Row = json.loads(path.read_text(encoding="utf-8"))
@@ -79,14 +79,13 @@ class _Running:
 
     def stop(self) -> None:
         """End the process and what it has started."""
-        self._close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_GRACE_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """The process ends when its standard input does."""
         with contextlib.suppress(OSError):
             assert self.process.stdin is not None
@@ -119,6 +118,8 @@ def run_jobs(jobs: Iterable[Job], workers: int) -> Generator[tuple[Job, Row], No
             if running:
                 time.sleep(0.1)
     finally:
+        for one in running:
+            one.close()
         for one in running:
             one.stop()
 

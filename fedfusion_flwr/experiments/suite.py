@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suites: TOML files that say which runs are compared."""
+"""Suites: which runs are compared."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, cast
 
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.experiments.grid import TUNE, Cell, Overrides, merged, with_equal_steps
+from fedfusion_flwr.experiments.overrides import Overrides, merged, with_equal_steps
+from fedfusion_flwr.experiments.work import Cell, Reference
 
 AXES = {
     "strategies": "strategy",
@@ -22,10 +18,6 @@ AXES = {
     "partitions": "partition",
 }
 """Tables of a suite, and the run-config key that a name stands for where there is no table."""
-_SUITE = {"name", "keep", "common", "groups", "tune", "centralized", *AXES}
-_GROUP = {"name", "seeds", "seconds", "config", "tuned", *AXES}
-_TUNE = {"seeds", "seconds", "config", "candidates", "metric", *AXES} - {"strategies"}
-_CENTRALIZED = {"groups", "seeds", "batch-seeds", "seconds", "config"}
 
 
 class SuiteError(FedFusionError, ValueError):
@@ -73,7 +65,7 @@ class Suite:
         The groups; several may share a name.
     tuning : Tuning or None
         If given, its winners' keys are part of the strategies.
-    centralized : Grid or None
+    centralized : list[Grid]
         Data sets and models that are trained on the pooled data, too; seeds are of the model.
     batch_seeds : list[int]
         Orders of the batches of each of those.
@@ -111,6 +103,28 @@ class Suite:
             for number, candidate in enumerate(candidates)
             for cell in self._expanded(self.tuning.grid, {strategy: candidate}, strategy, number)
         ]
+
+    def references(self) -> list[Reference]:
+        """What is trained on the pooled data, too; of several groups that want it the first counts.
+
+        The group's first partition says how many gradient steps the reference takes.
+        """
+        found: dict[str, Reference] = {}
+        for grid in self.centralized:
+            for dataset, model, seed, batch_seed in itertools.product(
+                grid.datasets, grid.models, grid.seeds, self.batch_seeds
+            ):
+                config = merged(
+                    self.common,
+                    grid.config,
+                    self.named("datasets", dataset),
+                    self.named("models", model),
+                    self.named("partitions", grid.partitions[0]),
+                    {"seed": seed},
+                )
+                reference = Reference(dataset, model, seed, batch_seed, config, grid.seconds)
+                found.setdefault(reference.id, reference)
+        return list(found.values())
 
     def check_data_roots(self, names: Iterable[str]) -> None:
         """Refuse the name of a data set that the suite does not have."""
@@ -171,128 +185,3 @@ class Suite:
                 )
             line.insert(0, str(base))
         return line
-
-
-def load_suite(name: str) -> Suite:
-    """A suite that comes with the package, by name, or one's own, by path.
-
-    Raises
-    ------
-    SuiteError
-        One sentence: what is wrong with which part.
-    """
-    shipped = files("fedfusion_flwr.experiments") / "suites" / f"{name}.toml"
-    if name.isidentifier() and shipped.is_file():
-        return parse_suite(shipped.read_text(encoding="utf-8"))
-    path = Path(name)
-    if not path.is_file():
-        known = sorted(
-            entry.name.removesuffix(".toml")
-            for entry in (files("fedfusion_flwr.experiments") / "suites").iterdir()
-            if entry.name.endswith(".toml")
-        )
-        raise SuiteError(
-            f"there is no suite '{name}': use one of {', '.join(known)}, or the path of a .toml "
-            "file of your own"
-        )
-    return parse_suite(path.read_text(encoding="utf-8"), path.stem)
-
-
-def parse_suite(text: str, name: str = "") -> Suite:
-    """Parse and check a suite."""
-    try:
-        told = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
-        raise SuiteError(f"suite '{name}' is not TOML: {problem}") from problem
-    name = str(told.get("name", name))
-    _only(told, _SUITE, f"suite '{name}'")
-    tables = {axis: dict(told.get(axis, {})) for axis in AXES}
-    groups = told.get("groups", [])
-    if not groups:
-        raise SuiteError(f"suite '{name}' has no [[groups]]")
-    grids = [_grid(group, f"suite '{name}', group '{group.get('name')}'") for group in groups]
-    suite = Suite(
-        name,
-        text,
-        dict(told.get("common", {})),
-        tables,
-        grids,
-        told.get("keep"),
-        _tuning(told.get("tune"), name),
-        *_centralized(told.get("centralized"), grids, name),
-    )
-    # Whatever is wrong shows now and not after hours.
-    suite.cells({})
-    suite.tune_cells()
-    return suite
-
-
-def _grid(group: dict[str, Any], where: str, allowed: set[str] = _GROUP) -> Grid:
-    _only(group, allowed, where)
-    for axis in (*(AXES.keys() & allowed), "seeds"):
-        if not isinstance(group.get(axis), list) or not group[axis]:
-            raise SuiteError(f"{where}: {axis} must be a list of one or more")
-    return Grid(
-        str(group.get("name", TUNE)),
-        group.get("strategies", []),
-        group["datasets"],
-        group["models"],
-        group["partitions"],
-        group["seeds"],
-        dict(group.get("config", {})),
-        float(group.get("seconds", 0)),
-        bool(group.get("tuned", True)),
-    )
-
-
-def _tuning(told: dict[str, Any] | None, name: str) -> Tuning | None:
-    if told is None:
-        return None
-    where = f"suite '{name}', tune"
-    candidates = cast(dict[str, list[Overrides]], told.get("candidates", {}))
-    sizes = {len(tried) for tried in candidates.values()}
-    if len(sizes) != 1 or 0 in sizes:
-        raise SuiteError(
-            f"{where}: every strategy must have as many candidates as the others, got "
-            + (", ".join(f"{len(c)} for {s}" for s, c in candidates.items()) or "none")
-        )
-    metric = told.get("metric", {})
-    metrics = {s: str(metric.get(s, "global-accuracy")) for s in candidates}
-    return Tuning(_grid(told, where, _TUNE), candidates, metrics)
-
-
-def _centralized(
-    told: dict[str, Any] | None, grids: list[Grid], name: str
-) -> tuple[list[Grid], list[int]]:
-    """Of the groups named: their data sets, models and rounds, with seeds of their own.
-
-    Of the partitions the first, which says how many gradient steps there are.
-    """
-    if told is None:
-        return [], []
-    where = f"suite '{name}', centralized"
-    _only(told, _CENTRALIZED, where)
-    wanted = told.get("groups", [grid.name for grid in grids])
-    chosen = [grid for grid in grids if grid.name in wanted]
-    references = [
-        Grid(
-            grid.name,
-            [],
-            grid.datasets,
-            grid.models,
-            grid.partitions[:1],
-            told.get("seeds", [0]),
-            merged(grid.config, told.get("config", {})),
-            float(told.get("seconds", 0)),
-        )
-        for grid in chosen
-    ]
-    return references, told.get("batch-seeds", [0])
-
-
-def _only(told: Mapping[str, Any], allowed: set[str], where: str) -> None:
-    for key in told:
-        if key not in allowed:
-            close = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known are {sorted(allowed)}"
-            raise SuiteError(f"{where}: unknown key '{key}'; {hint}")

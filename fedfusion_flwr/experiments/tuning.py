@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from fedfusion_flwr.experiments.grid import Overrides
+from fedfusion_flwr.experiments.overrides import Overrides
 from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.experiments.suite import Tuning
 

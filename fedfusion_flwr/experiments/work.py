@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fedfusion_flwr.config import Value
 from fedfusion_flwr.experiments.cell import SIMULATION
-from fedfusion_flwr.experiments.grid import TUNE, Cell, Overrides, merged, slug
+from fedfusion_flwr.experiments.overrides import Overrides, slug
 from fedfusion_flwr.experiments.processes import Job
 from fedfusion_flwr.experiments.rows import Row
-from fedfusion_flwr.experiments.suite import Suite
 
-CENTRALIZED = "centralized"
-MODELS_FOLDER = "models"
+TUNE, CENTRALIZED = "tune", "centralized"
+"""The groups of the tuning's cells and of the references."""
+RUNS_FOLDER, MODELS_FOLDER = "runs", "models"
 
 
 @dataclass(frozen=True)
@@ -50,76 +49,72 @@ class Machine:
         return {} if root is None else {"data-root": root}
 
 
-class Work(Protocol):
-    """One piece of work, and where its row goes."""
-
-    @property
-    def id(self) -> str:
-        """The same in every session."""
-
-    @property
-    def group(self) -> str:
-        """What else takes about as long."""
-
-    @property
-    def seconds(self) -> float:
-        """What the suite says that it takes; 0 where it does not."""
-
-    @property
-    def file(self) -> str:
-        """The file of its rows."""
-
-    def factors(self) -> Row:
-        """The first columns of its row."""
-
-    def is_row(self, row: Row) -> bool:
-        """Whether a stored row is of this work, with the config that it has now."""
-
-    def job(self, machine: Machine) -> Job:
-        """The job that makes its row."""
-
-
 @dataclass(frozen=True)
-class CellWork:
-    """A federated run."""
+class Cell:
+    """One run of a suite.
 
-    cell: Cell
+    Attributes
+    ----------
+    group, strategy, dataset, model, partition : str
+        Names in the suite.
+    seed : int
+        Of the run.
+    config : dict[str, Value]
+        Every run-config key that differs from the app's defaults or that the suite names.
+    seconds : float
+        What it takes, as the suite says; 0 where it does not.
+    candidate : int or None
+        Tuning: which of the strategy's candidates.
+    """
 
-    @property
-    def id(self) -> str:
-        """The cell's."""
-        return self.cell.id
-
-    @property
-    def group(self) -> str:
-        """The cell's."""
-        return self.cell.group
-
-    @property
-    def seconds(self) -> float:
-        """The cell's."""
-        return self.cell.seconds
+    group: str
+    strategy: str
+    dataset: str
+    model: str
+    partition: str
+    seed: int
+    config: Overrides
+    seconds: float = 0.0
+    candidate: int | None = None
 
     @property
     def file(self) -> str:
-        """Those of the tuning are apart: nothing is to be compared in them."""
-        return "tune.jsonl" if self.cell.group == TUNE else "cells.jsonl"
+        """The file of its row. Those of the tuning are apart: nothing is compared in them."""
+        return "tune.jsonl" if self.group == TUNE else "cells.jsonl"
+
+    @property
+    def id(self) -> str:
+        """A file name made of the factors, the same in every session."""
+        which = [] if self.candidate is None else [f"c{self.candidate}"]
+        parts = (self.group, self.dataset, self.model, self.partition, self.strategy, *which)
+        return slug(*parts, f"s{self.seed}")
 
     def factors(self) -> Row:
-        """The cell's."""
-        return self.cell.factors()
+        """The first columns of the cell's row."""
+        row: Row = {
+            "cell": self.id,
+            "strategy": self.strategy,
+            "dataset": self.dataset,
+            "model": self.model,
+            "partition": self.partition,
+            "seed": self.seed,
+            "group": self.group,
+        }
+        if self.candidate is not None:
+            row["candidate"] = self.candidate
+        return row | {"config": self.config}
 
     def is_row(self, row: Row) -> bool:
-        """The cell's."""
-        return self.cell.is_row(row)
+        """Whether a stored row is of this cell, with the config that it has now."""
+        return bool(row["cell"] == self.id and row["config"] == self.config)
 
     def job(self, machine: Machine) -> Job:
         """A run in a directory of its own; checkpoints are of no use in one that starts anew."""
-        folder = machine.folder / "runs" / self.id
+        folder = machine.folder / RUNS_FOLDER / self.id
         config = {
             "checkpoint-every": 0,
-            **self.cell.config,
-            **machine.local(self.cell.dataset),
+            **self.config,
+            **machine.local(self.dataset),
             "output-dir": str(folder.resolve()),
         }
         arguments = {"engine": machine.engine, "cpus": machine.cpus, "gpus": machine.gpus}
@@ -173,25 +168,9 @@ class Reference:
 
     def job(self, machine: Machine) -> Job:
         """The training, which takes no engine."""
-        folder = machine.folder / "runs" / f"{CENTRALIZED}-{self.id}"
+        folder = machine.folder / RUNS_FOLDER / f"{CENTRALIZED}-{self.id}"
         return Job(self.id, {"kind": CENTRALIZED, **self.arguments(machine)}, folder)
 
 
-def references(suite: Suite) -> list[Reference]:
-    """What the suite wants trained on the pooled data; of several groups the first counts."""
-    found: dict[str, Reference] = {}
-    for grid in suite.centralized:
-        for dataset, model, seed, batch_seed in itertools.product(
-            grid.datasets, grid.models, grid.seeds, suite.batch_seeds
-        ):
-            config = merged(
-                suite.common,
-                grid.config,
-                suite.named("datasets", dataset),
-                suite.named("models", model),
-                suite.named("partitions", grid.partitions[0]),
-                {"seed": seed},
-            )
-            reference = Reference(dataset, model, seed, batch_seed, config, grid.seconds)
-            found.setdefault(reference.id, reference)
-    return list(found.values())
+Work = Cell | Reference
+"""What makes one row."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedfusion_flwr.experiments.grid import Overrides
+from fedfusion_flwr.experiments.overrides import Overrides
 from fedfusion_flwr.experiments.progress import Clock, Timed, shown
 from fedfusion_flwr.experiments.suite import Grid, Tuning
 from fedfusion_flwr.experiments.tuning import score, scores, winners

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fedfusion_flwr.config import STRATEGIES, RunConfig
-from fedfusion_flwr.experiments.grid import equal_rounds, slug
-from fedfusion_flwr.experiments.suite import SuiteError, load_suite, parse_suite
-from fedfusion_flwr.experiments.work import references
+from fedfusion_flwr.experiments.overrides import equal_rounds, slug
+from fedfusion_flwr.experiments.suite import SuiteError
+from fedfusion_flwr.experiments.suite_file import load_suite, parse_suite
 
 SMALL = """
 [common]
@@ -115,7 +115,7 @@ def test_tuning_tries_every_candidate() -> None:
 
 
 def test_references_have_no_strategy_and_two_orders_of_batches() -> None:
-    found = references(parse_suite(SMALL, "mine"))
+    found = parse_suite(SMALL, "mine").references()
     assert [(r.id, r.batch_seed) for r in found] == [
         ("mnist-5k-lenet-s0-b0", 0),
         ("mnist-5k-lenet-s0-b1", 1),
@@ -185,6 +185,20 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
         ('name = "plain"', 'name = "main"', "two cells are called"),
         ("[tune.candidates]", "[tune.candidates]\nfedavg = [{}]", "2 for fedfusion"),
         ("[common]", "[common", "is not TOML"),
+        (
+            "[tune.candidates]",
+            "[tune.metric]\nfedavg = 'x'\n[tune.candidates]",
+            "unknown key 'fedavg'",
+        ),
+        (
+            "[tune.candidates]",
+            "[tune.metric]\nfedfusion = 'speed'\n[tune.candidates]",
+            "metric 'speed' is none of global-accuracy",
+        ),
+        ('groups = ["main"]', 'groups = ["mian"]', "there is no group 'mian'"),
+        ('name = "plain"', 'name = "tune"', "that name is taken"),
+        ("[groups.config]\nbatch-size = 64", "config = 64", "not laid out as docs/compare.md says"),
+        ("[partitions.skewed]", "[partitions]\nskewed = 3\n[models.x]", "not laid out"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(old: str, new: str, sentence: str) -> None:
