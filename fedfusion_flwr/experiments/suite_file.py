@@ -135,7 +135,7 @@ def _tuning(told: dict[str, Any] | None, name: str) -> Tuning | None:
 def _centralized(
     told: dict[str, Any] | None, grids: list[Grid], name: str
 ) -> tuple[list[Grid], list[int]]:
-    """Of the groups named: their data sets, models and rounds, with seeds of their own.
+    """Of the groups named: their data sets, models, rounds and, unless others are told, seeds.
 
     Of the partitions the first, which says how many gradient steps there are.
     """
@@ -156,7 +156,7 @@ def _centralized(
             grid.datasets,
             grid.models,
             grid.partitions[:1],
-            told.get("seeds", [0]),
+            told.get("seeds", grid.seeds),
             merged(grid.config, told.get("config", {})),
             float(told.get("seconds", 0)),
         )

@@ -51,6 +51,7 @@ tuned = false
 
 [centralized]
 groups = ["main"]
+seeds = [0]
 """
 
 
