@@ -15,7 +15,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_process import Row, append_row, read_rows, run_federation, run_in_processes
+from benchmarks.in_process import run_federation, run_in_processes
+from fedfusion_flwr.experiments.rows import Row, append_row, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 SEEDS = (0, 1, 2)

@@ -6,52 +6,41 @@ Without Ray; the numbers of a run are the same. A result file holds one JSON obj
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from fedfusion_flwr.experiments.rows import Row, identity, read_rows
 
 
 def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
     """Run one federation; its metrics of every round from 0, and what identifies the run."""
+    from client_app import app
+
+    about = identity()  # Before the run, while nobody has changed a file.
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        digest = run_app({**config, "output-dir": folder}, app)
+        seconds = time.perf_counter() - started
+        metrics = read_rows(Path(folder) / "metrics.jsonl")
+    return metrics, {"digest": digest, "seconds": round(seconds, 1), **about}
+
+
+def run_app(config: dict[str, Any], client_app: Callable[..., Any]) -> str:
+    """Run the ServerApp with these clients, rows into ``output-dir``; the final digest."""
     from flwr.app import Context, RecordDict
 
-    from client_app import app
     from fedfusion_flwr.server import run
     from fedfusion_flwr.simulation import InProcessGrid
 
-    commit = current_commit()  # Before the run, while nobody has changed a file.
-    with tempfile.TemporaryDirectory() as folder:
-        context = Context(1, 0, {}, RecordDict(), {**config, "output-dir": folder})
-        started = time.perf_counter()
-        outcome = run(InProcessGrid(app, config["num-clients"], context.run_config), context)
-        seconds = time.perf_counter() - started
-        metrics = read_rows(outcome.directory / "metrics.jsonl")
-    return metrics, identity(outcome.digest, seconds, commit)
-
-
-def identity(digest: str, seconds: float, commit: str) -> Row:
-    """What identifies a run: its end, and the software and machine that it ran on."""
-    import torch
-
-    return {
-        "digest": digest,
-        "seconds": round(seconds, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "flwr": version("flwr"),
-        "commit": commit,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-    }
+    context = Context(1, 0, {}, RecordDict(), config)
+    grid = InProcessGrid(client_app, config["num-clients"], context.run_config)
+    return run(grid, context).digest
 
 
 def write_pictures(path: Path, train: int = 240, test: int = 40) -> Path:
@@ -67,28 +56,6 @@ def write_pictures(path: Path, train: int = 240, test: int = 40) -> Path:
         arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
     np.savez(path, **arrays)
     return path
-
-
-def current_commit() -> str:
-    """The commit that is checked out here, marked where files differ from it; or unknown."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    folder = Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; none where it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Add a row to a file."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def run_in_processes(cells: Sequence[tuple[Any, ...]], options: list[str], workers: int) -> None:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_process import Row, append_row, read_rows, run_federation, run_in_processes
+from benchmarks.in_process import run_federation, run_in_processes
+from fedfusion_flwr.experiments.rows import Row, append_row, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
 SHARED: dict[str, Any] = {"strategy": "fedfusion", "num-clients": 10, "partition": "iid"}

@@ -8,6 +8,7 @@ ratios within a row: absolute times depend on the machine and on who else uses i
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import threading
@@ -17,8 +18,6 @@ from pathlib import Path
 from types import TracebackType
 
 from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
-
-PAGE = 4096
 
 Case = Callable[[], Row]
 Columns = Mapping[str, Callable[[Row], object]]
@@ -71,7 +70,9 @@ class PeakMemory:
 
 def resident_bytes() -> int:
     """Resident memory of this process (Linux)."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 def command_line(doc: str, results: Path, cases: Mapping[str, Case], columns: Columns) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -27,16 +26,11 @@ from typing import Any
 import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
-from benchmarks.in_process import (
-    Row,
-    append_row,
-    current_commit,
-    identity,
-    read_rows,
-    write_pictures,
-)
+from benchmarks.in_process import write_pictures
+from benchmarks.measuring import resident_bytes
 from client_app import app
 from fedfusion_flwr import protocol
+from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.server import RunOutcome, run
 from fedfusion_flwr.simulation import InProcessGrid
@@ -90,7 +84,7 @@ class CarelessGrid(InProcessGrid):
                 self.planned[message.metadata.message_type, failure] += 1
             if failure != "missing":
                 answered.append(message)
-        self.megabytes.append(resident_megabytes())
+        self.megabytes.append(resident_bytes() / 2**20)
         return super().send_and_receive(answered, timeout=timeout)
 
     def _careless(self, message: Message, context: Context) -> Message:
@@ -115,15 +109,9 @@ def spoil(reply: Message) -> None:
         reply.content[protocol.METRICS] = MetricRecord({**metrics, "personalized-loss": math.nan})
 
 
-def resident_megabytes() -> float:
-    """The process's resident memory, as Linux counts it."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def soak(config: dict[str, Any]) -> Row:
     """Run, check the books, go on for a round; the row of the results."""
-    commit = current_commit()
+    about = identity()
     with tempfile.TemporaryDirectory() as name:
         examples = EXAMPLES_PER_CLIENT * config["num-clients"]
         data = {"data-root": str(write_pictures(Path(name) / "pictures.npz", examples))}
@@ -149,7 +137,9 @@ def soak(config: dict[str, Any]) -> Row:
         "megabytes": [round(value, 1) for value in by_round],
         "final-accuracy": metrics[-1]["global-accuracy"],
         "resumed-to-round": last,
-        **identity(outcome.digest, seconds, commit),
+        "digest": outcome.digest,
+        "seconds": round(seconds, 1),
+        **about,
     }
 
 

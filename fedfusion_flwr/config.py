@@ -81,9 +81,12 @@ class RunConfig:
     resume_from: str = checked("", ANY)
     best_metric: str = checked("global-accuracy", one_of(*BEST_METRICS))
     patience: int = checked(0, at_least(0))
+    tensorboard: bool = checked(False, ANY)
 
     dataset: str = checked("mnist-5k", one_of_or_function(*DATASETS))
     data_root: str = checked("", ANY)
+    train_examples: int = checked(0, at_least(0))
+    test_examples: int = checked(0, at_least(0))
     augment: bool = checked(True, ANY)
     vocabulary_size: int = checked(20_000, at_least(3))
     text_length: int = checked(40, at_least(1))

@@ -40,6 +40,7 @@ from fedfusion_flwr.tracking import (
     RunDirectory,
     RunLog,
     RunSummary,
+    TensorBoardLog,
     ended_by_signals,
     newest_checkpoint,
     run_path,
@@ -125,7 +126,12 @@ class _Records:
     def __init__(
         self, directory: RunDirectory, config: RunConfig, strategy: BaseStrategy, cut: Partition
     ) -> None:
-        self.run_log, self.archive = RunLog(directory), FusionArchive(directory)
+        self.written: list[RunLog | FusionArchive | TensorBoardLog] = [
+            RunLog(directory),
+            FusionArchive(directory),
+        ]
+        if config.tensorboard:
+            self.written.append(TensorBoardLog(directory.path / "tensorboard"))
         self.best, self.history = BestModel(directory, config.best_metric), RunSummary()
         parts: dict[str, object] = {"best": self.best, "history": self.history}
         self.callbacks: list[RoundCallback] = []
@@ -135,8 +141,7 @@ class _Records:
             self.callbacks.append(recovery)
         self.checkpointer = Checkpointer(directory, config, strategy, parts)
         self.callbacks += [
-            self.run_log,
-            self.archive,
+            *self.written,
             self.best,
             self.history,
             ConsoleLine(config.num_server_rounds),
@@ -148,8 +153,8 @@ class _Records:
     def go_on_from(self, checkpoint: Checkpoint) -> None:
         """Bring everything to where the checkpoint was written; later rounds are forgotten."""
         self.checkpointer.restore(checkpoint)
-        self.run_log.rewind(checkpoint.server_round)
-        self.archive.rewind(checkpoint.server_round)
+        for part in self.written:
+            part.rewind(checkpoint.server_round)
 
 
 def central_evaluation(config: RunConfig) -> EvaluateFn:

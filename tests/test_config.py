@@ -77,6 +77,8 @@ OUT_OF_RANGE: list[tuple[str, Value, str]] = [
     ("dataset", "my data:load", "'module:function'"),
     ("vocabulary-size", 2, "at least 3"),
     ("text-length", 0, "at least 1"),
+    ("train-examples", -1, "at least 0"),
+    ("test-examples", -1, "at least 0"),
     ("num-clients", 0, "at least 1"),
     ("partition", "random", "'iid'"),
     ("dirichlet-alpha", 0.0, "greater than 0"),
@@ -161,7 +163,7 @@ def test_out_of_range(key: str, value: Value, allowed: str) -> None:
 def test_every_limited_key_is_in_the_table() -> None:
     unlimited = {
         *("output-dir", "resume-from", "data-root", "pool-moments", "augment", "compile"),
-        *("reshuffle-cycle", "warm-start"),
+        *("reshuffle-cycle", "warm-start", "tensorboard"),
     }
     assert {key for key, _, _ in OUT_OF_RANGE} == set(KEYS) - unlimited
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import in_process, learning
+from benchmarks import learning
 from fedfusion_flwr import RunConfig
+from fedfusion_flwr.experiments.rows import read_rows
 
 
 @pytest.mark.parametrize("name", learning.CASES)
@@ -18,7 +19,7 @@ def test_every_case_is_a_valid_run(name: str) -> None:
 
 
 def test_stored_runs_are_of_the_cases_and_reach_their_targets() -> None:
-    rows = in_process.read_rows(learning.RESULTS)
+    rows = read_rows(learning.RESULTS)
     assert "bilstm-sentiment140" in {row["case"] for row in rows}
     for row in rows:
         case = learning.CASES[row["case"]]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fedfusion_flwr.data.torchvision_sets import (
     mnist,
 )
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.user_code import described, load_function
 
 
@@ -73,13 +75,44 @@ def load_data(name: str, root: str = "", **options: int) -> FederatedData:
 
 
 def data_for(config: RunConfig) -> FederatedData:
-    """The data set that a run config names."""
-    return load_data(
+    """The data set that a run config names, or the part of it that is to be used."""
+    data = load_data(
         config.dataset,
         config.data_root,
         vocabulary_size=config.vocabulary_size,
         text_length=config.text_length,
     )
+    return _part(data, config.train_examples, config.test_examples)
+
+
+@lru_cache(maxsize=2)
+def _part(data: FederatedData, train_examples: int, test_examples: int) -> FederatedData:
+    """So many examples of both splits, in their old order; 0 takes all.
+
+    Which ones depends on nothing but the two sizes: runs with different seeds share them.
+    """
+    if not train_examples and not test_examples:
+        return data
+    train = _drawn(data, "train", len(data.y_train), train_examples)
+    test = _drawn(data, "test", len(data.y_test), test_examples)
+    return dataclasses.replace(
+        data,
+        x_train=data.x_train[train],
+        y_train=data.y_train[train],
+        x_test=data.x_test[test],
+        y_test=data.y_test[test],
+        users=None if data.users is None else data.users[train.numpy()],
+    )
+
+
+def _drawn(data: FederatedData, split: str, size: int, count: int) -> torch.Tensor:
+    if count > size:
+        raise DataError(
+            f"`{split}-examples` is {count}, but data set {data.name!r} has {size} of them; "
+            "lower it, or use 0 for all."
+        )
+    order = numpy_generator(0, f"{split}-examples").permutation(size)
+    return torch.from_numpy(np.sort(order[: count or size]))
 
 
 @lru_cache(maxsize=2)

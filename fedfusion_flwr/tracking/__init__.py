@@ -18,6 +18,7 @@ from fedfusion_flwr.tracking.console import ConsoleLine
 from fedfusion_flwr.tracking.records import BestModel, EarlyStopping, FusionArchive, RunLog
 from fedfusion_flwr.tracking.recovery import ComponentRecovery
 from fedfusion_flwr.tracking.summary import RunSummary
+from fedfusion_flwr.tracking.tensorboard import TensorBoardLog
 
 __all__ = [
     "BestModel",
@@ -32,6 +33,7 @@ __all__ = [
     "RunInterrupted",
     "RunLog",
     "RunSummary",
+    "TensorBoardLog",
     "ended_by_signals",
     "newest_checkpoint",
     "run_path",

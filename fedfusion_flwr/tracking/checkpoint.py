@@ -45,6 +45,7 @@ MAY_DIFFER = {
     "patience",
     "node-timeout",
     "round-timeout",
+    "tensorboard",
 }
 """Keys that a resumed run may change: none of them bears on a round's result."""
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedfusion_flwr.config import DATASETS
+from fedfusion_flwr.config import DATASETS, RunConfig
 from fedfusion_flwr.data import cache, sources
 from fedfusion_flwr.data.cache import cached_arrays
-from fedfusion_flwr.data.sources import DataError, FederatedData, load_data
+from fedfusion_flwr.data.sources import DataError, FederatedData, data_for, load_data
 
 ARRAYS = {"pixels": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": np.array([1, 2, 3])}
 
@@ -217,3 +217,30 @@ def test_every_data_set_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     for name in DATASETS:
         assert f"| `{name}`" in text
+
+
+def test_part_of_a_data_set(digits: FederatedData) -> None:
+    part = data_for(RunConfig(train_examples=300, test_examples=50))
+    assert part is data_for(RunConfig(train_examples=300, test_examples=50, seed=7))
+    assert (len(part.x_train), len(part.x_test)) == (300, 50)
+    whole = data_for(RunConfig(train_examples=300))
+    torch.testing.assert_close(whole.x_test, digits.x_test)
+    # Sorted by class as the whole set is, with every class, each image with its own label.
+    assert part.y_train.tolist() == sorted(part.y_train.tolist())
+    assert set(part.y_train.tolist()) == set(range(10))
+    drawn = labelled(part)
+    assert len(drawn) == 300
+    assert drawn < labelled(digits)
+
+
+def labelled(data: FederatedData) -> set[tuple[bytes, int]]:
+    """Every training image as its bytes, with its label."""
+    pairs = zip(data.x_train, data.y_train, strict=True)
+    return {(x.numpy().tobytes(), int(y)) for x, y in pairs}
+
+
+def test_more_than_there_is_is_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"`test-examples` is 1001, but data set 'mnist-5k' has 1000"
+    ):
+        data_for(RunConfig(test_examples=1001))

@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from click import ClickException
-from flwr.common.config import parse_config_args
-
+from fedfusion_flwr.command_line import parse_overrides
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.data.partition.overview import PartitionOverview
 from fedfusion_flwr.errors import FedFusionError
 
-_PAIR = re.compile(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)")
 _FIGURES = (".svg", ".png")
 
 
@@ -36,9 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     options = parser.parse_args(arguments)
     try:
-        _show(_parsed(options.config), options.output, options.json)
-    except ClickException as problem:
-        return _refuse(problem.message)
+        config = RunConfig.from_run_config(parse_overrides(options.config))
+        _show(config, options.output, options.json)
     except (FedFusionError, OSError, ValueError) as problem:
         return _refuse(str(problem))
     return 0
@@ -53,15 +48,6 @@ def _show(config: RunConfig, figure: Path | None, numbers: Path | None) -> None:
         overview.draw(figure)
     if numbers is not None:
         numbers.write_text(json.dumps(overview.to_json(), indent=2) + "\n", encoding="utf-8")
-
-
-def _parsed(arguments: list[str]) -> RunConfig:
-    for argument in arguments:
-        # Flower's parser leaves out what is no pair, and says nothing.
-        rest = _PAIR.sub("", argument).strip()
-        if rest and not argument.endswith(".toml"):
-            raise ConfigError(f"'{rest}' is no run-config override; write key=value")
-    return RunConfig.from_run_config(parse_config_args(arguments))
 
 
 def _refuse(sentence: str) -> int:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference: one model trained on the pooled data, with a federated run's gradient steps."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedfusion_flwr.computation import choose_device, place_model
+from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.data import (
+    NO_AUGMENTATION,
+    augment,
+    central_test_data,
+    data_for,
+    partition_for,
+)
+from fedfusion_flwr.data.partition import local_split
+from fedfusion_flwr.experiments.rows import Row, identity
+from fedfusion_flwr.models import model_for
+from fedfusion_flwr.randomness import torch_generator
+from fedfusion_flwr.tracking import RunDirectory, state_digest
+from fedfusion_flwr.training import evaluate, train
+
+
+def train_centralized(
+    config: dict[str, Any],
+    folder: str,
+    model_file: str,
+    batch_seed: int,
+    steps: int | None = None,
+) -> Row:
+    """Train the model of a run config on the training data of all clients together.
+
+    It begins as the federated run of the same seed does, and has batch size, rate, momentum and
+    weight decay of it. As many examples are held out as clients hold out. After every epoch the
+    model is tested and the optimizer starts anew, as clients' do in every round.
+
+    Parameters
+    ----------
+    config : dict[str, Value]
+        Run-config overrides. The partition says how many steps the federated run takes, and
+        nothing else; a strategy's keys mean nothing here.
+    folder, model_file : str
+        Where the model is saved, as safetensors.
+    batch_seed : int
+        Of the order of the batches, of crops and flips, and of nothing else.
+    steps : int or None
+        Gradient steps; by default those of the federated run with this config.
+
+    Returns
+    -------
+    Row
+        ``accuracy``, ``loss`` and ``checkpoints`` (gradient steps so far) of the initial model and
+        after every epoch, ``steps`` in all, ``digest``, ``seconds`` and what identifies the run.
+    """
+    about, started = identity(), time.perf_counter()
+    parsed = RunConfig.from_run_config(config)
+    data, device = data_for(parsed), choose_device(parsed.device)
+    x_test, y_test = (part.to(device) for part in central_test_data(parsed))
+    everything = np.arange(len(data.y_train))
+    kept, _ = local_split(everything, parsed.validation_fraction, parsed.seed, 0)
+    x = data.inputs(data.x_train[everything[kept]]).to(device)
+    y = data.y_train[everything[kept]].to(device)
+    model = place_model(model_for(parsed, data, parsed.seed), device)
+    epoch = math.ceil(len(y) / parsed.batch_size)
+    total = federated_steps(parsed) if steps is None else steps
+
+    checkpoints, losses, accuracies = [0], [], []
+    while True:
+        loss, accuracy = evaluate(model, x_test, y_test, parsed.precision)
+        losses.append(loss)
+        accuracies.append(accuracy)
+        if checkpoints[-1] >= total:
+            break
+        number = len(checkpoints)
+        augmentation = None
+        if parsed.augment and data.augmentation != NO_AUGMENTATION:
+            augmentation = functools.partial(
+                augment,
+                augmentation=data.augmentation,
+                generator=torch_generator(batch_seed, "centralized-augmentation", number),
+                fill=data.black,
+            )
+        result = train(
+            model,
+            x,
+            y,
+            epochs=1,
+            batch_size=parsed.batch_size,
+            learning_rate=parsed.learning_rate,
+            momentum=parsed.momentum,
+            weight_decay=parsed.weight_decay,
+            generator=torch_generator(batch_seed, "centralized", number),
+            augment=augmentation,
+            precision=parsed.precision,
+            compiled=parsed.compile,
+            max_steps=min(epoch, total - checkpoints[-1]),
+        )
+        checkpoints.append(checkpoints[-1] + result.steps)
+    state = {key: value.cpu() for key, value in model.state_dict().items()}
+    path = Path(folder) / model_file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = state_digest(state)
+    RunDirectory.to_go_on_with(path.parent).write_state(path.name, state, digest=digest)
+    return {
+        "accuracy": accuracies,
+        "loss": losses,
+        "checkpoints": checkpoints,
+        "steps": checkpoints[-1],
+        "model_file": model_file,
+        "digest": digest,
+        "seconds": round(time.perf_counter() - started, 1),
+        **about,
+    }
+
+
+def federated_steps(config: RunConfig) -> int:
+    """Gradient steps of all clients in a federated run in which nobody fails.
+
+    With partial participation the expected number, rounded.
+    """
+    in_epoch = 0
+    for client, indices in enumerate(partition_for(config).indices):
+        train_part, _ = local_split(indices, config.validation_fraction, config.seed, client)
+        in_epoch += steps_of(len(train_part), config.batch_size)
+    taking_part = config.num_train_clients / config.num_clients
+    return round(config.num_server_rounds * config.local_epochs * taking_part * in_epoch)
+
+
+def steps_of(examples: int, batch_size: int) -> int:
+    """Batches of an epoch; a last batch of one example joins the one before."""
+    joins = examples > batch_size and examples % batch_size == 1
+    return math.ceil(examples / batch_size) - joins

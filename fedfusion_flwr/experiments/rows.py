@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of results: one JSON object a line, each with what identifies the run behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; none where it does not exist. A last line that was cut off is no row."""
+    if not path.exists():
+        return []
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add a row to a file; after this it is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Replace a file by these rows, all at once."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file, all at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def identity() -> Row:
+    """Versions, commit and machine; ask before the run, while nobody has changed a file."""
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "flwr": version("flwr"),
+        "commit": _commit(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}{gpu}",
+    }
+
+
+def _commit() -> str:
+    """The commit of this package's clone, marked where files differ from it; or its version."""
+    folder = Path(__file__).parents[2]
+    if (folder / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.stdout.strip():
+            return done.stdout.strip()
+    return f"version {version('fedfusion-flwr')}"

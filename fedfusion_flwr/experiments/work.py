@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces of work of a suite: federated cells, and references trained on the pooled data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedfusion_flwr.config import Value
+from fedfusion_flwr.experiments.cell import SIMULATION
+from fedfusion_flwr.experiments.overrides import Overrides, slug
+from fedfusion_flwr.experiments.processes import Job
+from fedfusion_flwr.experiments.rows import Row
+
+TUNE, CENTRALIZED = "tune", "centralized"
+"""The groups of the tuning's cells and of the references."""
+RUNS_FOLDER, MODELS_FOLDER = "runs", "models"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how jobs run.
+
+    Attributes
+    ----------
+    folder : Path
+        Of the results.
+    engine : str
+        One of `cell.ENGINES`.
+    cpus : int
+        simulation: CPUs of each job.
+    gpus : float
+        simulation: share of a GPU for each client.
+    data_roots : Mapping[str, str]
+        Folders of data sets, by their names in the suite.
+    """
+
+    folder: Path
+    engine: str = SIMULATION
+    cpus: int = 1
+    gpus: float = 0.0
+    data_roots: Mapping[str, str] | None = None
+
+    def local(self, dataset: str) -> dict[str, Value]:
+        """Keys that belong to this machine: no row tells them."""
+        root = (self.data_roots or {}).get(dataset)
+        return {} if root is None else {"data-root": root}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a suite.
+
+    Attributes
+    ----------
+    group, strategy, dataset, model, partition : str
+        Names in the suite.
+    seed : int
+        Of the run.
+    config : dict[str, Value]
+        Every run-config key that differs from the app's defaults or that the suite names.
+    seconds : float
+        What it takes, as the suite says; 0 where it does not.
+    candidate : int or None
+        Tuning: which of the strategy's candidates.
+    """
+
+    group: str
+    strategy: str
+    dataset: str
+    model: str
+    partition: str
+    seed: int
+    config: Overrides
+    seconds: float = 0.0
+    candidate: int | None = None
+
+    @property
+    def file(self) -> str:
+        """The file of its row. Those of the tuning are apart: nothing is compared in them."""
+        return "tune.jsonl" if self.group == TUNE else "cells.jsonl"
+
+    @property
+    def id(self) -> str:
+        """A file name made of the factors, the same in every session."""
+        which = [] if self.candidate is None else [f"c{self.candidate}"]
+        parts = (self.group, self.dataset, self.model, self.partition, self.strategy, *which)
+        return slug(*parts, f"s{self.seed}")
+
+    def factors(self) -> Row:
+        """The first columns of the cell's row."""
+        row: Row = {
+            "cell": self.id,
+            "strategy": self.strategy,
+            "dataset": self.dataset,
+            "model": self.model,
+            "partition": self.partition,
+            "seed": self.seed,
+            "group": self.group,
+        }
+        if self.candidate is not None:
+            row["candidate"] = self.candidate
+        return row | {"config": self.config}
+
+    def is_row(self, row: Row) -> bool:
+        """Whether a stored row is of this cell, with the config that it has now."""
+        return bool(row["cell"] == self.id and row["config"] == self.config)
+
+    def job(self, machine: Machine) -> Job:
+        """A run in a directory of its own; checkpoints are of no use in one that starts anew."""
+        folder = machine.folder / RUNS_FOLDER / self.id
+        config = {
+            "checkpoint-every": 0,
+            **self.config,
+            **machine.local(self.dataset),
+            "output-dir": str(folder.resolve()),
+        }
+        arguments = {"engine": machine.engine, "cpus": machine.cpus, "gpus": machine.gpus}
+        return Job(self.id, {"kind": "cell", "config": config, **arguments}, folder)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model trained on the pooled data, for all runs with its data set and model."""
+
+    dataset: str
+    model: str
+    seed: int
+    batch_seed: int
+    config: Overrides
+    seconds: float = 0.0
+    steps: int | None = None
+
+    group = CENTRALIZED
+    file = "centralized.jsonl"
+
+    @property
+    def id(self) -> str:
+        """Made of the factors."""
+        return slug(self.dataset, self.model, f"s{self.seed}", f"b{self.batch_seed}")
+
+    def factors(self) -> Row:
+        """The first columns of the row; ``cell`` is the id."""
+        return {
+            "cell": self.id,
+            "dataset": self.dataset,
+            "model": self.model,
+            "seed": self.seed,
+            "batch_seed": self.batch_seed,
+            "config": self.config,
+        }
+
+    def is_row(self, row: Row) -> bool:
+        """By id and config."""
+        return bool(row["cell"] == self.id and row["config"] == self.config)
+
+    def arguments(self, machine: Machine) -> dict[str, Any]:
+        """Of `train_centralized`."""
+        return {
+            "config": {**self.config, **machine.local(self.dataset)},
+            "folder": str(machine.folder.resolve()),
+            "model_file": f"{MODELS_FOLDER}/{self.id}.safetensors",
+            "batch_seed": self.batch_seed,
+            "steps": self.steps,
+        }
+
+    def job(self, machine: Machine) -> Job:
+        """The training, which takes no engine."""
+        folder = machine.folder / RUNS_FOLDER / f"{CENTRALIZED}-{self.id}"
+        return Job(self.id, {"kind": CENTRALIZED, **self.arguments(machine)}, folder)
+
+
+Work = Cell | Reference
+"""What makes one row."""

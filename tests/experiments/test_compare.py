@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison runs and what it writes, with jobs that only pretend to run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.experiments import compare
+from fedfusion_flwr.experiments.compare import Comparison, locked
+from fedfusion_flwr.experiments.processes import Job
+from fedfusion_flwr.experiments.rows import Row, append_row, read_rows
+from fedfusion_flwr.experiments.suite import SuiteError
+from fedfusion_flwr.experiments.suite_file import parse_suite
+from fedfusion_flwr.experiments.work import Machine
+
+SUITE = """
+keep = ["config.json"]
+
+[tune]
+datasets = ["mnist-5k"]
+models = ["lenet"]
+partitions = ["dirichlet"]
+seeds = [100]
+[tune.candidates]
+fedavg = [{ learning-rate = 0.1 }, { learning-rate = 0.2 }]
+
+[[groups]]
+name = "main"
+strategies = ["fedavg", "fedbn"]
+datasets = ["mnist-5k"]
+models = ["lenet"]
+partitions = ["iid"]
+seeds = [0, 1]
+seconds = 2
+
+[[groups]]
+name = "other"
+strategies = ["fedavg"]
+datasets = ["mnist-5k"]
+models = ["lenet"]
+partitions = ["iid"]
+seeds = [0]
+seconds = 4
+tuned = false
+
+[centralized]
+groups = ["main"]
+seeds = [0]
+"""
+
+
+class Pretended:
+    """In place of `run_jobs`: the result of a job is what ``answer`` makes of it."""
+
+    def __init__(self, answer: Callable[[Job], Row]) -> None:
+        self.answer = answer
+        self.done: list[str] = []
+
+    def __call__(self, jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Row]]:
+        for job in jobs:
+            self.done.append(job.id)
+            job.folder.mkdir(parents=True)
+            for name in ("config.json", "best_model.safetensors"):
+                (job.folder / name).write_text("{}")
+            yield job, self.answer(job)
+
+
+def good(job: Job) -> Row:
+    """Accuracy is ten times the learning rate."""
+    if job.arguments["kind"] == "centralized":
+        return {"row": {"accuracy": [0.1, 0.9], "seconds": 1.0}}
+    rate = job.arguments["config"].get("learning-rate", 0.02)
+    metrics = [{"round": n, "global-accuracy": n * rate * 10} for n in (0, 1)]
+    return {"row": {"metrics": metrics, "digest": "d", "seconds": 1.0}}
+
+
+def good_but(broken: str) -> Callable[[Job], Row]:
+    """As `good`, but for one job."""
+    return lambda job: {"error": "it broke"} if job.id == broken else good(job)
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Comparison, Pretended, int]]:
+    def run(
+        suite: str = SUITE, answer: Callable[[Job], Row] = good, groups: tuple[str, ...] = ()
+    ) -> tuple[Comparison, Pretended, int]:
+        pretended = Pretended(answer)
+        monkeypatch.setattr(compare, "run_jobs", lambda *given: _generator(pretended(*given)))
+        comparison = Comparison(parse_suite(suite, "mine"), Machine(tmp_path), 1, groups)
+        return comparison, pretended, comparison.run()
+
+    return run
+
+
+def _generator(results: Iterator[Any]) -> Any:
+    yield from results
+
+
+def cells(folder: Path, name: str = "cells.jsonl") -> list[str]:
+    return [row["cell"] for row in read_rows(folder / name)]
+
+
+TUNE = [f"tune-mnist-5k-lenet-dirichlet-fedavg-c{n}-s100" for n in (0, 1)]
+MAIN = [
+    f"main-mnist-5k-lenet-iid-{name}-s{seed}" for name in ("fedavg", "fedbn") for seed in (0, 1)
+]
+OTHER = ["other-mnist-5k-lenet-iid-fedavg-s0"]
+REFERENCE = ["mnist-5k-lenet-s0-b0"]
+
+
+def test_everything_once_and_the_tuning_first(run: Any, tmp_path: Path) -> None:
+    _, first, failed = run()
+    assert failed == 0
+    assert first.done == TUNE + MAIN + OTHER + REFERENCE
+    assert cells(tmp_path) == MAIN + OTHER
+    assert cells(tmp_path, "tune.jsonl") == TUNE
+    assert cells(tmp_path, "centralized.jsonl") == REFERENCE
+    assert (tmp_path / "suite.toml").read_text() == SUITE
+    # The second candidate has the higher accuracy; `other` is not tuned, `fedbn` has no candidates.
+    rates = {
+        row["cell"]: row["config"].get("learning-rate")
+        for row in read_rows(tmp_path / "cells.jsonl")
+    }
+    assert rates == {MAIN[0]: 0.2, MAIN[1]: 0.2, MAIN[2]: None, MAIN[3]: None, OTHER[0]: None}
+
+    comparison, second, failed = run()
+    assert (second.done, failed) == ([], 0)
+    assert len(comparison.rows()) == 5
+    assert [row["chosen"] for row in comparison.tuning_rows()] == [False, True]
+
+
+def test_rows_say_where_they_stand(run: Any, tmp_path: Path) -> None:
+    run()
+    row = read_rows(tmp_path / "cells.jsonl")[0]
+    assert list(row)[:8] == [
+        *("cell", "strategy", "dataset", "model", "partition", "seed", "group", "config"),
+    ]
+    # What belongs to this machine is in no row.
+    assert {"output-dir", "data-root"}.isdisjoint(row["config"])
+
+
+def test_only_what_the_suite_keeps_stays_of_a_run(run: Any, tmp_path: Path) -> None:
+    run()
+    kept = [path.name for path in (tmp_path / "runs" / MAIN[0]).iterdir()]
+    assert kept == ["config.json"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(MAIN + OTHER)
+
+
+def test_a_failed_cell_stops_no_other_and_is_tried_again(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, failed = run(answer=good_but(MAIN[1]))
+    assert failed == 1
+    assert f"{MAIN[1]} | FAILED: it broke" in capsys.readouterr().out
+    assert cells(tmp_path) == [MAIN[0], *MAIN[2:], *OTHER]
+    assert [(r["cell"], r["error"]) for r in read_rows(tmp_path / "failures.jsonl")] == [
+        (MAIN[1], "it broke")
+    ]
+    _, again, failed = run()
+    assert (again.done, failed) == ([MAIN[1]], 0)
+    assert read_rows(tmp_path / "failures.jsonl") == []
+
+
+def test_a_candidate_that_fails_cannot_win(run: Any, tmp_path: Path) -> None:
+    _, _, failed = run(answer=good_but(TUNE[1]))
+    assert failed == 1
+    assert read_rows(tmp_path / "cells.jsonl")[0]["config"]["learning-rate"] == 0.1
+
+
+def test_only_changed_cells_run_again(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run()
+    changed = SUITE.replace("[[groups]]", "[strategies.fedbn]\nmomentum = 0.5\n\n[[groups]]", 1)
+    _, again, _ = run(changed)
+    assert again.done == MAIN[2:]
+    assert "2 rows of cells.jsonl are not of this suite any more" in capsys.readouterr().out
+    assert cells(tmp_path, "outdated.jsonl") == MAIN[2:]
+    assert sorted(cells(tmp_path)) == sorted(MAIN + OTHER)
+
+
+def test_another_winner_changes_the_cells_that_it_is_in(run: Any, tmp_path: Path) -> None:
+    run(answer=good_but(TUNE[1]))
+    _, again, _ = run()
+    assert again.done == [TUNE[1], *MAIN[:2]]
+
+
+def test_one_group_at_a_time(run: Any, tmp_path: Path) -> None:
+    _, first, _ = run(groups=("other",))
+    assert first.done == TUNE + OTHER
+    _, rest, _ = run()
+    assert rest.done == MAIN + REFERENCE
+    with pytest.raises(SuiteError, match="no group 'mian'; it has main, other"):
+        run(groups=("mian",))
+
+
+def test_a_row_that_was_cut_off_is_made_again(run: Any, tmp_path: Path) -> None:
+    run()
+    path = tmp_path / "cells.jsonl"
+    text = path.read_text()
+    path.write_text(text[:-20])
+    _, again, _ = run()
+    assert again.done == OTHER
+    assert path.read_text() == text
+
+
+def test_an_interruption_keeps_what_is_finished(run: Any, tmp_path: Path) -> None:
+    def interrupted(job: Job) -> Row:
+        if job.id == MAIN[2]:
+            raise KeyboardInterrupt
+        return good(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(answer=interrupted)
+    assert cells(tmp_path) == MAIN[:2]
+    _, again, _ = run()
+    assert again.done == MAIN[2:] + OTHER + REFERENCE
+
+
+def test_plan(run: Any, tmp_path: Path) -> None:
+    suite = parse_suite(SUITE, "mine")
+    plan = Comparison(suite, Machine(tmp_path), workers=2).plan().splitlines()
+    assert plan[1] == "main: 4 cells, 4 to do, about 2 s each, 4 s in all"
+    assert plan[-1].startswith("8 of 8 cells to do: about 6 s with 2 at a time")
+    assert list(tmp_path.iterdir()) == []
+    run(groups=("main",))
+    # Those took half of what the suite says, and so will the others.
+    plan = Comparison(suite, Machine(tmp_path), workers=1).plan().splitlines()
+    assert plan[1] == "main: 4 cells, 0 to do, about 0 s each, 0 s in all"
+    assert plan[2] == "other: 1 cells, 1 to do, about 2 s each, 2 s in all"
+
+
+def test_data_root_goes_to_the_job_and_not_into_the_row(tmp_path: Path) -> None:
+    comparison = Comparison(
+        parse_suite(SUITE, "mine"), Machine(tmp_path, data_roots={"mnist-5k": "/digits"})
+    )
+    jobs = [work.job(comparison.machine) for work in comparison._compared()]
+    assert {job.arguments["config"]["data-root"] for job in jobs} == {"/digits"}
+
+
+def test_one_comparison_in_a_folder(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path),
+        pytest.raises(FedFusionError, match="another comparison"),
+        locked(tmp_path),
+    ):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_rows_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.jsonl"
+    assert read_rows(path) == []
+    rows = [{"a": 1, "b": [0.1, None]}, {"c": "\u2028 and \n"}]
+    for row in rows:
+        append_row(path, row)
+    assert read_rows(path) == rows
+    with path.open("a") as file:
+        file.write(json.dumps({"cut": 1})[:-2])
+    assert read_rows(path) == rows
