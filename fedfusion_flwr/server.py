@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from logging import INFO
 from pathlib import Path
@@ -27,7 +28,9 @@ from fedfusion_flwr.data.text import VOCABULARY_FILE
 from fedfusion_flwr.models import model_for, shape_of
 from fedfusion_flwr.models.plain_network import plain_network
 from fedfusion_flwr.models.resize import fit_to_state
+from fedfusion_flwr.receiving import CarefulGrid
 from fedfusion_flwr.rounds import RoundCallback, State
+from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy, check_fits
 from fedfusion_flwr.strategies.reporting import EvaluateFn
 from fedfusion_flwr.tracking import (
@@ -37,6 +40,7 @@ from fedfusion_flwr.tracking import (
     ConsoleLine,
     EarlyStopping,
     FusionArchive,
+    IdleCores,
     RunDirectory,
     RunLog,
     RunSummary,
@@ -95,6 +99,9 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     if checkpoint is not None:
         records.go_on_from(checkpoint)
     _check_federation(grid, strategy, config)
+    on_this_machine = not isinstance(grid, CarefulGrid | InProcessGrid)
+    if on_this_machine and choose_device(config.device).type == "cpu":
+        strategy.callbacks.append(IdleCores(os.cpu_count() or 1, config.threads_per_client))
     log(INFO, "Run directory: %s", directory.path)
     sent = ConfigRecord({protocol.DATA_SIGNATURE: data.signature})
     try:

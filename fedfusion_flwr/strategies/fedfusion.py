@@ -274,7 +274,7 @@ class FedFusion(SingleModelStrategy):
         """Rows of the given clients, without components that nobody of the population lives in."""
         known = self.memory.ids
         pruned = prune_assignments(self.memory.assignments(known))
-        return pruned[[known.index(client) for client in ids]]
+        return pruned[_places(ids, known)]
 
     def _choose_mixture(self, assignments: Tensor, examples: Tensor) -> Tensor:
         if self.mixture_kind == "inferred":
@@ -291,7 +291,7 @@ class FedFusion(SingleModelStrategy):
         assert self.posterior is not None
         known = self.memory.ids
         everyone = torch.zeros(len(known), dtype=torch.float64)
-        everyone[[known.index(client) for client in ids]] = weights
+        everyone[_places(ids, known)] = weights
         self.report.fusion = FusionSnapshot(known, self.posterior, self.mixture, everyone)
         main = self.posterior.assignments.argmax(1).tolist()
         self.report.clusters = dict(zip(known, main, strict=True))
@@ -301,3 +301,8 @@ class FedFusion(SingleModelStrategy):
         if self.mixture_kind == "balanced":
             return f"balanced (exponent {self.balance_exponent:g})"
         return self.mixture_kind
+
+
+def _places(ids: list[int], known: list[int]) -> list[int]:
+    place = {client: row for row, client in enumerate(known)}
+    return [place[client] for client in ids]

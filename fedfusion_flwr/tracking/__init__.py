@@ -15,6 +15,7 @@ from fedfusion_flwr.tracking.checkpoint import (
     newest_checkpoint,
 )
 from fedfusion_flwr.tracking.console import ConsoleLine
+from fedfusion_flwr.tracking.idle_cores import IdleCores
 from fedfusion_flwr.tracking.records import BestModel, EarlyStopping, FusionArchive, RunLog
 from fedfusion_flwr.tracking.recovery import ComponentRecovery
 from fedfusion_flwr.tracking.summary import RunSummary
@@ -28,6 +29,7 @@ __all__ = [
     "ConsoleLine",
     "EarlyStopping",
     "FusionArchive",
+    "IdleCores",
     "OutputError",
     "RunDirectory",
     "RunInterrupted",

@@ -3,31 +3,12 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
-import pytest
 import torch
-from flwr.common.logger import FLOWER_LOGGER
 
 from fedfusion_flwr.fusion import FusionPosterior
 from fedfusion_flwr.rounds import FusionSnapshot, RoundReport
 from fedfusion_flwr.tracking import ConsoleLine
 from tests.support import FakeClient, run_federation
-
-
-@pytest.fixture
-def shown() -> Any:
-    """Messages that Flower's logger lets through."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    level = FLOWER_LOGGER.level
-    FLOWER_LOGGER.addHandler(handler)
-    FLOWER_LOGGER.setLevel(logging.INFO)
-    yield messages
-    FLOWER_LOGGER.removeHandler(handler)
-    FLOWER_LOGGER.setLevel(level)
 
 
 def fusion(mixture: list[float]) -> FusionSnapshot:
