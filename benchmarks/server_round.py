@@ -42,7 +42,6 @@ State = dict[str, torch.Tensor]
 def replies(state: State, clients: int) -> list[RecordDict]:
     """Models near ``state``, whose running means tell five groups apart."""
     generator = torch.Generator().manual_seed(0)
-    noise = {k: torch.rand(v.shape, generator=generator) - 0.5 for k, v in state.items()}
     offsets = {k: torch.randn(GROUPS, *v.shape, generator=generator) for k, v in state.items()}
     contents = []
     for client in range(clients):
@@ -51,7 +50,8 @@ def replies(state: State, clients: int) -> list[RecordDict]:
             if not value.is_floating_point():
                 model[key] = value + 1
                 continue
-            model[key] = value + noise[key] * (0.01 + 0.001 * client / clients)
+            noise = torch.rand(value.shape, generator=generator) - 0.5
+            model[key] = value + 0.01 * noise
             if key.endswith("running_mean"):
                 model[key] += offsets[key][client % GROUPS]
         metrics = MetricRecord({protocol.NUM_EXAMPLES: 100})
