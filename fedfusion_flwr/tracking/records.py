@@ -80,7 +80,7 @@ class FusionArchive:
             known = [column[client] for client in snapshot.clients]
             assignments[r, known] = snapshot.posterior.assignments.numpy()
             weights[r, known] = snapshot.weights.numpy()
-        latest: dict[str, np.ndarray] = {}
+        latest: dict[str, Any] = {}
         if report.fusion.statistics is not None:
             wide = np.full((len(clients), report.fusion.statistics.shape[1]), np.nan, np.float32)
             wide[[column[client] for client in report.fusion.clients]] = report.fusion.statistics

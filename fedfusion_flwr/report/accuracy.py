@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accuracy of the last round: every setting and strategy, beside centralized training."""
+
+from __future__ import annotations
+
+import statistics
+
+from fedfusion_flwr.report.evidence import Cell, Evidence, Setting, by_strategy
+from fedfusion_flwr.report.pictures import (
+    CENTRALIZED,
+    Numbers,
+    Part,
+    Picture,
+    Section,
+    Table,
+    canvas,
+    in_words,
+    legend_above,
+    look,
+)
+
+MEASURES = {"global": "global-accuracy", "personalized": "personalized-accuracy"}
+_MEANING = {
+    "global": "The served global model on the server's test set",
+    "personalized": "The model that serves each client on the client's own held-out examples, mean "
+    "over clients",
+}
+
+
+def last_values(cells: list[Cell], metric: str) -> list[float]:
+    """The metric's last value of every run that has it, ordered by seed."""
+    told = [cell.last(metric) for cell in sorted(cells, key=lambda cell: cell.seed)]
+    return [value for value in told if value is not None]
+
+
+def centralized_values(evidence: Evidence, setting: Setting) -> list[float]:
+    """The last accuracy of every centralized model of the setting's data and model."""
+    return [r.accuracy[-1] for r in evidence.references_for(setting) if r.accuracy]
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """``0.912 ± 0.004``: mean and sample standard deviation; the mean alone of one value."""
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def accuracy_section(evidence: Evidence) -> Section:
+    """Two tables, and a picture of every setting."""
+    section = Section(
+        "accuracy",
+        "Accuracy in the last round",
+        "The last round, not the best one: which round is best is not known without the test set. "
+        "Numbers are means and sample standard deviations over seeds.",
+    )
+    tables = [t for name in MEASURES if (t := _table(evidence, name)) is not None]
+    section.parts.append(Part("All settings", tables=tables))
+    section.parts += [
+        Part(str(setting), [picture])
+        for setting, cells in evidence.compared.items()
+        if (picture := _picture(evidence, setting, cells)) is not None
+    ]
+    section.missing += [
+        f"{setting}: no centralized reference of this data and model."
+        for setting in evidence.compared
+        if not evidence.is_run and not centralized_values(evidence, setting)
+    ]
+    return section
+
+
+def _table(evidence: Evidence, name: str) -> Table | None:
+    settings = evidence.compared
+    strategies = list(by_strategy(c for cells in settings.values() for c in cells))
+    columns: dict[str, dict[Setting, list[float]]] = {
+        strategy: {
+            setting: last_values([c for c in cells if c.strategy == strategy], MEASURES[name])
+            for setting, cells in settings.items()
+        }
+        for strategy in strategies
+    }
+    if name == "global":
+        pooled = {setting: centralized_values(evidence, setting) for setting in settings}
+        columns |= {CENTRALIZED: pooled} if any(pooled.values()) else {}
+    if not any(values for by_setting in columns.values() for values in by_setting.values()):
+        return None
+    numbers: Numbers = [
+        {
+            "dataset": setting.dataset,
+            "model": setting.model,
+            "partition": setting.partition,
+            "group": setting.group,
+            "strategy": strategy,
+            "accuracy-mean": statistics.mean(values),
+            "accuracy-sd": statistics.stdev(values) if len(values) > 1 else None,
+            "runs": len(values),
+        }
+        for strategy, by_setting in columns.items()
+        for setting, values in by_setting.items()
+        if values
+    ]
+    return Table(
+        f"accuracy-table-{name}",
+        f"{name.capitalize()} accuracy. {_MEANING[name]}.",
+        ["strategy", *map(str, settings)],
+        [
+            [strategy, *(mean_and_spread(by_setting[s]) for s in settings)]
+            for strategy, by_setting in columns.items()
+        ],
+        numbers,
+    )
+
+
+def _picture(evidence: Evidence, setting: Setting, cells: list[Cell]) -> Picture | None:
+    runs = by_strategy(cells)
+    values = {
+        name: {s: told for s, of in runs.items() if (told := last_values(of, metric))}
+        for name, metric in MEASURES.items()
+    }
+    if not any(values.values()):
+        return None
+    figure, axes = canvas(1.5 + 0.27 * len(runs))
+    ax = axes[0, 0]
+    drawn: dict[str, list[str]] = {}
+    for name, face, offset in (("global", None, -0.14), ("personalized", "white", 0.14)):
+        for row, strategy in enumerate(runs):
+            told = values[name].get(strategy, [])
+            if not told:
+                continue
+            drawn.setdefault(name, []).append(strategy)
+            style, y = look(strategy), row + offset
+            mean = statistics.mean(told)
+            ax.plot([min(told), max(told)], [y, y], color=style.color, linewidth=2)
+            ax.plot(
+                mean, y, "o" if face is None else "D", color=style.color,
+                markerfacecolor=face or style.color, markersize=6,
+            )  # fmt: skip
+    # Grey examples for the legend: a colour is a strategy, a shape is a measure.
+    for name, shape, face in (("global", "o", "0.4"), ("personalized", "D", "white")):
+        if name in drawn:
+            ax.plot([], [], shape, color="0.4", markerfacecolor=face, label=name)
+    pooled = centralized_values(evidence, setting)
+    if pooled:
+        reference = statistics.mean(pooled)
+        ax.axvline(reference, color="black", linestyle="--", linewidth=1.2, label=CENTRALIZED)
+    ax.set_yticks(range(len(runs)), list(runs))
+    ax.set_ylim(len(runs) - 0.5, -0.5)
+    ax.set_xlabel("accuracy in the last round")
+    legend_above(figure, ax)
+    means = sorted(
+        ((s, statistics.mean(told)) for s, told in values["global"].items()),
+        key=lambda pair: -pair[1],
+    )
+    beside = f" Centralized training reaches {statistics.mean(pooled):.3f}." if pooled else ""
+    return Picture(
+        f"accuracy-last-{setting.slug}",
+        f"Last round: {setting}",
+        "Markers are means over seeds, lines go from the least to the greatest seed. Filled: the "
+        "global model on the server's test set. Hollow: each client's own model on its own data, "
+        f"an easier task where a client has few classes.{beside}",
+        f"Dot chart of accuracy by strategy. Global, best first: {in_words(means)}.{beside}",
+        figure,
+        [
+            {"strategy": strategy, "measure": name, "run": i, "accuracy": value}
+            for name, by in values.items()
+            for strategy, told in by.items()
+            for i, value in enumerate(told)
+        ]
+        + [
+            {"strategy": CENTRALIZED, "measure": "global", "run": i, "accuracy": value}
+            for i, value in enumerate(pooled)
+        ],
+    )

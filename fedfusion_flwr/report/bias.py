@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measures of feature bias, on the models that a suite has kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.data import central_test_data, data_for
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
+from fedfusion_flwr.models import model_for
+from fedfusion_flwr.models.resize import fit_to_state
+from fedfusion_flwr.report.evidence import Cell, Evidence, Reference, Setting
+from fedfusion_flwr.report.feature_bias import (
+    feature_distance,
+    histogram_divergence,
+    layer_features,
+    running_values,
+    statistics_gap,
+)
+from fedfusion_flwr.report.pictures import CENTRALIZED
+
+TEST_IMAGES = 1000
+"""Examples of the test set, evenly spaced, on which features are measured."""
+_BATCH = 250
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One trained model and what its features are like on a setting's test examples."""
+
+    seed: int
+    state: Mapping[str, Tensor]
+    config: RunConfig
+
+    @cached_property
+    def values(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Running means and standard deviations; None for a model without any."""
+        try:
+            return running_values(self.state)
+        except StatisticsError:
+            return None
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """The model, its weights loaded."""
+        model = model_for(self.config, data_for(self.config), seed=0)
+        model = fit_to_state(model, self.state)
+        model.load_state_dict(self.state)
+        return model.eval()
+
+    def features(self, examples: Tensor) -> list[Tensor]:
+        """Channel means (N, C) of every normalization layer's input, in the model's order."""
+        return list(layer_features(self.model, _batches(examples)).values())
+
+    def gap(self, examples: Tensor) -> float | None:
+        """`statistics_gap` of the model; None where it carries no statistics."""
+        try:
+            carried = NormalizationStatistics.from_state_dict(self.state)
+            found = NormalizationStatistics.probe(self.model, _batches(examples))
+        except StatisticsError:
+            return None
+        return statistics_gap(carried, found)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The measures of one strategy in one setting, a number a run.
+
+    ``strategy`` is ``centralized`` for the floor: two centralized models of one seed that differ in
+    the order of their batches.
+    """
+
+    strategy: str
+    divergence: list[float]
+    reverse: list[float]
+    distances: list[list[float]]
+    gaps: list[float]
+
+    def mean_distances(self) -> list[float]:
+        """`feature_distance`, mean over the layers that tell examples apart, of every run."""
+        told = [[value for value in layers if not np.isnan(value)] for layers in self.distances]
+        return [float(np.mean(layers)) for layers in told if layers]
+
+
+@dataclass(frozen=True)
+class SettingBias:
+    """Feature bias in one setting: the floor first, then the strategies."""
+
+    setting: Setting
+    rows: list[Bias]
+    models: dict[str, Measured]
+
+    def row(self, strategy: str) -> Bias | None:
+        """The measures of one strategy."""
+        return next((row for row in self.rows if row.strategy == strategy), None)
+
+
+def measure(evidence: Evidence, setting: Setting, cells: list[Cell]) -> SettingBias:
+    """All measures of one setting.
+
+    Each run is compared with the centralized models of its own seed, which began as the same model,
+    or with all where none has it.
+
+    Raises
+    ------
+    FedFusionError
+        If there is nothing to compare, or the data cannot be loaded.
+    """
+    pooled = [r for r in evidence.references_for(setting) if r.model_file is not None]
+    kept = [c for c in cells if c.directory and (c.directory / "final_model.safetensors").exists()]
+    if not pooled:
+        raise FedFusionError("no centralized model of this data and model was kept")
+    if not kept:
+        raise FedFusionError("no run directory with a final_model.safetensors was kept")
+    examples = _examples(kept[0])
+    centralized = [_measured_reference(reference) for reference in pooled]
+    features = [model.features(examples) for model in centralized]
+    models = {CENTRALIZED: centralized[0]}
+    rows = [_floor(centralized, features, examples)]
+    by_strategy: dict[str, list[Measured]] = {}
+    for cell in kept:
+        assert cell.directory is not None
+        model = _measured(cell.seed, cell.directory / "final_model.safetensors", cell.config)
+        by_strategy.setdefault(cell.strategy, []).append(model)
+        models.setdefault(cell.strategy, model)
+    for strategy, runs in by_strategy.items():
+        found = [_compared(run, run.features(examples), centralized, features) for run in runs]
+        rows.append(
+            Bias(
+                strategy,
+                [pair[0] for run in found if (pair := run[0]) is not None],
+                [pair[1] for run in found if (pair := run[0]) is not None],
+                [run[1] for run in found],
+                [gap for run in runs if (gap := run.gap(examples)) is not None],
+            )
+        )
+    return SettingBias(setting, rows, models)
+
+
+def _compared(
+    run: Measured,
+    own: list[Tensor],
+    centralized: list[Measured],
+    features: list[list[Tensor]],
+) -> tuple[tuple[float, float] | None, list[float]]:
+    """Both directions of the divergence, and the layers' distances: means over the references."""
+    same_seed = [i for i, model in enumerate(centralized) if model.seed == run.seed]
+    chosen = same_seed or range(len(centralized))
+    distances = [_distances(own, features[i]) for i in chosen]
+    pairs = [p for i in chosen if (p := _divergences(run, centralized[i])) is not None]
+    both = np.mean(pairs, axis=0) if pairs else None
+    divergence = None if both is None else (float(both[0]), float(both[1]))
+    return divergence, [float(value) for value in np.mean(distances, axis=0)]
+
+
+def _floor(centralized: list[Measured], features: list[list[Tensor]], examples: Tensor) -> Bias:
+    pairs = [
+        (i, j)
+        for i in range(len(centralized))
+        for j in range(len(centralized))
+        if i < j and centralized[i].seed == centralized[j].seed
+    ]
+    both = [p for i, j in pairs if (p := _divergences(centralized[i], centralized[j])) is not None]
+    gaps = [gap for model in centralized if (gap := model.gap(examples)) is not None]
+    return Bias(
+        CENTRALIZED,
+        [value for pair in both for value in pair],
+        [value for pair in both for value in reversed(pair)],
+        [_distances(features[i], features[j]) for i, j in pairs],
+        gaps,
+    )
+
+
+def _divergences(one: Measured, other: Measured) -> tuple[float, float] | None:
+    if one.values is None or other.values is None:
+        return None
+    p, q = np.concatenate(one.values), np.concatenate(other.values)
+    return histogram_divergence(p, q), histogram_divergence(q, p)
+
+
+def _distances(one: list[Tensor], other: list[Tensor]) -> list[float]:
+    return [feature_distance(x, y) for x, y in zip(one, other, strict=False)]
+
+
+def _measured(seed: int, file: Path, config: Mapping[str, Any]) -> Measured:
+    return Measured(seed, load_file(file), RunConfig.from_run_config(dict(config)))
+
+
+def _measured_reference(reference: Reference) -> Measured:
+    assert reference.model_file is not None
+    return _measured(reference.seed, reference.model_file, reference.config)
+
+
+def _examples(cell: Cell) -> Tensor:
+    x, _ = central_test_data(RunConfig.from_run_config(dict(cell.config)))
+    # Evenly spaced: test sets may be sorted by class.
+    return x[torch.linspace(0, len(x) - 1, min(len(x), TEST_IMAGES)).long()]
+
+
+def _batches(examples: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(examples, _BATCH)
