@@ -14,9 +14,11 @@ from fedfusion_flwr.report.pictures import (
     Section,
     Table,
     canvas,
+    dots,
     in_words,
     legend_above,
     look,
+    name_rows,
 )
 
 MEASURES = {"global": "global-accuracy", "personalized": "personalized-accuracy"}
@@ -57,11 +59,8 @@ def accuracy_section(evidence: Evidence) -> Section:
     )
     tables = [t for name in MEASURES if (t := _table(evidence, name)) is not None]
     section.parts.append(Part("All settings", tables=tables))
-    section.parts += [
-        Part(str(setting), [picture])
-        for setting, cells in evidence.compared.items()
-        if (picture := _picture(evidence, setting, cells)) is not None
-    ]
+    drawn = [_picture(evidence, setting, cells) for setting, cells in evidence.compared.items()]
+    section.parts.append(Part("One by one", [picture for picture in drawn if picture is not None]))
     section.missing += [
         f"{setting}: no centralized reference of this data and model."
         for setting in evidence.compared
@@ -120,32 +119,21 @@ def _picture(evidence: Evidence, setting: Setting, cells: list[Cell]) -> Picture
     }
     if not any(values.values()):
         return None
-    figure, axes = canvas(1.5 + 0.27 * len(runs))
+    figure, axes = canvas(0.9 + 0.27 * len(runs))
     ax = axes[0, 0]
-    drawn: dict[str, list[str]] = {}
-    for name, face, offset in (("global", None, -0.14), ("personalized", "white", 0.14)):
+    for name, hollow, offset in (("global", False, -0.14), ("personalized", True, 0.14)):
         for row, strategy in enumerate(runs):
             told = values[name].get(strategy, [])
-            if not told:
-                continue
-            drawn.setdefault(name, []).append(strategy)
-            style, y = look(strategy), row + offset
-            mean = statistics.mean(told)
-            ax.plot([min(told), max(told)], [y, y], color=style.color, linewidth=2)
-            ax.plot(
-                mean, y, "o" if face is None else "D", color=style.color,
-                markerfacecolor=face or style.color, markersize=6,
-            )  # fmt: skip
-    # Grey examples for the legend: a colour is a strategy, a shape is a measure.
-    for name, shape, face in (("global", "o", "0.4"), ("personalized", "D", "white")):
-        if name in drawn:
+            dots(ax, row + offset, told, look(strategy), hollow=hollow)
+        if values[name]:
+            # A grey example for the legend: a colour is a strategy, a shape is a measure.
+            shape, face = ("D", "white") if hollow else ("o", "0.4")
             ax.plot([], [], shape, color="0.4", markerfacecolor=face, label=name)
     pooled = centralized_values(evidence, setting)
     if pooled:
         reference = statistics.mean(pooled)
         ax.axvline(reference, color="black", linestyle="--", linewidth=1.2, label=CENTRALIZED)
-    ax.set_yticks(range(len(runs)), list(runs))
-    ax.set_ylim(len(runs) - 0.5, -0.5)
+    name_rows(ax, list(runs))
     ax.set_xlabel("accuracy in the last round")
     legend_above(figure, ax)
     means = sorted(
@@ -162,13 +150,24 @@ def _picture(evidence: Evidence, setting: Setting, cells: list[Cell]) -> Picture
         f"Dot chart of accuracy by strategy. Global, best first: {in_words(means)}.{beside}",
         figure,
         [
-            {"strategy": strategy, "measure": name, "run": i, "accuracy": value}
-            for name, by in values.items()
-            for strategy, told in by.items()
-            for i, value in enumerate(told)
+            {
+                "strategy": cell.strategy,
+                "measure": name,
+                "seed": cell.seed,
+                "accuracy": cell.last(metric),
+            }
+            for name, metric in MEASURES.items()
+            for cell in cells
+            if cell.last(metric) is not None
         ]
         + [
-            {"strategy": CENTRALIZED, "measure": "global", "run": i, "accuracy": value}
-            for i, value in enumerate(pooled)
+            {
+                "strategy": CENTRALIZED,
+                "measure": "global",
+                "seed": reference.seed,
+                "accuracy": reference.accuracy[-1],
+            }
+            for reference in evidence.references_for(setting)
+            if reference.accuracy
         ],
     )

@@ -20,9 +20,12 @@ from fedfusion_flwr.report.pictures import (
     Section,
     bars,
     canvas,
+    dots,
     in_words,
     legend_above,
     look,
+    name_rows,
+    plain_log,
 )
 
 PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
@@ -76,7 +79,7 @@ def bias_section(evidence: Evidence) -> Section:
 
 
 def _distributions(found: SettingBias) -> Picture:
-    figure, axes = canvas(6.6 + 0.18 * ((len(found.models) + 2) // 3), 2)
+    figure, axes = canvas(5.8, 2)
     numbers: Numbers = []
     for ax, which, name in ((axes[0, 0], 0, "running mean"), (axes[1, 0], 1, "running deviation")):
         for strategy, model in found.models.items():
@@ -129,16 +132,23 @@ def _measures(found: SettingBias) -> Picture:
         ("feature-distance", "1 - CKA of features, mean over layers", Bias.mean_distances),
         ("statistics-gap", "gap of carried statistics to measured ones", lambda row: row.gaps),
     )
-    figure, axes = canvas(1.4 + 3 * (0.7 + 0.24 * len(strategies)), 3)
+    figure, axes = canvas(3 * (0.65 + 0.24 * len(strategies)), 3)
     numbers: Numbers = []
+    names = [row.strategy for row in strategies]
     for ax, (name, label, of) in zip(axes[:, 0], panels, strict=True):
         values = [of(row) for row in strategies]
-        bars(
-            ax,
-            [row.strategy for row in strategies],
-            values,
-            [look(row.strategy) for row in strategies],
-        )
+        if name == "statistics-gap":
+            # From a floor of thousandths to one half: no bars, which would have to start at 0.
+            for y, (strategy, told) in enumerate(zip(names, values, strict=True)):
+                dots(ax, y, told, look(strategy))
+            name_rows(ax, names)
+            plain_log(ax, "x")
+        else:
+            bars(ax, names, values)
+        for y, told in enumerate(values):
+            if not told:
+                ax.text(0.01, y, "no running statistics", fontsize="small", color="0.4",
+                        va="center", transform=ax.get_yaxis_transform())  # fmt: skip
         ax.set_xlabel(label)
         _draw_floor(ax, of(floor))
         if name == "divergence" and published:
@@ -170,13 +180,13 @@ def _measures(found: SettingBias) -> Picture:
     return Picture(
         f"bias-{found.setting.slug}",
         f"Three measures: {found.setting}",
-        "Bars: mean over runs; black lines: least to greatest run; grey: the floor, least to "
+        "Bars and marks: mean over runs; lines: least to greatest run; grey: the floor, least to "
         "greatest, of centralized runs. Top: divergence of the histogram of running means and "
         "deviations from the centralized model's, bins of 0.1 on [-2, 2), 0.01 added to each bin's "
         f"count.{beside} Middle: how differently the two models see the same test examples, 0 "
         "alike up to rotation. Bottom: how far the statistics that the model carries are from "
-        "those of its own features on the test examples, from 0 to 1; here the floor is that of a "
-        "centralized model itself.",
+        "those of its own features on the test examples, from 0 to 1 (logarithmic); here the floor "
+        "is that of a centralized model itself.",
         f"Bar charts of three measures by strategy. Feature distance: {in_words(means)}.",
         figure,
         numbers,
@@ -184,7 +194,7 @@ def _measures(found: SettingBias) -> Picture:
 
 
 def _layers(found: SettingBias) -> Picture:
-    figure, axes = canvas(3.6 + 0.18 * ((len(found.rows) + 2) // 3))
+    figure, axes = canvas(3.2)
     ax = axes[0, 0]
     numbers: Numbers = []
     for row in found.rows:

@@ -17,6 +17,7 @@ from fedfusion_flwr.report.pictures import (
     in_words,
     legend_above,
     look,
+    plain_log,
 )
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
@@ -94,7 +95,7 @@ def _picture(setting: Setting, cells: list[Cell], metric: str, name: str) -> Pic
     if not curves:
         return None
     unit, unit_name = _unit(max(c.num_bytes[-1] for c in curves.values()))
-    figure, axes = canvas(8.2 + 0.18 * ((len(curves) + 2) // 3), 3, sharey=True)
+    figure, axes = canvas(7.6, 3, sharey=True)
     for strategy, c in curves.items():
         for ax, x in zip(axes[:, 0], (c.rounds, c.num_bytes / unit, c.steps), strict=True):
             draw_curve(ax, strategy, x, c)
@@ -103,7 +104,7 @@ def _picture(setting: Setting, cells: list[Cell], metric: str, name: str) -> Pic
         ax.set_xlabel(label)
         ax.set_ylabel(f"test {name}")
         if name == "loss":
-            ax.set_yscale("log")
+            plain_log(ax, "y")
     if len(curves) > 1:
         legend_above(figure, axes[0, 0])
     most = max(int(c.seeds.max()) for c in curves.values())

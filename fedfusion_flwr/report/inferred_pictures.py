@@ -86,7 +86,7 @@ def _plane(setting: Setting, told: str, run: Inferred, statistics: np.ndarray) -
     groupings = {"inferred": run.main_components}
     if run.is_planted:
         groupings["planted"] = run.planted
-    figure, axes = canvas(0.6 + 2.5 * len(maps), len(maps), len(groupings))
+    figure, axes = canvas(0.6 + 2.2 * len(maps), len(maps), len(groupings))
     for row, (method, points) in zip(axes, maps.items(), strict=True):
         for ax, (grouping, groups) in zip(row, groupings.items(), strict=True):
             for m in np.unique(groups):
@@ -107,12 +107,13 @@ def _plane(setting: Setting, told: str, run: Inferred, statistics: np.ndarray) -
             title=f"{grouping} component",
             loc="upper center",
             bbox_to_anchor=(0.5, -0.03),
-            ncols=4,
+            ncols=5,
             frameon=False,
             fontsize="small",
             title_fontsize="small",
-            columnspacing=0.8,
-            handletextpad=0.1,
+            columnspacing=0.6,
+            handletextpad=0.0,
+            borderpad=0.0,
         )
     beside = " Left by inferred, right by planted component: the same groups, whatever their " \
         "numbers, mean that the data was found out." if run.is_planted else ""  # fmt: skip
@@ -147,7 +148,7 @@ def _assignments(setting: Setting, told: str, run: Inferred) -> Picture:
     columns = 2 if len(shown) > 1 else 1
     rows = math.ceil(len(shown) / columns)
     height = min(max(1.6, 0.09 * len(order) + 0.6), 4.0)
-    figure, axes = canvas(0.7 + height * rows, rows, columns, sharex=True, sharey=True)
+    figure, axes = canvas(1.0 + height * rows, rows, columns, sharex=True, sharey=True)
     edges = (run.rounds[0] - 0.5, run.rounds[-1] + 0.5, len(order) - 0.5, -0.5)
     borders = np.flatnonzero(np.diff(run.planted[order])) + 0.5 if run.is_planted else np.array([])
     image = None
@@ -170,11 +171,14 @@ def _assignments(setting: Setting, told: str, run: Inferred) -> Picture:
     axes[0, 0].set_yticks([])
     for ax in axes[:, 0]:
         ax.set_ylabel("clients")
-    for ax in axes[-1]:
+    for ax in axes.flat[max(len(shown) - columns, 0) : len(shown)]:
         ax.set_xlabel("round")
+        ax.tick_params(labelbottom=True)
         ax.xaxis.get_major_locator().set_params(integer=True)
     if image is not None:
-        figure.colorbar(image, ax=axes, label="share b of the client", shrink=0.8)
+        figure.colorbar(
+            image, ax=axes, label="share b of the client", location="top", shrink=0.6, aspect=30
+        )
     lines = " Dotted lines part the planted groups." if run.is_planted else ""
     return Picture(
         f"inferred-assignments-{setting.slug}",
@@ -201,7 +205,7 @@ def _assignments(setting: Setting, told: str, run: Inferred) -> Picture:
 
 def _mixture(setting: Setting, told: str, run: Inferred) -> Picture:
     kinds = {"used": run.mixture, "inferred": run.inferred_mixture}
-    figure, axes = canvas(5.2, 2, sharex=True, sharey=True)
+    figure, axes = canvas(4.4, 2, sharex=True, sharey=True)
     for ax, (kind, mixture) in zip(axes[:, 0], kinds.items(), strict=True):
         for m in run.occupied:
             style = numbered_look(m)
@@ -224,8 +228,8 @@ def _mixture(setting: Setting, told: str, run: Inferred) -> Picture:
     return Picture(
         f"inferred-mixture-{setting.slug}",
         f"Mixture: {told}",
-        "The share of each component in the fused model. Above: as the run used it, after its "
-        "`mixture` rule; below: the posterior mean of the inference. In the last round, as used: "
+        "The share of each component in the fused model. Above: as the run used it, by the rule "
+        "of its key mixture; below: the posterior mean of the inference. Last round, as used: "
         f"{in_words(last, 2)}.",
         f"Line charts of the mixture by round. Last round: {in_words(last, 2)}.",
         figure,
@@ -261,7 +265,7 @@ def _components(setting: Setting, told: str, run: Inferred, statistics: np.ndarr
                         "reconstructed": float(run.components[-1, component, at]),
                     }
                 )
-    figure, axes = canvas(5.4, 2, 2)
+    figure, axes = canvas(4.6, 2, 2)
     correlations = []
     for ax, kind in zip(axes.flat, _KINDS, strict=True):
         rows = [row for row in numbers if row["kind"] == kind]

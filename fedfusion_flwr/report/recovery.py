@@ -26,7 +26,7 @@ def recovery_picture(setting: Setting, cells: list[Cell]) -> Picture | None:
     if not any(found.values()):
         return None
     shown = [metric for metric in _SCORES if found[metric]]
-    figure, axes = canvas(0.8 + 2.4 * len(shown), len(shown), sharex=True)
+    figure, axes = canvas(0.5 + 2.1 * len(shown), len(shown), sharex=True)
     numbers: Numbers = []
     for ax, metric in zip(axes[:, 0], shown, strict=True):
         for strategy, c in found[metric].items():

@@ -16,9 +16,11 @@ from fedfusion_flwr.report.pictures import (
     Picture,
     Section,
     canvas,
+    dots,
     in_words,
     legend_above,
     look,
+    name_rows,
 )
 
 _ACCURACY = MEASURES["global"]
@@ -108,7 +110,7 @@ def _sweep_picture(
     values = sorted({value for sweep in by.values() for value in sweep})
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     place = {v: float(v) if numeric else float(i) for i, v in enumerate(values)}
-    figure, axes = canvas(3.5)
+    figure, axes = canvas(3.0)
     ax = axes[0, 0]
     numbers: Numbers = []
     best: list[tuple[str, float]] = []
@@ -175,10 +177,10 @@ def ablation_section(evidence: Evidence) -> Section:
         setting, share = cell.setting, float(cell.config["fraction-train"])
         named = f"{setting.dataset}, {setting.model}, {setting.partition}"
         families.setdefault(f"{named}, {share:.0%} take part", []).append(cell)
-    section.parts = [
-        Part(title, [_ablation_picture(title, members)]) for title, members in families.items()
-    ]
-    if not cells:
+    pictures = [_ablation_picture(title, members) for title, members in families.items()]
+    if pictures:
+        section.parts = [Part("What each part earns", pictures)]
+    else:
         section.missing.append("No cells of a group ablation.")
     return section
 
@@ -208,21 +210,19 @@ def _ablation_picture(title: str, cells: list[Cell]) -> Picture:
         mean = statistics.mean(values)
         means.append((name, mean))
         style = look(variants[name][0].strategy)
-        ax.plot([min(values), max(values)], [row, row], color=style.color, linewidth=2)
-        ax.plot(mean, row, style.marker, color=style.color, markersize=7)
+        dots(ax, row, values, style, hollow=style != look("fedfusion"))
         ax.annotate(f"{mean:.3f}", (mean, row), (0, 6), textcoords="offset points",
                     ha="center", fontsize="small")  # fmt: skip
         if name == first:
             ax.axvline(mean, color="black", linestyle=":", linewidth=1)
-    ax.set_yticks(range(len(ordered)), [name.replace(", ", "\n") for name in ordered])
-    ax.set_ylim(len(ordered) - 0.5, -0.7)
+    name_rows(ax, [name.replace(", ", "\n") for name in ordered])
     ax.margins(x=0.1)
     ax.set_xlabel("accuracy in the last round")
     return Picture(
         f"ablation-{slug(title)}",
         f"Ablation: {title}",
         f"Markers are means over seeds, lines go from the least to the greatest seed. The dotted "
-        f"line is {first}; each other run differs from it by the keys that are named. Other marks "
+        f"line is {first}; each other run differs from it by the keys that are named. Hollow marks "
         "are other strategies, so that a gain can be attributed to what earns it.",
         f"Dot chart of accuracy by variant: {in_words(means)}.",
         figure,
