@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.report.accuracy import accuracy_section
 from fedfusion_flwr.report.bias_pictures import bias_section
 from fedfusion_flwr.report.curves import curves_section
@@ -84,7 +85,7 @@ def _lead(evidence: Evidence) -> str:
         rounds = cell.metrics[-1]["round"] if cell.metrics else 0
         return (
             f"One run of {cell.strategy} on {cell.setting}: {cell.config['num-clients']} clients, "
-            f"{rounds} rounds, seed {cell.seed}."
+            f"{rounds} rounds, seed {cell.seed}. Keys that are not the default:"
         )
     strategies = {cell.strategy for cell in evidence.cells}
     seeds = {cell.seed for cell in evidence.cells}
@@ -96,4 +97,8 @@ def _lead(evidence: Evidence) -> str:
 
 
 def _facts(evidence: Evidence) -> list[tuple[str, str]]:
+    if evidence.is_run:
+        usual = RunConfig().to_run_config()
+        config = evidence.cells[0].config
+        return [(key, str(value)) for key, value in config.items() if value != usual[key]]
     return [(name, ", ".join(values)) for name, values in evidence.about.items()]

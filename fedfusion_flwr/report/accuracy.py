@@ -59,12 +59,14 @@ def accuracy_section(evidence: Evidence) -> Section:
     )
     tables = [t for name in MEASURES if (t := _table(evidence, name)) is not None]
     section.parts.append(Part("All settings", tables=tables))
+    if evidence.is_run:
+        return section
     drawn = [_picture(evidence, setting, cells) for setting, cells in evidence.compared.items()]
     section.parts.append(Part("One by one", [picture for picture in drawn if picture is not None]))
     section.missing += [
         f"{setting}: no centralized reference of this data and model."
         for setting in evidence.compared
-        if not evidence.is_run and not centralized_values(evidence, setting)
+        if not centralized_values(evidence, setting)
     ]
     return section
 

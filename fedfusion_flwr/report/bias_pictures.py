@@ -142,7 +142,6 @@ def _measures(found: SettingBias) -> Picture:
             for y, (strategy, told) in enumerate(zip(names, values, strict=True)):
                 dots(ax, y, told, look(strategy))
             name_rows(ax, names)
-            plain_log(ax, "x")
         else:
             bars(ax, names, values)
         for y, told in enumerate(values):
@@ -151,6 +150,8 @@ def _measures(found: SettingBias) -> Picture:
                         va="center", transform=ax.get_yaxis_transform())  # fmt: skip
         ax.set_xlabel(label)
         _draw_floor(ax, of(floor))
+        if name == "statistics-gap":
+            plain_log(ax, "x")
         if name == "divergence" and published:
             shown = [
                 (published[row.strategy], y)

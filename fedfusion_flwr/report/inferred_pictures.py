@@ -220,7 +220,7 @@ def _mixture(setting: Setting, told: str, run: Inferred) -> Picture:
                 label=f"component {m}",
             )
         ax.set_ylabel(f"share pi, as {kind}")
-        ax.set_ylim(bottom=0)
+    axes[0, 0].set_ylim(bottom=0)
     axes[1, 0].set_xlabel("round")
     axes[1, 0].xaxis.get_major_locator().set_params(integer=True)
     legend_above(figure, axes[0, 0])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import math
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -27,7 +27,13 @@ WIDTH = 4.2
 """Inches of every picture: its letters can still be read on a telephone's width."""
 CENTRALIZED = "centralized"
 _LEGEND_ROW = 0.18
-_SHORT_NAME = 10
+_SHORT_NAME = 11
+_LOG_STEPS: tuple[tuple[float, tuple[float, ...]], ...] = (
+    (50.0, (1,)),
+    (5.0, (1, 2, 5)),
+    (0.0, (1, 1.5, 2, 3, 4, 5, 7)),
+)
+"""What multiples of powers of ten have room on an axis whose ends have at least this ratio."""
 _COORDINATES = re.compile(r' (?:d|x|y|transform)="[^"]*"')
 _RC: Any = {
     # The same numbers give the same file, and letters stay letters.
@@ -123,8 +129,9 @@ class Picture:
 
     def data_uri(self, folder: Path) -> str:
         """The written SVG, to stand in a page."""
-        text = (folder / f"{self.name}.svg").read_bytes()
-        return "data:image/svg+xml;base64," + base64.b64encode(text).decode()
+        text = (folder / f"{self.name}.svg").read_text(encoding="utf-8")
+        # Not base64: coordinates stay as short as they are.
+        return "data:image/svg+xml," + quote(text, safe=" /:;=,.()-")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -242,10 +249,12 @@ def name_rows(ax: Axes, names: Sequence[str]) -> None:
 
 
 def plain_log(ax: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis whose numbers are written out, 1, 2 and 5 of every power of ten."""
+    """A logarithmic axis, whose numbers are written out; call it when all is drawn."""
     ax.set(**{f"{which}scale": "log"})
     axis = ax.xaxis if which == "x" else ax.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    steps = next(steps for least, steps in _LOG_STEPS if high >= least * low)
+    axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
