@@ -85,11 +85,11 @@ def positions(statistics: np.ndarray) -> dict[str, np.ndarray]:
     """
     x = torch.from_numpy(statistics).double()
     z = Standardizer.of(x).standardize(x).numpy()
+    if not z.any():
+        return {"PCA": np.zeros((len(z), 2))}
     width = min(2, *z.shape)
     flat = PCA(width, svd_solver="full").fit_transform(z)
     flat = np.pad(flat, ((0, 0), (0, 2 - width)))
-    if np.ptp(flat) == 0:
-        return {"PCA": flat}
     perplexity = min(_MAX_PERPLEXITY, (len(z) - 1) / 3)
     scale = flat / flat[:, 0].std() * 1e-4
     tsne = TSNE(2, perplexity=perplexity, init=scale, random_state=0, method="exact")

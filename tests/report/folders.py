@@ -133,6 +133,8 @@ REAL_CONFIG: Row = {
     "num-clusters": 2,
     "warmup-rounds": 1,
 }
+REAL_DATASET = "fashion-mnist"
+"""What the suite calls its stripes: a name for which there are published figures."""
 REAL_STRATEGIES = ("fedfusion", "fedavg", "fed-gn", "ifca")
 
 
@@ -161,7 +163,7 @@ def run_suite(folder: Path, images: Path) -> Path:
             run(InProcessGrid(app, REAL_CLIENTS, context.run_config), context)
             told = (directory / "metrics.jsonl").read_text().splitlines()
             row = cell(strategy, seed, [json.loads(line) for line in told])
-            rows.append({**row, "cell": name, "dataset": "stripes", "config": own})
+            rows.append({**row, "cell": name, "dataset": REAL_DATASET, "config": own})
     references = [_train(folder, {**config, "seed": seed}, order) for seed in (0, 1)
                   for order in (0, 1)]  # fmt: skip
     return write_suite(folder, rows, references)
@@ -186,4 +188,4 @@ def _train(folder: Path, config: Row, batch_seed: int) -> Row:
     row = reference(checked.seed, batch_seed, [accuracy])
     (folder / "models").mkdir(exist_ok=True)
     save_file(model.state_dict(), folder / row["model_file"])
-    return {**row, "dataset": "stripes", "config": config, "steps": result.steps}
+    return {**row, "dataset": REAL_DATASET, "config": config, "steps": result.steps}
