@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 
-from fedfusion_flwr.report.evidence import Cell, Evidence, Setting, by_strategy
+from fedfusion_flwr.report.evidence import Cell, Evidence, Setting, by_strategy, slug
 from fedfusion_flwr.report.pictures import (
     CENTRALIZED,
     Numbers,
@@ -17,7 +17,7 @@ from fedfusion_flwr.report.pictures import (
     dots,
     in_words,
     legend_above,
-    look,
+    looks,
     name_rows,
 )
 
@@ -57,12 +57,21 @@ def accuracy_section(evidence: Evidence) -> Section:
         "The last round, not the best one: which round is best is not known without the test set. "
         "Numbers are means and sample standard deviations over seeds.",
     )
-    tables = [t for name in MEASURES if (t := _table(evidence, name)) is not None]
-    section.parts.append(Part("All settings", tables=tables))
+    groups: dict[str, dict[Setting, list[Cell]]] = {}
+    for setting, cells in evidence.compared.items():
+        groups.setdefault(setting.group, {})[setting] = cells
+    for group, settings in groups.items():
+        tables = [_table(evidence, settings, name) for name in MEASURES]
+        pictures = [_picture(evidence, setting, cells) for setting, cells in settings.items()]
+        section.parts.append(
+            Part(
+                group or "All settings",
+                [] if evidence.is_run else [p for p in pictures if p is not None],
+                [t for t in tables if t is not None],
+            )
+        )
     if evidence.is_run:
         return section
-    drawn = [_picture(evidence, setting, cells) for setting, cells in evidence.compared.items()]
-    section.parts.append(Part("One by one", [picture for picture in drawn if picture is not None]))
     section.missing += [
         f"{setting}: no centralized reference of this data and model."
         for setting in evidence.compared
@@ -71,8 +80,7 @@ def accuracy_section(evidence: Evidence) -> Section:
     return section
 
 
-def _table(evidence: Evidence, name: str) -> Table | None:
-    settings = evidence.compared
+def _table(evidence: Evidence, settings: dict[Setting, list[Cell]], name: str) -> Table | None:
     strategies = list(by_strategy(c for cells in settings.values() for c in cells))
     columns: dict[str, dict[Setting, list[float]]] = {
         strategy: {
@@ -101,10 +109,11 @@ def _table(evidence: Evidence, name: str) -> Table | None:
         for setting, values in by_setting.items()
         if values
     ]
+    group = next(iter(settings)).group
     return Table(
-        f"accuracy-table-{name}",
+        slug(f"accuracy-table {name} {group}"),
         f"{name.capitalize()} accuracy. {_MEANING[name]}.",
-        ["strategy", *map(str, settings)],
+        ["strategy", *(f"{s.dataset}, {s.model}, {s.partition}" for s in settings)],
         [
             [strategy, *(mean_and_spread(by_setting[s]) for s in settings)]
             for strategy, by_setting in columns.items()
@@ -122,11 +131,11 @@ def _picture(evidence: Evidence, setting: Setting, cells: list[Cell]) -> Picture
     if not any(values.values()):
         return None
     figure, axes = canvas(0.9 + 0.27 * len(runs))
-    ax = axes[0, 0]
+    ax, styles = axes[0, 0], looks(runs)
     for name, hollow, offset in (("global", False, -0.14), ("personalized", True, 0.14)):
         for row, strategy in enumerate(runs):
             told = values[name].get(strategy, [])
-            dots(ax, row + offset, told, look(strategy), hollow=hollow)
+            dots(ax, row + offset, told, styles[strategy], hollow=hollow)
         if values[name]:
             # A grey example for the legend: a colour is a strategy, a shape is a measure.
             shape, face = ("D", "white") if hollow else ("o", "0.4")

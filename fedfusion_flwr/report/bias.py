@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ from fedfusion_flwr.report.pictures import CENTRALIZED
 TEST_IMAGES = 1000
 """Examples of the test set, evenly spaced, on which features are measured."""
 _BATCH = 250
+_MODEL = "final_model.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +111,8 @@ class SettingBias:
 def measure(evidence: Evidence, setting: Setting, cells: list[Cell]) -> SettingBias:
     """All measures of one setting.
 
-    Each run is compared with the centralized models of its own seed, which began as the same model,
-    or with all where none has it.
+    Runs whose seed has centralized models are compared with those, which began as the same model;
+    only if there are no such runs, all are compared with all.
 
     Raises
     ------
@@ -118,20 +120,27 @@ def measure(evidence: Evidence, setting: Setting, cells: list[Cell]) -> SettingB
         If there is nothing to compare, or the data cannot be loaded.
     """
     pooled = [r for r in evidence.references_for(setting) if r.model_file is not None]
-    kept = [c for c in cells if c.directory and (c.directory / "final_model.safetensors").exists()]
     if not pooled:
         raise FedFusionError("no centralized model of this data and model was kept")
+    kept = [
+        (file, cell)
+        for cell in cells
+        if cell.directory is not None and (file := cell.directory / _MODEL).exists()
+    ]
     if not kept:
-        raise FedFusionError("no run directory with a final_model.safetensors was kept")
-    examples = _examples(kept[0])
-    centralized = [_measured_reference(reference) for reference in pooled]
+        raise FedFusionError(f"no run directory with a {_MODEL} was kept")
+    seeds = {reference.seed for reference in pooled}
+    # A centralized model began as the runs of its seed did: where there are such, only those.
+    kept = [(file, c) for file, c in kept if c.seed in seeds] or kept
+    local = {"data-root": _run_config(*kept[0]).data_root}
+    examples = _examples(_run_config(*kept[0]))
+    centralized = [_measured_reference(reference, local) for reference in pooled]
     features = [model.features(examples) for model in centralized]
     models = {CENTRALIZED: centralized[0]}
     rows = [_floor(centralized, features, examples)]
     by_strategy: dict[str, list[Measured]] = {}
-    for cell in kept:
-        assert cell.directory is not None
-        model = _measured(cell.seed, cell.directory / "final_model.safetensors", cell.config)
+    for file, cell in kept:
+        model = Measured(cell.seed, load_file(file), _run_config(file, cell))
         by_strategy.setdefault(cell.strategy, []).append(model)
         models.setdefault(cell.strategy, model)
     for strategy, runs in by_strategy.items():
@@ -193,17 +202,21 @@ def _distances(one: list[Tensor], other: list[Tensor]) -> list[float]:
     return [feature_distance(x, y) for x, y in zip(one, other, strict=False)]
 
 
-def _measured(seed: int, file: Path, config: Mapping[str, Any]) -> Measured:
-    return Measured(seed, load_file(file), RunConfig.from_run_config(dict(config)))
+def _run_config(file: Path, cell: Cell) -> RunConfig:
+    """As the run had it: a suite's row does not say where the data lies."""
+    own = file.with_name("config.json")
+    told = json.loads(own.read_text(encoding="utf-8")) if own.exists() else dict(cell.config)
+    return RunConfig.from_run_config(told)
 
 
-def _measured_reference(reference: Reference) -> Measured:
+def _measured_reference(reference: Reference, local: Mapping[str, Any]) -> Measured:
     assert reference.model_file is not None
-    return _measured(reference.seed, reference.model_file, reference.config)
+    config = RunConfig.from_run_config({**reference.config, **local})
+    return Measured(reference.seed, load_file(reference.model_file), config)
 
 
-def _examples(cell: Cell) -> Tensor:
-    x, _ = central_test_data(RunConfig.from_run_config(dict(cell.config)))
+def _examples(config: RunConfig) -> Tensor:
+    x, _ = central_test_data(config)
     # Evenly spaced: test sets may be sorted by class.
     return x[torch.linspace(0, len(x) - 1, min(len(x), TEST_IMAGES)).long()]
 

@@ -23,7 +23,7 @@ from fedfusion_flwr.report.pictures import (
     dots,
     in_words,
     legend_above,
-    look,
+    looks,
     name_rows,
     plain_log,
 )
@@ -56,7 +56,8 @@ def bias_section(evidence: Evidence) -> Section:
         "How far each strategy's global model is from centralized training in what its "
         "normalization layers see. Three measures, because the published one compares only which "
         "values occur; all are zero for the same model, and each is shown with its floor: what two "
-        "centralized runs differ by that see the same batches in another order.",
+        "centralized runs differ by that see the same batches in another order. Only runs of seeds "
+        "that have a centralized model are measured.",
     )
     if evidence.is_run:
         section.missing.append(
@@ -80,6 +81,7 @@ def bias_section(evidence: Evidence) -> Section:
 
 def _distributions(found: SettingBias) -> Picture:
     figure, axes = canvas(5.8, 2)
+    styles = looks(found.models)
     numbers: Numbers = []
     for ax, which, name in ((axes[0, 0], 0, "running mean"), (axes[1, 0], 1, "running deviation")):
         for strategy, model in found.models.items():
@@ -90,7 +92,7 @@ def _distributions(found: SettingBias) -> Picture:
             if len(values) > _POINTS:
                 shares = np.linspace(0, 1, _POINTS)
                 values = np.quantile(values, shares)
-            style = look(strategy)
+            style = styles[strategy]
             ax.step(
                 values,
                 shares,
@@ -135,12 +137,13 @@ def _measures(found: SettingBias) -> Picture:
     figure, axes = canvas(3 * (0.65 + 0.24 * len(strategies)), 3)
     numbers: Numbers = []
     names = [row.strategy for row in strategies]
+    styles = looks(names)
     for ax, (name, label, of) in zip(axes[:, 0], panels, strict=True):
         values = [of(row) for row in strategies]
         if name == "statistics-gap":
             # From a floor of thousandths to one half: no bars, which would have to start at 0.
             for y, (strategy, told) in enumerate(zip(names, values, strict=True)):
-                dots(ax, y, told, look(strategy))
+                dots(ax, y, told, styles[strategy])
             name_rows(ax, names)
         else:
             bars(ax, names, values)
@@ -197,12 +200,13 @@ def _measures(found: SettingBias) -> Picture:
 def _layers(found: SettingBias) -> Picture:
     figure, axes = canvas(3.2)
     ax = axes[0, 0]
+    styles = looks(row.strategy for row in found.rows)
     numbers: Numbers = []
     for row in found.rows:
         if not row.distances or not row.distances[0]:
             continue
         layers = np.mean(row.distances, axis=0)
-        style = look(row.strategy)
+        style = styles[row.strategy]
         depth = np.arange(1, len(layers) + 1)
         ax.plot(
             depth,

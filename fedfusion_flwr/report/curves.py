@@ -9,6 +9,7 @@ import numpy as np
 
 from fedfusion_flwr.report.evidence import Cell, Evidence, Setting, by_strategy
 from fedfusion_flwr.report.pictures import (
+    Look,
     Numbers,
     Part,
     Picture,
@@ -16,7 +17,7 @@ from fedfusion_flwr.report.pictures import (
     canvas,
     in_words,
     legend_above,
-    look,
+    looks,
     plain_log,
 )
 
@@ -96,9 +97,10 @@ def _picture(setting: Setting, cells: list[Cell], metric: str, name: str) -> Pic
         return None
     unit, unit_name = _unit(max(c.num_bytes[-1] for c in curves.values()))
     figure, axes = canvas(7.6, 3, sharey=True)
+    styles = looks(curves)
     for strategy, c in curves.items():
         for ax, x in zip(axes[:, 0], (c.rounds, c.num_bytes / unit, c.steps), strict=True):
-            draw_curve(ax, strategy, x, c)
+            draw_curve(ax, strategy, styles[strategy], x, c)
     labels = ("round", f"{unit_name} sent and received so far", "gradient steps of all clients")
     for ax, label in zip(axes[:, 0], labels, strict=True):
         ax.set_xlabel(label)
@@ -126,9 +128,8 @@ def _picture(setting: Setting, cells: list[Cell], metric: str, name: str) -> Pic
     )
 
 
-def draw_curve(ax: Any, strategy: str, x: np.ndarray, c: Curve) -> None:
+def draw_curve(ax: Any, strategy: str, style: Look, x: np.ndarray, c: Curve) -> None:
     """A strategy's mean as a line over x (R,), and its seeds as a band."""
-    style = look(strategy)
     fusion = strategy == "fedfusion"
     ax.plot(
         x,

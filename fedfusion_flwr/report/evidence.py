@@ -55,9 +55,9 @@ class Cell:
     name : str
         Its id in the suite.
     setting, strategy, seed
-        Where it stands in the comparison.
+        Where it stands in the comparison; the strategy as the suite names it.
     config : Mapping
-        Every key of its run config, defaults included.
+        Every key of its run config, defaults included; ``strategy`` is there as the app names it.
     metrics : list of rows
         Its ``metrics.jsonl``, round 0 first.
     directory : Path or None
@@ -71,6 +71,11 @@ class Cell:
     config: Mapping[str, Any]
     metrics: list[Row]
     directory: Path | None = None
+
+    @property
+    def algorithm(self) -> str:
+        """The app's strategy behind the suite's name."""
+        return str(self.config["strategy"])
 
     def last(self, metric: str) -> float | None:
         """A metric's value in the last round that has it, after round 0."""
@@ -107,12 +112,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that a report shows."""
+    """Everything that a report shows; ``failed`` names the runs that have no row."""
 
     path: Path
     cells: list[Cell]
     references: list[Reference] = field(default_factory=list)
     about: Mapping[str, list[str]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
     is_run: bool = False
 
     @property
@@ -181,10 +187,10 @@ def _read_suite(path: Path) -> Evidence:
     rows = _rows(path / "cells.jsonl")
     if not rows:
         raise ReportError(f"'{path / 'cells.jsonl'}' holds no finished cell yet")
-    references = path / "centralized.jsonl"
     try:
         cells = [_cell(path, row) for row in rows]
-        pooled = [_reference(path, row) for row in _rows(references)] if references.exists() else []
+        pooled = [_reference(path, row) for row in _rows(path / "centralized.jsonl")]
+        failed = [row["cell"] for row in _rows(path / "failures.jsonl")]
     except KeyError as problem:
         raise ReportError(f"a row in '{path}' lacks {problem}; make its cell anew") from problem
     compared = {c.setting.group for c in cells} - {*VARIATIONS}
@@ -195,7 +201,7 @@ def _read_suite(path: Path) -> Evidence:
         for key in _ABOUT
         if any(row.get(key) for row in rows)
     }
-    return Evidence(path, cells, pooled, about)
+    return Evidence(path, cells, pooled, about, failed)
 
 
 def _cell(path: Path, row: Row) -> Cell:
@@ -205,7 +211,7 @@ def _cell(path: Path, row: Row) -> Cell:
         Setting(row["dataset"], row["model"], row["partition"], row.get("group") or ""),
         row["strategy"],
         row["seed"],
-        RunConfig.from_run_config(row["config"]).to_run_config(),
+        _full_config(row),
         row["metrics"],
         directory if directory.is_dir() else None,
     )
@@ -222,14 +228,22 @@ def _reference(path: Path, row: Row) -> Reference:
         row["model"],
         row["seed"],
         row["batch_seed"],
-        RunConfig.from_run_config(row["config"]).to_run_config(),
+        _full_config(row),
         row["accuracy"],
         row["steps"],
         model_file if model_file is not None and model_file.exists() else None,
     )
 
 
+def _full_config(row: Row) -> dict[str, Any]:
+    # Not checked: results of other versions can be shown, too.
+    return {**RunConfig().to_run_config(), **row["config"]}
+
+
 def _rows(path: Path) -> list[Row]:
+    """The rows of a file; none where it does not exist."""
+    if not path.exists():
+        return []
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):

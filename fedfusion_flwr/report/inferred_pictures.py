@@ -50,10 +50,12 @@ def inferred_section(evidence: Evidence) -> Section:
         run = _first_inference(cells)
         if run is not None:
             part.pictures += _run_pictures(setting, run, section.missing)
-        elif any(cell.strategy == "fedfusion" for cell in cells):
+        elif not evidence.is_run and any(cell.algorithm == "fedfusion" for cell in cells):
             section.missing.append(f"{setting}: no run directory with a fusion.npz was kept.")
         elif evidence.is_run:
-            section.missing.append(f"The strategy {cells[0].strategy} infers no distribution.")
+            section.missing.append(
+                "The run has no fusion.npz: only fedfusion infers a distribution."
+            )
         if part.pictures:
             section.parts.append(part)
     return section

@@ -27,7 +27,7 @@ WIDTH = 4.2
 """Inches of every picture: its letters can still be read on a telephone's width."""
 CENTRALIZED = "centralized"
 _LEGEND_ROW = 0.18
-_SHORT_NAME = 11
+_SHORT_NAME = 12
 _LOG_STEPS: tuple[tuple[float, tuple[float, ...]], ...] = (
     (50.0, (1,)),
     (5.0, (1, 2, 5)),
@@ -63,20 +63,31 @@ _LINES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
     "-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2, 2, 2, 2, 2)),
 )  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*", "d", "8")
+_CENTRALIZED_LOOK = Look("black", (0, (2, 1)), "|", "")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "|||", "---", "//..", "\\\\..", "xx..")
 
 
-def look(strategy: str) -> Look:
-    """The look of a strategy, the same in every report."""
-    if strategy == CENTRALIZED:
-        return Look("black", (0, (2, 1)), "|", "")
-    number = STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """The looks of strategies: those of the app have the same in every report.
+
+    Strategies that a suite made up take the next ones, in the order of the names.
+    """
+    names = list(dict.fromkeys(names))
+    made_up = [name for name in names if name not in (*STRATEGIES, CENTRALIZED)]
+    numbers = {name: i for i, name in enumerate((*STRATEGIES, *made_up))}
+    return {
+        name: _CENTRALIZED_LOOK if name == CENTRALIZED else _strategy_look(numbers[name])
+        for name in names
+    }
+
+
+def _strategy_look(number: int) -> Look:
+    style = numbered_look(number)
     if number == 0:
-        return numbered_look(0)
-    # Six colours and four lines: the eleven others differ in one of the two.
-    others = numbered_look(number)
+        return style
+    # Six colours and four lines: the eleven after FedFusion differ in one of the two.
     rest = number - 1
-    return others._replace(
+    return style._replace(
         color=_COLORS[1 + rest % (len(_COLORS) - 1)], line=_LINES[1 + rest % (len(_LINES) - 1)]
     )
 
@@ -208,9 +219,10 @@ def legend_above(figure: Figure, ax: Axes) -> None:
 
 def bars(ax: Axes, names: Sequence[str], values: Sequence[Sequence[float]]) -> None:
     """Horizontal bars of the strategies' means, first on top, from the least to the greatest."""
+    styles = looks(names)
     for row, (name, numbers) in enumerate(zip(names, values, strict=True)):
         if numbers:
-            style = look(name)
+            style = styles[name]
             ax.barh(
                 row,
                 sum(numbers) / len(numbers),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fedfusion_flwr.report.curves import curve, draw_curve
 from fedfusion_flwr.report.evidence import Cell, Setting, by_strategy
-from fedfusion_flwr.report.pictures import Numbers, Picture, canvas, in_words, legend_above
+from fedfusion_flwr.report.pictures import Numbers, Picture, canvas, in_words, legend_above, looks
 
 _SCORES = {
     "adjusted-rand-index": "adjusted Rand index",
@@ -27,10 +27,11 @@ def recovery_picture(setting: Setting, cells: list[Cell]) -> Picture | None:
         return None
     shown = [metric for metric in _SCORES if found[metric]]
     figure, axes = canvas(0.5 + 2.1 * len(shown), len(shown), sharex=True)
+    styles = looks(strategy for curves in found.values() for strategy in curves)
     numbers: Numbers = []
     for ax, metric in zip(axes[:, 0], shown, strict=True):
         for strategy, c in found[metric].items():
-            draw_curve(ax, strategy, c.rounds, c)
+            draw_curve(ax, strategy, styles[strategy], c.rounds, c)
             numbers += [
                 {
                     "metric": metric,

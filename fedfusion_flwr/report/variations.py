@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,12 +20,17 @@ from fedfusion_flwr.report.pictures import (
     dots,
     in_words,
     legend_above,
-    look,
+    looks,
     name_rows,
 )
 
+Sweep = dict[str, dict[Any, list[Cell]]]
+"""Cells of the values of one key: by the app's strategy, and by value."""
+
 _ACCURACY = MEASURES["global"]
 _NO_SETTINGS = ("strategy", "seed", "output-dir", "data-root")
+_LABEL = 20
+"""Letters in a line of a variant's name."""
 _LOG_FROM = 8.0
 """Values whose greatest is so many times the least stand on a logarithmic axis."""
 
@@ -43,12 +49,18 @@ def usual_config(cells: Iterable[Cell]) -> dict[str, Any]:
 
 
 def differences(cell: Cell, usual: Mapping[str, Any]) -> dict[str, Any]:
-    """The cell's values where they are not the usual ones, by key."""
-    return {
+    """The cell's values where they are not the usual ones, by key.
+
+    Rounds go with another key, to keep the gradient steps, and count only by themselves.
+    """
+    changed = {
         key: value
         for key, value in cell.config.items()
-        if key not in _NO_SETTINGS and value != usual[key]
+        if key not in _NO_SETTINGS and value != usual.get(key)
     }
+    if len(changed) > 1:
+        changed.pop("num-server-rounds", None)
+    return changed
 
 
 def hyper_parameters_section(evidence: Evidence) -> Section:
@@ -74,15 +86,18 @@ def hyper_parameters_section(evidence: Evidence) -> Section:
     return section
 
 
-def _sweeps(cells: list[Cell]) -> tuple[dict[str, dict[str, dict[Any, list[Cell]]]], list[str]]:
-    """Cells by key, strategy and value; and sentences on cells that vary more than one key.
+def _sweeps(cells: list[Cell]) -> tuple[dict[str, Sweep], list[str]]:
+    """The sweep of every key that is varied; and sentences on cells that vary several at once.
 
     A strategy that does not vary a key has its usual cells under the usual value.
     """
-    found: dict[str, dict[str, dict[Any, list[Cell]]]] = {}
+    found: dict[str, Sweep] = {}
     usual_cells: dict[str, tuple[dict[str, Any], list[Cell]]] = {}
     left_out: list[str] = []
-    for strategy, members in by_strategy(cells).items():
+    algorithms: dict[str, list[Cell]] = {}
+    for cell in cells:
+        algorithms.setdefault(cell.algorithm, []).append(cell)
+    for strategy, members in algorithms.items():
         usual = usual_config(members)
         usual_cells[strategy] = (usual, [])
         for cell in members:
@@ -91,9 +106,8 @@ def _sweeps(cells: list[Cell]) -> tuple[dict[str, dict[str, dict[Any, list[Cell]
                 usual_cells[strategy][1].append(cell)
             elif len(changed) == 1:
                 ((key, value),) = changed.items()
-                found.setdefault(key, {}).setdefault(strategy, {}).setdefault(value, []).append(
-                    cell
-                )
+                sweep = found.setdefault(key, {}).setdefault(strategy, {})
+                sweep.setdefault(value, []).append(cell)
             else:
                 keys = ", ".join(changed)
                 left_out.append(f"Cell {cell.name} varies {keys} at once and is in no picture.")
@@ -104,9 +118,8 @@ def _sweeps(cells: list[Cell]) -> tuple[dict[str, dict[str, dict[Any, list[Cell]
     return found, left_out
 
 
-def _sweep_picture(
-    family: tuple[str, str, str], key: str, by: dict[str, dict[Any, list[Cell]]]
-) -> Picture:
+def _sweep_picture(family: tuple[str, str, str], key: str, by: Sweep) -> Picture:
+    styles = looks(by)
     values = sorted({value for sweep in by.values() for value in sweep})
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     place = {v: float(v) if numeric else float(i) for i, v in enumerate(values)}
@@ -118,7 +131,7 @@ def _sweep_picture(
         told = {v: a for v in values if v in sweep and (a := last_values(sweep[v], _ACCURACY))}
         if not told:
             continue
-        style = look(strategy)
+        style = styles[strategy]
         means = [statistics.mean(a) for a in told.values()]
         x = [place[v] for v in told]
         if len(told) == 1:
@@ -186,17 +199,17 @@ def ablation_section(evidence: Evidence) -> Section:
 
 
 def _ablation_picture(title: str, cells: list[Cell]) -> Picture:
-    main = by_strategy(cells).get("fedfusion", cells)
-    usual = usual_config(main)
     variants: dict[str, list[Cell]] = {}
-    for cell in cells:
-        name = _variant_name(cell.strategy, differences(cell, usual))
-        variants.setdefault(name, []).append(cell)
-    # What all others are compared with stands on top.
-    first = _variant_name(main[0].strategy, {})
-    ordered = sorted(variants, key=lambda name: name != first)
-    figure, axes = canvas(1.2 + 0.34 * len(ordered))
-    ax = axes[0, 0]
+    for label, members in by_strategy(cells).items():
+        usual = usual_config(members)
+        for cell in members:
+            name = _variant_name(label, differences(cell, usual))
+            variants.setdefault(name, []).append(cell)
+    # What all others are compared with stands on top: the first strategy, nothing changed.
+    first = min(variants, key=lambda name: name != cells[0].strategy)
+    ordered = [first, *(name for name in variants if name != first)]
+    figure, axes = canvas(0.7 + 0.36 * len(ordered))
+    ax, styles = axes[0, 0], looks(cell.algorithm for cell in cells)
     numbers: Numbers = []
     means: list[tuple[str, float]] = []
     for row, name in enumerate(ordered):
@@ -209,21 +222,23 @@ def _ablation_picture(title: str, cells: list[Cell]) -> Picture:
             continue
         mean = statistics.mean(values)
         means.append((name, mean))
-        style = look(variants[name][0].strategy)
-        dots(ax, row, values, style, hollow=style != look("fedfusion"))
-        ax.annotate(f"{mean:.3f}", (mean, row), (0, 6), textcoords="offset points",
-                    ha="center", fontsize="small")  # fmt: skip
+        algorithm = variants[name][0].algorithm
+        dots(ax, row, values, styles[algorithm], hollow=algorithm != "fedfusion")
+        ax.annotate(
+            f"{mean:.3f}", (mean, row), (0, 6), textcoords="offset points", ha="center",
+            fontsize="small",
+        )  # fmt: skip
         if name == first:
             ax.axvline(mean, color="black", linestyle=":", linewidth=1)
-    name_rows(ax, [name.replace(", ", "\n") for name in ordered])
-    ax.margins(x=0.1)
+    name_rows(ax, [textwrap.fill(name, _LABEL) for name in ordered])
+    ax.margins(x=0.12)
     ax.set_xlabel("accuracy in the last round")
     return Picture(
         f"ablation-{slug(title)}",
         f"Ablation: {title}",
-        f"Markers are means over seeds, lines go from the least to the greatest seed. The dotted "
-        f"line is {first}; each other run differs from it by the keys that are named. Hollow marks "
-        "are other strategies, so that a gain can be attributed to what earns it.",
+        "Marks are means over seeds, lines go from the least to the greatest seed. The dotted line "
+        f"is {first}. Filled marks are FedFusion, hollow ones other strategies, so that a gain can "
+        "be attributed to what earns it.",
         f"Dot chart of accuracy by variant: {in_words(means)}.",
         figure,
         numbers,

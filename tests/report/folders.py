@@ -163,7 +163,7 @@ def run_suite(folder: Path, images: Path) -> Path:
             run(InProcessGrid(app, REAL_CLIENTS, context.run_config), context)
             told = (directory / "metrics.jsonl").read_text().splitlines()
             row = cell(strategy, seed, [json.loads(line) for line in told])
-            rows.append({**row, "cell": name, "dataset": REAL_DATASET, "config": own})
+            rows.append({**row, "cell": name, "dataset": REAL_DATASET, "config": _shared(own)})
     references = [_train(folder, {**config, "seed": seed}, order) for seed in (0, 1)
                   for order in (0, 1)]  # fmt: skip
     return write_suite(folder, rows, references)
@@ -188,4 +188,9 @@ def _train(folder: Path, config: Row, batch_seed: int) -> Row:
     row = reference(checked.seed, batch_seed, [accuracy])
     (folder / "models").mkdir(exist_ok=True)
     save_file(model.state_dict(), folder / row["model_file"])
-    return {**row, "dataset": REAL_DATASET, "config": config, "steps": result.steps}
+    return {**row, "dataset": REAL_DATASET, "config": _shared(config), "steps": result.steps}
+
+
+def _shared(config: Row) -> Row:
+    """What a row says of a config: not where the data lies on this machine."""
+    return {key: value for key, value in config.items() if key != "data-root"}

@@ -176,8 +176,62 @@ def test_ablation(tmp_path: Path) -> None:
         ("fedfusion + sampling stratified", "1", "0.6"),
         ("fedfusion + statistics-source probe", "0", "0.7"),
         ("fedfusion + statistics-source probe", "1", "0.7"),
-        ("fedavgm + server-momentum 0.9, average-decay 0", "0", "0.4"),
-        ("fedavgm + server-momentum 0.9, average-decay 0", "1", "0.4"),
+        ("fedavgm", "0", "0.4"),
+        ("fedavgm", "1", "0.4"),
+    ]
+
+
+def test_a_suite_names_its_variants(tmp_path: Path) -> None:
+    """As shipped suites do: strategies and partitions with names of their own."""
+
+    def named(label: str, accuracy: float, strategy: str = "fedfusion", **config: Any) -> Any:
+        group = config.pop("group")
+        made = cell(strategy, 0, metrics([0.1, accuracy]), group=group, **config)
+        return {**made, "cell": f"{group}-{label}", "strategy": label}
+
+    sweep = "hyper-parameters"
+    cells = [
+        named("paper", 0.5, group="ablation", server_momentum=0.0),
+        named("paper + probe", 0.625, group="ablation", statistics_source="probe"),
+        named("fedavg + averaging", 0.25, "fedavgm", group="ablation"),
+        named("fedfusion", 0.5, group=sweep),
+        named("num-components 2", 0.375, group=sweep, num_components=2),
+        # With twice the epochs half the rounds, for as many steps.
+        named("long", 0.25, group=sweep, local_epochs=2, num_server_rounds=15),
+    ]
+    folder = varied(tmp_path, cells)
+    rows = read_csv(folder, "ablation-mnist-5k-lenet-components")
+    assert [(row["variant"], row["accuracy"]) for row in rows] == [
+        ("paper", "0.5"),
+        ("paper + probe", "0.625"),
+        ("fedavg + averaging", "0.25"),
+    ]
+    rows = read_csv(folder, "hyper-mnist-5k-lenet-components-num-components")
+    assert [(row["strategy"], row["num-components"], row["accuracy"]) for row in rows] == [
+        ("fedfusion", "2", "0.375"),
+        ("fedfusion", "8", "0.5"),
+    ]
+    rows = read_csv(folder, "hyper-mnist-5k-lenet-components-local-epochs")
+    assert [(row["local-epochs"], row["accuracy"]) for row in rows] == [("1", "0.5"), ("2", "0.25")]
+
+
+def test_tables_are_made_for_each_group(tmp_path: Path) -> None:
+    folder = write_suite(
+        tmp_path,
+        [
+            cell("fedavg", 0, metrics([0.1, 0.5]), group="full participation"),
+            cell("fedavg", 0, metrics([0.1, 0.25]), group="partial participation"),
+            cell("a name of its own", 0, metrics([0.1, 0.75]), group="partial participation")
+            | {"config": {"strategy": "fedfusion", "a-key-of-another-version": 3}},
+        ],
+    )
+    write_report(folder)
+    (row,) = read_csv(folder, "accuracy-table-global-full-participation")
+    assert (row["strategy"], row["accuracy-mean"]) == ("fedavg", "0.5")
+    rows = read_csv(folder, "accuracy-table-global-partial-participation")
+    assert [(row["strategy"], row["accuracy-mean"]) for row in rows] == [
+        ("fedavg", "0.25"),
+        ("a name of its own", "0.75"),
     ]
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,9 @@ from PIL import Image
 from fedfusion_flwr.config import STRATEGIES
 from fedfusion_flwr.report import ReportError, write_report
 from fedfusion_flwr.report.__main__ import main
-from fedfusion_flwr.report.pictures import CENTRALIZED, look
+from fedfusion_flwr.report.bias_pictures import bias_section
+from fedfusion_flwr.report.evidence import read_evidence
+from fedfusion_flwr.report.pictures import CENTRALIZED, looks
 from tests.report.folders import (
     REAL_STRATEGIES,
     cell,
@@ -162,24 +163,25 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         "No cells of a group ablation.",
     ):
         assert sentence in page
-    shutil.rmtree(folder / "report")
+    assert "<dt>failed runs</dt><dd>none</dd>" in page
     (folder / "centralized.jsonl").unlink()
+    write_lines(folder / "failures.jsonl", [{"cell": "main-ifca-0", "reason": "no memory"}])
     write_report(folder)
     assert "no centralized reference of this data and model." in page_of(folder)
+    assert "<dt>failed runs</dt><dd>main-ifca-0</dd>" in page_of(folder)
 
 
-def test_data_that_is_gone_leaves_the_rest(real_suite: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in (real_suite / "cells.jsonl").read_text().splitlines()]
-    for row in rows:
-        row["config"]["data-root"] = str(tmp_path / "gone.npz")
+def test_data_that_is_gone_is_named(real_suite: Path, tmp_path: Path) -> None:
     folder = tmp_path / "moved"
     shutil.copytree(real_suite, folder, ignore=shutil.ignore_patterns("report"))
-    write_lines(folder / "cells.jsonl", rows)
-    write_report(folder)
-    page = page_of(folder)
-    assert "gone.npz" in page
-    assert 'id="inferred-clients-fashion-mnist-lenet-components"' in page
-    assert not list(folder.glob("report/figures/bias-*"))
+    for path in folder.glob("runs/*/config.json"):
+        config = json.loads(path.read_text()) | {"data-root": str(tmp_path / "gone.npz")}
+        path.write_text(json.dumps(config))
+    section = bias_section(read_evidence(folder))
+    assert section.parts == []
+    (sentence,) = section.missing
+    assert sentence.startswith("fashion-mnist, lenet, components: ")
+    assert "gone.npz" in sentence
 
 
 def test_names_are_text_not_markup(tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_a_run_that_is_still_going_on(real_suite: Path, tmp_path: Path) -> None:
         file.write('{"round": 4, "global-acc')
     write_report(run)
     assert len(read_csv(run, "accuracy-npz-lenet-components")) == 4
-    assert "The strategy fedavg infers no distribution." in page_of(run)
+    assert "The run has no fusion.npz: only fedfusion infers a distribution." in page_of(run)
 
 
 # --- what is no result ----------------------------------------------------------------------------
@@ -263,13 +265,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_strategy_differs_without_its_colour() -> None:
-    looks = {name: look(name) for name in (*STRATEGIES, CENTRALIZED)}
-    for kind in ("marker", "hatch"):
-        shown: list[Any] = [getattr(looks[name], kind) for name in STRATEGIES]
-        assert len(set(shown)) == len(shown), kind
-    lines = [(style.color, style.line) for style in looks.values()]
+    names = (*STRATEGIES, "made up", "also made up")
+    found = looks((*names, CENTRALIZED))
+    markers = [found[name].marker for name in names]
+    assert len(set(markers)) == len(markers)
+    hatches = [found[name].hatch for name in STRATEGIES]
+    assert len(set(hatches)) == len(hatches)
+    lines = [(found[name].color, found[name].line) for name in (*STRATEGIES, CENTRALIZED)]
     assert len(set(lines)) == len(lines)
-    assert len({style.color for style in looks.values()} & {looks["fedfusion"].color}) == 1
-    assert [n for n, style in looks.items() if style.color == looks["fedfusion"].color] == [
-        "fedfusion"
-    ]
+    # FedFusion's colour is its own, and each look is the same in every picture.
+    own = found["fedfusion"].color
+    assert [name for name, style in found.items() if style.color == own] == ["fedfusion"]
+    assert looks(["ifca"])["ifca"] == found["ifca"]
