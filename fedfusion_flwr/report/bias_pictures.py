@@ -12,6 +12,7 @@ import numpy as np
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.report.bias import Bias, SettingBias, measure
 from fedfusion_flwr.report.evidence import Evidence
+from fedfusion_flwr.report.feature_bias import share_outside
 from fedfusion_flwr.report.pictures import (
     CENTRALIZED,
     Numbers,
@@ -149,8 +150,16 @@ def _measures(found: SettingBias) -> Picture:
             bars(ax, names, values)
         for y, told in enumerate(values):
             if not told:
-                ax.text(0.01, y, "no running statistics", fontsize="small", color="0.4",
-                        va="center", transform=ax.get_yaxis_transform())  # fmt: skip
+                ax.text(
+                    0.01,
+                    y,
+                    "no running statistics",
+                    fontsize="small",
+                    color="0.3",
+                    va="center",
+                    transform=ax.get_yaxis_transform(),
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+                )
         ax.set_xlabel(label)
         _draw_floor(ax, of(floor))
         if name == "statistics-gap":
@@ -169,6 +178,16 @@ def _measures(found: SettingBias) -> Picture:
         found.rows,
         [row.reverse for row in found.rows],
     )
+    numbers += [
+        {
+            "measure": "share-outside",
+            "strategy": strategy,
+            "run": 0,
+            "value": share_outside(np.concatenate(model.values)),
+        }
+        for strategy, model in found.models.items()
+        if model.values is not None
+    ]
     numbers += [
         {"measure": "divergence-published", "strategy": s, "run": 0, "value": value}
         for s, value in published.items()

@@ -29,7 +29,7 @@ Sweep = dict[str, dict[Any, list[Cell]]]
 
 _ACCURACY = MEASURES["global"]
 _NO_SETTINGS = ("strategy", "seed", "output-dir", "data-root")
-_LABEL = 20
+_LABEL = 22
 """Letters in a line of a variant's name."""
 _LOG_FROM = 8.0
 """Values whose greatest is so many times the least stand on a logarithmic axis."""
@@ -208,7 +208,9 @@ def _ablation_picture(title: str, cells: list[Cell]) -> Picture:
     # What all others are compared with stands on top: the first strategy, nothing changed.
     first = min(variants, key=lambda name: name != cells[0].strategy)
     ordered = [first, *(name for name in variants if name != first)]
-    figure, axes = canvas(0.7 + 0.36 * len(ordered))
+    shown = [textwrap.fill(name, _LABEL, break_on_hyphens=False) for name in ordered]
+    lines = 1 + max(name.count("\n") for name in shown)
+    figure, axes = canvas(0.7 + (0.2 + 0.16 * lines) * len(ordered))
     ax, styles = axes[0, 0], looks(cell.algorithm for cell in cells)
     numbers: Numbers = []
     means: list[tuple[str, float]] = []
@@ -230,7 +232,7 @@ def _ablation_picture(title: str, cells: list[Cell]) -> Picture:
         )  # fmt: skip
         if name == first:
             ax.axvline(mean, color="black", linestyle=":", linewidth=1)
-    name_rows(ax, [textwrap.fill(name, _LABEL) for name in ordered])
+    name_rows(ax, shown)
     ax.margins(x=0.12)
     ax.set_xlabel("accuracy in the last round")
     return Picture(
