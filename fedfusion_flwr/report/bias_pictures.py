@@ -75,7 +75,7 @@ def bias_section(evidence: Evidence) -> Section:
         if any(model.values is not None for model in found.models.values()):
             part.pictures.append(_distributions(found))
         if max(len(layers) for row in found.rows for layers in row.distances or [[]]) > 2:
-            part.pictures.append(_layers(found))
+            part.pictures.append(layers_picture(found))
         section.parts.append(part)
     return section
 
@@ -216,7 +216,8 @@ def _measures(found: SettingBias) -> Picture:
     )
 
 
-def _layers(found: SettingBias) -> Picture:
+def layers_picture(found: SettingBias) -> Picture:
+    """The feature distance of every layer, mean over runs."""
     figure, axes = canvas(3.2)
     ax = axes[0, 0]
     styles = looks(row.strategy for row in found.rows)

@@ -121,7 +121,7 @@ REAL_CLIENTS = 6
 REAL_CONFIG: Row = {
     "dataset": "npz",
     "num-clients": REAL_CLIENTS,
-    "num-server-rounds": 3,
+    "num-server-rounds": 2,
     "partition": "components",
     "planted-components": 2,
     "num-components": 3,
@@ -151,7 +151,7 @@ def write_small_images(path: Path) -> None:
 
 
 def run_suite(folder: Path, images: Path) -> Path:
-    """Four strategies, two seeds, three rounds; and two centralized models of each seed."""
+    """Four strategies, two seeds, two rounds; and two centralized models of each seed."""
     config = {**REAL_CONFIG, "data-root": str(images)}
     rows = []
     for strategy in REAL_STRATEGIES:

@@ -16,8 +16,9 @@ from PIL import Image
 from fedfusion_flwr.config import STRATEGIES
 from fedfusion_flwr.report import ReportError, write_report
 from fedfusion_flwr.report.__main__ import main
-from fedfusion_flwr.report.bias_pictures import bias_section
-from fedfusion_flwr.report.evidence import read_evidence
+from fedfusion_flwr.report.bias import Bias, SettingBias
+from fedfusion_flwr.report.bias_pictures import bias_section, layers_picture
+from fedfusion_flwr.report.evidence import Setting, read_evidence
 from fedfusion_flwr.report.pictures import CENTRALIZED, looks
 from tests.report.folders import (
     REAL_STRATEGIES,
@@ -150,6 +151,28 @@ def test_bias_of_the_kept_models(real_suite: Path) -> None:
     assert min(forward + backward) > 0
 
 
+def test_bias_layer_by_layer(tmp_path: Path) -> None:
+    def bias(strategy: str, distances: list[list[float]]) -> Bias:
+        return Bias(strategy, [], [], distances, [])
+
+    rows = [
+        bias(CENTRALIZED, [[0.0, 0.125, 0.25]]),
+        bias("fedfusion", [[0.25, 0.5, 0.75], [0.5, 0.5, 0.25]]),
+        bias("without normalization", [[], []]),
+    ]
+    picture = layers_picture(SettingBias(Setting("mnist", "resnet18", "iid"), rows, {}))
+    assert picture.numbers == [
+        {"strategy": strategy, "layer": layer, "feature-distance": distance}
+        for strategy, distances in (
+            (CENTRALIZED, (0.0, 0.125, 0.25)),
+            ("fedfusion", (0.375, 0.5, 0.5)),
+        )
+        for layer, distance in enumerate(distances, 1)
+    ]
+    picture.write(tmp_path)
+    assert "centralized (floor)" in (tmp_path / "bias-layers-mnist-resnet18-iid.svg").read_text()
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     folder = write_suite(
         tmp_path, [cell("fedfusion", 0, metrics([0.1, 0.5]))], [reference(0, 0, [0.9])]
@@ -200,7 +223,7 @@ def test_report_of_one_run(real_suite: Path, tmp_path: Path) -> None:
     shutil.copytree(real_suite / "runs" / "fedfusion-0", run)
     assert write_report(run) == run / "report" / "index.html"
     page = page_of(run)
-    assert "One run of fedfusion on npz, lenet, components: 6 clients, 3 rounds, seed 0." in page
+    assert "One run of fedfusion on npz, lenet, components: 6 clients, 2 rounds, seed 0." in page
     assert "<dt>num-components</dt><dd>3</dd>" in page
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     told = read_csv(run, "accuracy-npz-lenet-components")
@@ -220,10 +243,22 @@ def test_a_run_that_is_still_going_on(real_suite: Path, tmp_path: Path) -> None:
     run = tmp_path / "one-run"
     shutil.copytree(real_suite / "runs" / "fedavg-0", run)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"round": 4, "global-acc')
+        file.write('{"round": 3, "global-acc')
     write_report(run)
-    assert len(read_csv(run, "accuracy-npz-lenet-components")) == 4
+    assert len(read_csv(run, "accuracy-npz-lenet-components")) == 3
     assert "The run has no fusion.npz: only fedfusion infers a distribution." in page_of(run)
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"strategy": "fedavg"}))
+    write_lines(
+        tmp_path / "metrics.jsonl", [{"round": 0, "global-accuracy": 0.1, "global-loss": None}]
+    )
+    write_report(tmp_path)
+    page = page_of(tmp_path)
+    assert "no round has global-loss" in page
+    (row,) = read_csv(tmp_path, "accuracy-mnist-5k")
+    assert (row["round"], row["accuracy-mean"], row["bytes"]) == ("0", "0.1", "0.0")
 
 
 # --- what is no result ----------------------------------------------------------------------------
