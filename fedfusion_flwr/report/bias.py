@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -97,15 +98,11 @@ class Bias:
 
 @dataclass(frozen=True)
 class SettingBias:
-    """Feature bias in one setting: the floor first, then the strategies."""
+    """Feature bias in one setting: the floor first, then the strategies; and a model of each."""
 
     setting: Setting
     rows: list[Bias]
     models: dict[str, Measured]
-
-    def row(self, strategy: str) -> Bias | None:
-        """The measures of one strategy."""
-        return next((row for row in self.rows if row.strategy == strategy), None)
 
 
 def measure(evidence: Evidence, setting: Setting, cells: list[Cell]) -> SettingBias:
@@ -117,7 +114,7 @@ def measure(evidence: Evidence, setting: Setting, cells: list[Cell]) -> SettingB
     Raises
     ------
     FedFusionError
-        If there is nothing to compare, or the data cannot be loaded.
+        If there is nothing to compare, or data or a model cannot be loaded.
     """
     pooled = [r for r in evidence.references_for(setting) if r.model_file is not None]
     if not pooled:
@@ -140,7 +137,7 @@ def measure(evidence: Evidence, setting: Setting, cells: list[Cell]) -> SettingB
     rows = [_floor(centralized, features, examples)]
     by_strategy: dict[str, list[Measured]] = {}
     for file, cell in kept:
-        model = Measured(cell.seed, load_file(file), _run_config(file, cell))
+        model = Measured(cell.seed, _load(file), _run_config(file, cell))
         by_strategy.setdefault(cell.strategy, []).append(model)
         models.setdefault(cell.strategy, model)
     for strategy, runs in by_strategy.items():
@@ -202,6 +199,13 @@ def _distances(one: list[Tensor], other: list[Tensor]) -> list[float]:
     return [feature_distance(x, y) for x, y in zip(one, other, strict=False)]
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as problem:
+        raise FedFusionError(f"'{path}' is damaged ({problem})") from problem
+
+
 def _run_config(file: Path, cell: Cell) -> RunConfig:
     """As the run had it: a suite's row does not say where the data lies."""
     own = file.with_name("config.json")
@@ -212,7 +216,7 @@ def _run_config(file: Path, cell: Cell) -> RunConfig:
 def _measured_reference(reference: Reference, local: Mapping[str, Any]) -> Measured:
     assert reference.model_file is not None
     config = RunConfig.from_run_config({**reference.config, **local})
-    return Measured(reference.seed, load_file(reference.model_file), config)
+    return Measured(reference.seed, _load(reference.model_file), config)
 
 
 def _examples(config: RunConfig) -> Tensor:

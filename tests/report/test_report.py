@@ -151,6 +151,14 @@ def test_bias_of_the_kept_models(real_suite: Path) -> None:
     assert min(forward + backward) > 0
 
 
+def test_a_damaged_model_is_named(real_suite: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(real_suite, folder, ignore=shutil.ignore_patterns("report"))
+    (folder / "models" / "0-1.safetensors").write_bytes(b"half a model")
+    (sentence,) = bias_section(read_evidence(folder)).missing
+    assert "0-1.safetensors' is damaged" in sentence
+
+
 def test_bias_layer_by_layer(tmp_path: Path) -> None:
     def bias(strategy: str, distances: list[list[float]]) -> Bias:
         return Bias(strategy, [], [], distances, [])
