@@ -144,7 +144,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from fedfusion_flwr.report import write_report  # type: ignore[import-untyped, unused-ignore]
+    from fedfusion_flwr.report import write_report
 
     print(write_report(options.path, options.output))
     return 0

@@ -33,13 +33,15 @@ class ClientRow:
 class FusionSnapshot:
     """The inference behind a round: ``clients`` are the rows of the posterior's assignments.
 
-    ``weights`` (len(clients),) are the final client weights p, zero for those who did not train.
+    ``weights`` (len(clients),) are the final client weights p, zero for those who did not train;
+    ``statistics`` (len(clients), D) is what was inferred from, where it is known.
     """
 
     clients: list[int]
     posterior: FusionPosterior
     mixture: Tensor
     weights: Tensor
+    statistics: Tensor | None = None
 
 
 @dataclass
@@ -47,8 +49,8 @@ class RoundReport:
     """Everything that is recorded of a round; filled in as the round goes on.
 
     ``metrics`` are the numbers of the round by kebab-case name, ``seconds`` where its time went,
-    ``clusters`` the cluster (or main component) of every client that has one, and ``model`` is the
-    served global model after it.
+    ``clusters`` the cluster (or main component) of every client that has one, ``planted`` the true
+    one where it is known, and ``model`` is the served global model after it.
     """
 
     server_round: int
@@ -58,6 +60,7 @@ class RoundReport:
     seconds: dict[str, float] = field(default_factory=dict)
     fusion: FusionSnapshot | None = None
     clusters: dict[int, int] = field(default_factory=dict)
+    planted: dict[int, int] = field(default_factory=dict)
     model: State = field(default_factory=dict)
 
     @property

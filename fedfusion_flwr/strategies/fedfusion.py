@@ -292,7 +292,9 @@ class FedFusion(SingleModelStrategy):
         known = self.memory.ids
         everyone = torch.zeros(len(known), dtype=torch.float64)
         everyone[_places(ids, known)] = weights
-        self.report.fusion = FusionSnapshot(known, self.posterior, self.mixture, everyone)
+        self.report.fusion = FusionSnapshot(
+            known, self.posterior, self.mixture, everyone, self.memory.vectors()
+        )
         main = self.posterior.assignments.argmax(1).tolist()
         self.report.clusters = dict(zip(known, main, strict=True))
         self.report.metrics["components-occupied"] = float(len(set(main)))

@@ -54,7 +54,9 @@ class FusionArchive:
     """``fusion.npz``: the inference of every round, padded with NaN where a client was unknown yet.
 
     ``rounds`` (R,), ``clients`` (K,), ``assignments`` (R, K, M), ``mixture`` (R, M) as used,
-    ``inferred_mixture`` (R, M), ``weights`` (R, K), ``components`` (R, M, D).
+    ``inferred_mixture`` (R, M), ``weights`` (R, K), ``components`` (R, M, D). Of the last round
+    only: ``statistics`` (K, D), what was inferred from, in the units of ``components``; and
+    ``planted`` (K,), the true main component, -1 where it is not known.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -67,7 +69,8 @@ class FusionArchive:
         if report.fusion is None:
             return
         self.rounds.append(report.server_round)
-        self.snapshots.append(report.fusion)
+        # Statistics may be wide: those of earlier rounds are let go.
+        self.snapshots.append(dataclasses.replace(report.fusion, statistics=None))
         clients = sorted({client for s in self.snapshots for client in s.clients})
         column = {client: i for i, client in enumerate(clients)}
         width = self.snapshots[0].mixture.numel()
@@ -77,9 +80,16 @@ class FusionArchive:
             known = [column[client] for client in snapshot.clients]
             assignments[r, known] = snapshot.posterior.assignments.numpy()
             weights[r, known] = snapshot.weights.numpy()
+        latest: dict[str, Any] = {}
+        if report.fusion.statistics is not None:
+            wide = np.full((len(clients), report.fusion.statistics.shape[1]), np.nan, np.float32)
+            wide[[column[client] for client in report.fusion.clients]] = report.fusion.statistics
+            latest["statistics"] = wide
         buffer = io.BytesIO()
         np.savez(
             buffer,
+            **latest,
+            planted=np.array([report.planted.get(client, -1) for client in clients]),
             rounds=np.array(self.rounds),
             clients=np.array(clients),
             assignments=assignments,

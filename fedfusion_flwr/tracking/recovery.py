@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from fedfusion_flwr.rounds import RoundReport
 
 
 class ComponentRecovery:
-    """Adds ``adjusted-rand-index`` to the round's metrics; stands before the callbacks that write.
+    """Scores found against planted components; stands before the callbacks that write.
+
+    Adds ``planted`` to the round's report, and to its metrics ``adjusted-rand-index`` (Hubert &
+    Arabie 1985; 1 is the same division, 0 what chance gives, below 0 less) and
+    ``normalized-mutual-information`` (over the mean of the two entropies; 1 is the same division,
+    0 tells nothing, but chance gives more than 0).
 
     Parameters
     ----------
@@ -32,11 +37,18 @@ class ComponentRecovery:
             # What a client says of itself is checked, not believed.
             if row.partition in range(len(self.main_components)):
                 self.partition_of[row.client] = row.partition
+        report.planted = {
+            client: int(self.main_components[partition])
+            for client, partition in self.partition_of.items()
+        }
         pairs = [
-            (self.main_components[self.partition_of[client]], cluster)
+            (report.planted[client], cluster)
             for client, cluster in report.clusters.items()
-            if client in self.partition_of
+            if client in report.planted
         ]
         if len(pairs) > 1:
             planted, found = zip(*pairs, strict=True)
             report.metrics["adjusted-rand-index"] = float(adjusted_rand_score(planted, found))
+            report.metrics["normalized-mutual-information"] = float(
+                normalized_mutual_info_score(planted, found)
+            )

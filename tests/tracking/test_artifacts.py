@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -218,6 +219,21 @@ def test_archive_is_padded_for_clients_that_came_late(directory: RunDirectory) -
         assert data["mixture"].tolist() == [[0.5, 0.5], [0.25, 0.75]]
         assert data["inferred_mixture"].tolist() == [[0.25, 0.75]] * 2
         assert data["components"].shape == (2, 2, 3)
+
+
+def test_archive_keeps_the_newest_statistics_and_what_was_planted(
+    directory: RunDirectory,
+) -> None:
+    archive = FusionArchive(directory)
+    for server_round, value in ((1, 1.0), (2, 2.0)):
+        told = dataclasses.replace(snapshot([0, 2]), statistics=torch.full((2, 3), value))
+        archive.on_round_end(RoundReport(server_round, fusion=told, planted={2: 4}))
+    archive.on_round_end(RoundReport(3, fusion=dataclasses.replace(told, clients=[0, 7])))
+    with np.load(directory.path / "fusion.npz", allow_pickle=False) as data:
+        assert data["clients"].tolist() == [0, 2, 7]
+        assert data["planted"].tolist() == [-1, -1, -1]
+        np.testing.assert_array_equal(data["statistics"], [[2.0] * 3, [np.nan] * 3, [2.0] * 3])
+    assert all(earlier.statistics is None for earlier in archive.snapshots)
 
 
 # --- best model -----------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from fedfusion_flwr.rounds import ClientRow, RoundReport
 from fedfusion_flwr.tracking import ComponentRecovery
 
 ARI = "adjusted-rand-index"
+NMI = "normalized-mutual-information"
 
 
 def report(
@@ -45,11 +48,32 @@ def test_by_hand(planted: list[int], found: list[int], expected: float) -> None:
     assert scored.metrics[ARI] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("planted", "found", "expected"),
+    [
+        ([0, 0, 1, 1], [3, 3, 2, 2], 1.0),
+        ([0, 0, 1, 1], [0, 1, 0, 1], 0.0),
+        # Halves are told (ln 2 nats), with found shares 1/2, 1/3, 1/6:
+        # ln 2 over the mean of ln 2 and ln 2 / 2 + ln 3 / 3 + ln 6 / 6
+        (
+            [0, 0, 0, 1, 1, 1],
+            [0, 0, 0, 1, 2, 1],
+            2 * math.log(2) / (1.5 * math.log(2) + math.log(3) / 3 + math.log(6) / 6),
+        ),
+    ],
+)
+def test_mutual_information_by_hand(planted: list[int], found: list[int], expected: float) -> None:
+    scored = report(found)
+    ComponentRecovery(np.array(planted)).on_round_end(scored)
+    assert scored.metrics[NMI] == pytest.approx(expected)
+
+
 def test_clients_are_matched_by_partition_not_by_id() -> None:
     recovery = ComponentRecovery(np.array([0, 1, 0, 1]))
     scored = report([0, 0, 1, 1], known={0: 0, 1: 2, 2: 1, 3: 3})
     recovery.on_round_end(scored)
     assert scored.metrics[ARI] == 1.0
+    assert scored.planted == {0: 0, 1: 0, 2: 1, 3: 1}
 
 
 def test_partitions_of_earlier_rounds_are_remembered() -> None:
@@ -72,7 +96,7 @@ def test_no_score_for_fewer_than_two(known: dict[int, int]) -> None:
     recovery = ComponentRecovery(np.array([0, 1]))
     scored = report([0, 1], known=known)
     recovery.on_round_end(scored)
-    assert ARI not in scored.metrics
+    assert scored.metrics == {}
 
 
 def test_no_score_without_an_inference() -> None:

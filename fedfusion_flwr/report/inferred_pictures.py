@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inferred distribution in pictures: clients, assignments, mixture, components, recovery."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fedfusion_flwr.report.evidence import Cell, Evidence, Setting
+from fedfusion_flwr.report.inferred import (
+    LEAST_CLIENTS,
+    Inferred,
+    matched,
+    positions,
+    true_components,
+)
+from fedfusion_flwr.report.pictures import (
+    Numbers,
+    Part,
+    Picture,
+    Section,
+    canvas,
+    in_words,
+    legend_above,
+    numbered_look,
+)
+from fedfusion_flwr.report.recovery import recovery_picture
+
+_KINDS = ("mean", "log deviation", "shift", "scale")
+_MOST_POINTS = 100
+"""Most channels drawn of one component and kind."""
+
+
+def inferred_section(evidence: Evidence) -> Section:
+    """The first kept FedFusion run of every setting, and the recovery by all strategies."""
+    section = Section(
+        "inferred",
+        "The inferred distribution",
+        "What the server made of the clients from their normalization parameters alone, beside "
+        "what was planted where the partition plants something. Components are numbered as the "
+        "run numbers them; planted ones have numbers of their own.",
+    )
+    for setting, cells in evidence.compared.items():
+        part = Part(str(setting))
+        recovery = recovery_picture(setting, cells)
+        if recovery is not None:
+            part.pictures.append(recovery)
+        run = _first_inference(cells)
+        if run is not None:
+            part.pictures += _run_pictures(setting, run, section.missing)
+        elif not evidence.is_run and any(cell.algorithm == "fedfusion" for cell in cells):
+            section.missing.append(f"{setting}: no run directory with a fusion.npz was kept.")
+        elif evidence.is_run:
+            section.missing.append(
+                "The run has no fusion.npz: only fedfusion infers a distribution."
+            )
+        if part.pictures:
+            section.parts.append(part)
+    return section
+
+
+def _first_inference(cells: list[Cell]) -> Cell | None:
+    kept = [c for c in cells if c.directory and (c.directory / "fusion.npz").exists()]
+    return min(kept, key=lambda cell: cell.seed, default=None)
+
+
+def _run_pictures(setting: Setting, cell: Cell, missing: list[str]) -> list[Picture]:
+    assert cell.directory is not None
+    run = Inferred.read(cell.directory / "fusion.npz")
+    told = f"{setting}, seed {cell.seed}"
+    drawn = [_assignments(setting, told, run), _mixture(setting, told, run)]
+    if run.statistics is None:
+        missing.append(f"{told}: fusion.npz holds no statistics; runs of this version record them.")
+        return drawn
+    if len(run.clients) < LEAST_CLIENTS:
+        missing.append(f"{told}: {len(run.clients)} clients make no map.")
+    else:
+        drawn.insert(0, _plane(setting, told, run, run.statistics))
+    if run.is_planted:
+        drawn.append(_components(setting, told, run, run.statistics))
+    return drawn
+
+
+def _plane(setting: Setting, told: str, run: Inferred, statistics: np.ndarray) -> Picture:
+    maps = positions(statistics)
+    groupings = {"inferred": run.main_components}
+    if run.is_planted:
+        groupings["planted"] = run.planted
+    figure, axes = canvas(0.6 + 2.2 * len(maps), len(maps), len(groupings))
+    for row, (method, points) in zip(axes, maps.items(), strict=True):
+        for ax, (grouping, groups) in zip(row, groupings.items(), strict=True):
+            for m in np.unique(groups):
+                style, chosen = numbered_look(int(m)), groups == m
+                ax.scatter(
+                    *points[chosen].T,
+                    s=34,
+                    color=style.color,
+                    marker=style.marker,
+                    edgecolor="black",
+                    linewidth=0.4,
+                    label=f"{m}",
+                )
+            ax.set_title(f"{method}, {grouping}", fontsize="medium")
+            ax.tick_params(labelbottom=False, labelleft=False, length=0)
+    for ax, grouping in zip(axes[-1], groupings, strict=True):
+        ax.legend(
+            title=f"{grouping} component",
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.03),
+            ncols=5,
+            frameon=False,
+            fontsize="small",
+            title_fontsize="small",
+            columnspacing=0.6,
+            handletextpad=0.0,
+            borderpad=0.0,
+        )
+    beside = " Left by inferred, right by planted component: the same groups, whatever their " \
+        "numbers, mean that the data was found out." if run.is_planted else ""  # fmt: skip
+    return Picture(
+        f"inferred-clients-{setting.slug}",
+        f"Clients in the plane: {told}",
+        "Each mark is a client, placed by its normalization parameters in the last round "
+        f"(standardized, as the inference sees them).{beside} In t-SNE only who is near whom "
+        "means something.",
+        f"Scatter plots of {len(run.clients)} clients in {len(np.unique(run.main_components))} "
+        "inferred components"
+        + (f" beside {len(np.unique(run.planted))} planted ones." if run.is_planted else "."),
+        figure,
+        [
+            {
+                "client": int(client),
+                **{
+                    f"{method.lower()}-{axis}": float(points[k, a])
+                    for method, points in maps.items()
+                    for a, axis in enumerate("xy")
+                },
+                "inferred": int(run.main_components[k]),
+                "planted": int(run.planted[k]) if run.planted[k] >= 0 else None,
+            }
+            for k, client in enumerate(run.clients)
+        ],
+    )
+
+
+def _assignments(setting: Setting, told: str, run: Inferred) -> Picture:
+    order, shown = run.order(), run.occupied
+    columns = 2 if len(shown) > 1 else 1
+    rows = math.ceil(len(shown) / columns)
+    height = min(max(1.6, 0.09 * len(order) + 0.6), 4.0)
+    figure, axes = canvas(1.0 + height * rows, rows, columns, sharex=True, sharey=True)
+    edges = (run.rounds[0] - 0.5, run.rounds[-1] + 0.5, len(order) - 0.5, -0.5)
+    borders = np.flatnonzero(np.diff(run.planted[order])) + 0.5 if run.is_planted else np.array([])
+    image = None
+    for ax, m in zip(axes.flat, shown, strict=False):
+        image = ax.imshow(
+            run.assignments[:, order, m].T,
+            aspect="auto",
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+            extent=edges,
+            interpolation="nearest",
+        )
+        ax.set_title(f"component {m}", fontsize="medium")
+        ax.grid(visible=False)
+        for border in borders:
+            ax.axhline(border, color="black", linewidth=0.7, linestyle=":")
+    for ax in axes.flat[len(shown) :]:
+        ax.set_visible(False)
+    axes[0, 0].set_yticks([])
+    for ax in axes[:, 0]:
+        ax.set_ylabel("clients")
+    for ax in axes.flat[max(len(shown) - columns, 0) : len(shown)]:
+        ax.set_xlabel("round")
+        ax.tick_params(labelbottom=True)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    if image is not None:
+        figure.colorbar(
+            image, ax=axes, label="share b of the client", location="top", shrink=0.6, aspect=30
+        )
+    lines = " Dotted lines part the planted groups." if run.is_planted else ""
+    return Picture(
+        f"inferred-assignments-{setting.slug}",
+        f"Assignments: {told}",
+        "How much of each client (a row, ordered by planted, then inferred component) belongs to "
+        f"each component, round by round. Dark is all of it.{lines} Components that hold less than "
+        "one hundredth of the clients throughout are left out.",
+        f"Heat maps of assignments by client and round for components {shown}.",
+        figure,
+        [
+            {
+                "round": int(number),
+                "client": int(run.clients[k]),
+                "planted": int(run.planted[k]) if run.planted[k] >= 0 else None,
+                "component": m,
+                "assignment": float(run.assignments[r, k, m]),
+            }
+            for r, number in enumerate(run.rounds)
+            for k in order
+            for m in range(run.assignments.shape[2])
+        ],
+    )
+
+
+def _mixture(setting: Setting, told: str, run: Inferred) -> Picture:
+    kinds = {"used": run.mixture, "inferred": run.inferred_mixture}
+    figure, axes = canvas(4.4, 2, sharex=True, sharey=True)
+    for ax, (kind, mixture) in zip(axes[:, 0], kinds.items(), strict=True):
+        for m in run.occupied:
+            style = numbered_look(m)
+            ax.plot(
+                run.rounds,
+                mixture[:, m],
+                color=style.color,
+                linestyle=style.line,
+                marker=style.marker,
+                markersize=4,
+                markevery=max(1, len(run.rounds) // 8),
+                label=f"component {m}",
+            )
+        ax.set_ylabel(f"share pi, as {kind}")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[1, 0].set_xlabel("round")
+    axes[1, 0].xaxis.get_major_locator().set_params(integer=True)
+    legend_above(figure, axes[0, 0])
+    last = [(f"component {m}", float(run.mixture[-1, m])) for m in run.occupied]
+    return Picture(
+        f"inferred-mixture-{setting.slug}",
+        f"Mixture: {told}",
+        "The share of each component in the fused model. Above: as the run used it, by the rule "
+        "of its key mixture; below: the posterior mean of the inference. Last round, as used: "
+        f"{in_words(last, 2)}.",
+        f"Line charts of the mixture by round. Last round: {in_words(last, 2)}.",
+        figure,
+        [
+            {
+                "round": int(number),
+                "component": m,
+                "used": float(run.mixture[r, m]),
+                "inferred": float(run.inferred_mixture[r, m]),
+            }
+            for r, number in enumerate(run.rounds)
+            for m in range(run.mixture.shape[1])
+        ],
+    )
+
+
+def _components(setting: Setting, told: str, run: Inferred, statistics: np.ndarray) -> Picture:
+    numbers: Numbers = []
+    true = true_components(statistics, run.planted)
+    channels = statistics.shape[1] // len(_KINDS)
+    shown = np.unique(np.linspace(0, channels - 1, min(channels, _MOST_POINTS)).round().astype(int))
+    for planted, component in matched(run.planted, run.assignments[-1]).items():
+        for i, kind in enumerate(_KINDS):
+            for channel in shown:
+                at = i * channels + channel
+                numbers.append(
+                    {
+                        "planted": planted,
+                        "component": component,
+                        "kind": kind,
+                        "channel": int(channel),
+                        "true": float(true[planted][at]),
+                        "reconstructed": float(run.components[-1, component, at]),
+                    }
+                )
+    figure, axes = canvas(4.6, 2, 2)
+    correlations = []
+    for ax, kind in zip(axes.flat, _KINDS, strict=True):
+        rows = [row for row in numbers if row["kind"] == kind]
+        points = np.array([(row["true"], row["reconstructed"]) for row in rows])
+        owners = np.array([row["planted"] for row in rows])
+        for planted in np.unique(owners):
+            style = numbered_look(int(planted))
+            ax.plot(
+                *points[owners == planted].T,
+                style.marker,
+                color=style.color,
+                markersize=3.5,
+                alpha=0.7,
+                label=f"planted {planted}",
+            )
+        _diagonal(ax, points)
+        ax.set_title(kind, fontsize="medium")
+        if points.std(0).min() > 0:
+            correlations.append((kind, float(np.corrcoef(points.T)[0, 1])))
+    figure.supxlabel("mean over the planted group's clients", fontsize="medium")
+    figure.supylabel("decoded from the component", fontsize="medium")
+    legend_above(figure, axes[0, 0])
+    return Picture(
+        f"inferred-components-{setting.slug}",
+        f"True and reconstructed components: {told}",
+        "Each mark is one channel of one planted group: its normalization parameter, averaged over "
+        "the group's clients, against what the decoder makes of the component that holds most of "
+        "the group. Both are deviations from the cohort. On the line they are equal; flatter than "
+        f"the line, the inference shrinks them. Correlation: {in_words(correlations, 2)}.",
+        "Scatter plots of true against reconstructed normalization parameters. Correlation: "
+        f"{in_words(correlations, 2)}.",
+        figure,
+        numbers,
+    )
+
+
+def _diagonal(ax: Any, points: np.ndarray) -> None:
+    ends = [points.min(), points.max()]
+    ax.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
