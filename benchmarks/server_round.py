@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedfusion_flwr.experiments.rows import Row
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.measuring import Columns, PeakMemory, command_line, seconds
 from fedfusion_flwr import protocol
+from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import FedFusion
