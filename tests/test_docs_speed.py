@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/speed.md is true: its tables are those of the committed rows, its keys exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks import inference_scale, local_training, server_round
+from benchmarks.measuring import table
+from fedfusion_flwr import RunConfig
+from fedfusion_flwr.experiments.rows import read_rows
+
+TEXT = (Path(__file__).parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
+BENCHMARKS = (server_round, inference_scale, local_training)
+
+
+@pytest.mark.parametrize("module", BENCHMARKS, ids=lambda m: m.__name__)
+def test_tables_are_what_the_committed_rows_say(module: ModuleType) -> None:
+    rows = read_rows(module.RESULTS)
+    assert {row["case"] for row in rows} == set(module.CASES)
+    assert all("dirty" not in row["commit"] for row in rows)
+    assert table(module.RESULTS, module.CASES, module.COLUMNS) in TEXT
+    assert f"python benchmarks/{module.RESULTS.stem}.py" in TEXT
+
+
+def test_keys_are_those_of_a_run() -> None:
+    config = RunConfig().to_run_config()
+    named = re.findall(r"^\|[^|]*\| ([^|]*) \|", TEXT, re.MULTILINE)
+    keys = {key for cell in named for key in re.findall(r"`([a-z][a-z-]+)", cell)}
+    assert {"central-evaluate-every", "vae-step", "precision"} <= keys
+    assert keys <= set(config)
