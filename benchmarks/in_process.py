@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,27 +23,38 @@ Row = dict[str, Any]
 
 def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
     """Run one federation; its metrics of every round from 0, and what identifies the run."""
-    import torch
+    from client_app import app
+
+    about = identity()
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        digest = run_app({**config, "output-dir": folder}, app)
+        seconds = time.perf_counter() - started
+        metrics = read_rows(Path(folder) / "metrics.jsonl")
+    return metrics, {"digest": digest, "seconds": round(seconds, 1), **about}
+
+
+def run_app(config: dict[str, Any], client_app: Callable[..., Any]) -> str:
+    """Run the ServerApp with these clients, rows into ``output-dir``; the final digest."""
     from flwr.app import Context, RecordDict
 
-    from client_app import app
     from fedfusion_flwr.server import run
     from fedfusion_flwr.simulation import InProcessGrid
 
-    commit = _commit()  # Before the run, while nobody has changed a file.
-    with tempfile.TemporaryDirectory() as folder:
-        context = Context(1, 0, {}, RecordDict(), {**config, "output-dir": folder})
-        started = time.perf_counter()
-        outcome = run(InProcessGrid(app, config["num-clients"], context.run_config), context)
-        seconds = time.perf_counter() - started
-        metrics = read_rows(outcome.directory / "metrics.jsonl")
-    return metrics, {
-        "digest": outcome.digest,
-        "seconds": round(seconds, 1),
+    context = Context(1, 0, {}, RecordDict(), config)
+    grid = InProcessGrid(client_app, config["num-clients"], context.run_config)
+    return run(grid, context).digest
+
+
+def identity() -> Row:
+    """Versions, commit and machine; ask before the run, while nobody has changed a file."""
+    import torch
+
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "flwr": version("flwr"),
-        "commit": commit,
+        "commit": _commit(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }
 
