@@ -159,7 +159,7 @@ class RunConfig:
     max_examples: int = checked(10_000_000, at_least(1))
     max_update_ratio: float = checked(10.0, above(0))
     defence: str = checked("none", one_of("none", "robust"))
-    outlier_threshold: float = checked(10.0, at_least(0))
+    outlier_threshold: float = checked(20.0, at_least(0))
     clip_quantile: float = checked(0.5, FRACTION)
     max_examples_ratio: float = checked(3.0, Rule(lambda v: v == 0 or v >= 1, "0, or at least 1"))
     round_timeout: float = checked(3600.0, above(0))

@@ -63,7 +63,7 @@ class Defence:
     def __init__(
         self,
         *,
-        outlier_threshold: float = 10.0,
+        outlier_threshold: float = 20.0,
         clip_quantile: float = 0.5,
         max_examples_ratio: float = 3.0,
     ) -> None:
@@ -126,17 +126,17 @@ class Defence:
         dropped: list[ClientRow] = []
         scores = _worst_scores(replies, sent_to)
         for reply in replies:
-            score, compared = scores.get(reply.client, (0.0, 0))
+            judged, score = scores.get(reply.client, (False, 0.0))
             note = (
                 f"its normalization statistics score {score:.3g}, outlier-threshold is "
                 f"{self.outlier_threshold:g}"
             )
-            if score > self.outlier_threshold and compared >= FEWEST_TO_JUDGE:
+            if judged and score > self.outlier_threshold:
                 dropped.append(dataclasses.replace(reply.row(), dropped=OUTLIER, detail=note))
                 continue
             reply = _with_metric(reply, OUTLIER_SCORE, score)
             if score > self.outlier_threshold:
-                note = f"kept, because there are only {compared} to compare, but {note}"
+                note = f"kept, because fewer than {FEWEST_TO_JUDGE} can be compared, but {note}"
                 _log(WARNING, report, reply, note)
                 reply = _noted(reply, note)
                 add(report, "outliers-kept", 1)
@@ -167,13 +167,13 @@ class Defence:
         return clipped
 
 
-def _worst_scores(replies: list[ClientReply], sent_to: SentTo) -> dict[int, tuple[float, int]]:
-    """By client: the highest score, and among how many clients it was found.
+def _worst_scores(replies: list[ClientReply], sent_to: SentTo) -> dict[int, tuple[bool, float]]:
+    """By client: whether there were enough to judge it among, and its highest score there.
 
     Of the running statistics, which are fused, and of the record, which inference reads: a client
     may lie in one and not in the other.
     """
-    worst: dict[int, tuple[float, int]] = {}
+    worst: dict[int, tuple[bool, float]] = {}
     for read in (_running_statistics, _record):
         groups: dict[tuple[int, int], list[tuple[int, Moments]]] = {}
         for reply in replies:
@@ -183,8 +183,9 @@ def _worst_scores(replies: list[ClientReply], sent_to: SentTo) -> dict[int, tupl
                 groups.setdefault(comparable, []).append((reply.client, moments))
         for group in groups.values():
             scores = outlier_scores([moments for _, moments in group]).max(1).values.tolist()
+            judged = len(group) >= FEWEST_TO_JUDGE
             for (client, _), score in zip(group, scores, strict=True):
-                worst[client] = max(worst.get(client, (0.0, 0)), (score, len(group)))
+                worst[client] = max(worst.get(client, (False, 0.0)), (judged, score))
     return worst
 
 
