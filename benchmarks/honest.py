@@ -86,7 +86,7 @@ def run_missing(workers: int) -> None:
 def table() -> str:
     """Markdown: what was dropped, cut and clipped, and the accuracy of the last round."""
     lines = [
-        "| scenario | highest score | dropped | counts cut | updates clipped | accuracy | without |",
+        "| scenario | highest score | dropped | cut | clipped | accuracy | without |",
         "|---|---|---|---|---|---|---|",
     ]
     rows = {(row["scenario"], row["defence"]): row for row in read_rows(RESULTS)}

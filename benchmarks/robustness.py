@@ -93,13 +93,13 @@ def run_cell(attack: str, share: float, method: str, seed: int) -> Row:
 
 
 def _run_ours(method: str, config: dict[str, Any], clients: Any, hostile: list[int]) -> Row:
-    from fedfusion_flwr.errors import FedFusionError
+    from fedfusion_flwr.strategies import RunStopped
 
     stopped, digest = None, None
     with tempfile.TemporaryDirectory() as folder:
         try:
             digest = run_app({**config, "output-dir": folder}, clients)
-        except FedFusionError as problem:
+        except RunStopped as problem:
             stopped = str(problem)
         metrics = read_rows(Path(folder) / "metrics.jsonl")
         replies = read_rows(Path(folder) / "clients.jsonl")
