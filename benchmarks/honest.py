@@ -11,6 +11,7 @@ not repeated.
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from benchmarks.in_process import (
     run_app,
     run_in_processes,
 )
+from benchmarks.robustness import last_accuracy
 
 RESULTS = Path(__file__).parent / "results" / "honest.jsonl"
 CONFIG: dict[str, Any] = {
@@ -61,6 +63,11 @@ def run_cell(scenario: str, defence: str) -> Row:
         metrics = read_rows(Path(folder) / "metrics.jsonl")
         replies = read_rows(Path(folder) / "clients.jsonl")
     details = [row.get("detail", "") for row in replies]
+    bounds = {row["round"]: row.get("clip-bound") for row in metrics}
+    kept = [
+        min(1.0, bounds[row["round"]] / row["update-norm"]) if "update-norm" in row else 1.0
+        for row in replies
+    ]
     return {
         "scenario": scenario,
         "defence": defence,
@@ -68,6 +75,7 @@ def run_cell(scenario: str, defence: str) -> Row:
         "replies": len(replies),
         "dropped": sum("dropped" in row for row in replies),
         "clipped": sum("clipped" in detail for detail in details),
+        "shortened": 1 - statistics.mean(kept),
         "capped": sum("examples count as" in detail for detail in details),
         "highest-score": max(row.get("outlier-score", 0.0) for row in replies),
         "accuracy": [row["global-accuracy"] for row in metrics],
@@ -84,10 +92,10 @@ def run_missing(workers: int) -> None:
 
 
 def table() -> str:
-    """Markdown: what was dropped, cut and clipped, and the accuracy of the last round."""
+    """Markdown: what was dropped, cut and clipped, and `last_accuracy` with it and without."""
     lines = [
-        "| scenario | highest score | dropped | cut | clipped | accuracy | without |",
-        "|---|---|---|---|---|---|---|",
+        "| scenario | highest score | dropped | counts cut | clipped | by | accuracy | without |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows = {(row["scenario"], row["defence"]): row for row in read_rows(RESULTS)}
     for scenario in SCENARIOS:
@@ -98,7 +106,8 @@ def table() -> str:
         lines.append(
             f"| {scenario} | {robust['highest-score']:.1f} | {robust['dropped']} of {count} "
             f"| {robust['capped'] / count:.0%} | {robust['clipped'] / count:.0%} "
-            f"| {robust['accuracy'][-1]:.3f} | {none['accuracy'][-1]:.3f} |"
+            f"| {robust['shortened']:.0%} | {last_accuracy(robust):.3f} "
+            f"| {last_accuracy(none):.3f} |"
         )
     return "\n".join(lines)
 

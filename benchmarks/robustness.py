@@ -85,7 +85,6 @@ def run_cell(attack: str, share: float, method: str, seed: int) -> Row:
         "seed": seed,
         "config": config,
         "hostile": hostile,
-        "final-accuracy": result["accuracy"][-1],
         **result,
         "seconds": round(time.perf_counter() - started, 1),
         **about,
@@ -162,7 +161,7 @@ def run_missing(workers: int) -> None:
 
 
 def table() -> str:
-    """Markdown: mean final accuracy over seeds by attack and share; a mark where a run stopped."""
+    """Markdown: mean `last_accuracy` over seeds by attack and share; marked where a run stopped."""
     groups: dict[tuple[str, float, str], list[Row]] = {}
     for row in read_rows(RESULTS):
         groups.setdefault((row["attack"], row["share"], row["method"]), []).append(row)
@@ -189,7 +188,12 @@ def _accuracy(rows: list[Row]) -> str:
     if not rows:
         return ""
     mark = " (stopped)" if any(row["stopped"] for row in rows) else ""
-    return f"{statistics.mean(row['final-accuracy'] for row in rows):.3f}{mark}"
+    return f"{statistics.mean(last_accuracy(row) for row in rows):.3f}{mark}"
+
+
+def last_accuracy(row: Row) -> float:
+    """Mean accuracy of the last three rounds."""
+    return statistics.mean(row["accuracy"][-3:])
 
 
 def main() -> None:

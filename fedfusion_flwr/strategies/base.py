@@ -210,6 +210,7 @@ class BaseStrategy(AlgorithmHooks):
             self.min_valid_replies,
             self.max_failed_rounds,
         )
+        log(INFO, "\t├──> Defence: %s", self.defence or "none")
         super().summary()
 
     def check_outcome(self, num_rounds: int) -> None:

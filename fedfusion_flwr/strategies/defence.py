@@ -72,6 +72,12 @@ class Defence:
         self.max_examples_ratio = max_examples_ratio
         self.bounds: dict[str, float] = {}
 
+    def __str__(self) -> str:
+        return (
+            f"outlier threshold {self.outlier_threshold:g}, clip quantile {self.clip_quantile:g}, "
+            f"examples at most {self.max_examples_ratio:g} times the median"
+        )
+
     def screen(
         self,
         replies: list[ClientReply],
