@@ -60,17 +60,23 @@ def outlier_scores(clients: Sequence[Moments]) -> Tensor:
     for layer in zip(*clients, strict=True):
         mean = torch.stack([m.double() for m, _ in layer])
         log_variance = torch.stack([v.double() for _, v in layer]).add(BATCHNORM_EPS).log()
-        std = (log_variance.quantile(0.5, dim=0) / 2).exp()
+        std = (_median(log_variance) / 2).exp()
         scores = _scores(mean, LEAST_SPREAD * std), _scores(log_variance, LEAST_SPREAD)
         layers.append(torch.maximum(*scores))
     return torch.stack(layers, dim=1)
 
 
 def _scores(values: Tensor, unit: Tensor | float) -> Tensor:
-    deviation = (values - values.quantile(0.5, dim=0)).abs()
-    spread = MAD_TO_STD * deviation.quantile(0.5, dim=0)
+    deviation = (values - _median(values)).abs()
+    spread = MAD_TO_STD * _median(deviation)
     scores: Tensor = deviation / torch.maximum(spread, torch.as_tensor(unit).double())
     return scores.square().mean(1).sqrt()
+
+
+def _median(values: Tensor) -> Tensor:
+    """Over the rows; of an even number, the mean of the two in the middle."""
+    ordered, count = values.sort(0).values, len(values)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
 def clip_update(
