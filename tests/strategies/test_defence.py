@@ -17,7 +17,10 @@ from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.fusion.robust import moments_of, next_bound, outlier_scores
 from fedfusion_flwr.strategies import build_strategy
 from fedfusion_flwr.strategies.defence import Defence
+from fedfusion_flwr.strategies.fedma import class_weights
+from fedfusion_flwr.strategies.replies import ClientReply
 from fedfusion_flwr.tracking.snapshot import capture, rebuild
+from tests.strategies.matched import other_state, run_fedma
 from tests.support import (
     MEAN,
     TINY,
@@ -221,6 +224,27 @@ def test_the_order_of_the_replies_changes_nothing(name: str) -> None:
         run(name, FakeClient(), defence=Defence(), tamper=tamper) for tamper in (None, backwards)
     ]
     assert_identical(outcomes[0].state, outcomes[1].state)
+
+
+def test_fedma_is_clipped_and_capped_but_clients_of_different_models_are_not_compared() -> None:
+    """Every client starts from a network of its own, so that only round 2 sees common layers."""
+    far = FakeClient(OUTLIERS["running mean"], hostile=(2,), spoil_rounds=(1,))
+    outcome = run_fedma(far, HONEST, initial_state=other_state, defence=Defence())
+    for report in outcome.reports[1:]:
+        assert report.metrics["replies-dropped"] == 0
+        assert "outliers-kept" not in report.metrics
+        assert 0 < report.metrics["updates-clipped"] < HONEST
+    assert all(value.isfinite().all() for value in outcome.state.values())
+
+
+def test_a_cut_count_reaches_fedmas_class_weights() -> None:
+    """90 examples count as 30: a third of every class."""
+
+    def reply(client: int, count: int, classes: list[float]) -> ClientReply:
+        return ClientReply(client, client, count, {}, lists={protocol.CLASS_COUNTS: classes})
+
+    weights = class_weights([reply(0, 30, [60.0, 30.0, 0.0]), reply(1, 10, [10.0, 0.0, 0.0])])
+    assert weights.tolist() == [[20.0, 10.0, 1.0], [10.0, 0.0, 1.0]]
 
 
 # --- the preset in a run config -------------------------------------------------------------------
