@@ -44,6 +44,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "two classes a client": {"partition": "pathological"},
     "components": {"partition": "components"},
     "components, unequal": _LONG_TAILED,
+    "components, unequal, clip-quantile 0.8": {**_LONG_TAILED, "clip-quantile": 0.8},
     "components, turned images": {"partition": "components", "component-transform": "rotate"},
     "dirichlet 0.1, 5 epochs": {**_DIRICHLET, "local-epochs": 5},
     "components, unequal, 5 epochs": {**_LONG_TAILED, "local-epochs": 5},

@@ -9,11 +9,11 @@ counted in the round's metrics, and stands in the client's row.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Mapping
 from logging import INFO, WARNING
 from typing import Any
 
+import numpy as np
 from flwr.common.logger import log
 from torch import Tensor
 
@@ -155,7 +155,7 @@ class Defence:
         if not replies or self.clip_quantile == 1:
             return replies
         norms = [squared_distance(reply.state, sent_to(reply)) ** 0.5 for reply in replies]
-        bound = self.bounds.get(phase) or statistics.median(norms)
+        bound = self.bounds.get(phase) or float(np.quantile(norms, self.clip_quantile))
         if not bound:
             return replies
         self.bounds[phase] = next_bound(bound, norms, self.clip_quantile)

@@ -163,6 +163,15 @@ def test_long_updates_count_as_much_as_the_median_one() -> None:
     assert defence.bounds == {"training": pytest.approx(next_bound(bound, norms, 0.5), rel=1e-4)}
 
 
+def test_the_first_bound_is_the_quantile_itself() -> None:
+    """Of norms 1 2 3 4 5 6 in units of the first client's: 0.8 of the way from 1 to 6 is 5."""
+    defence = Defence(clip_quantile=0.8, max_examples_ratio=0)
+    report = run("fedavg", FakeClient(), defence=defence, rounds=1).reports[1]
+    parameters = sum(p.numel() for p in tiny_model().parameters())
+    assert report.metrics["clip-bound"] == pytest.approx(0.05 * parameters**0.5, rel=1e-4)
+    assert [row.client for row in report.clients if row.detail] == [5]
+
+
 def test_a_clip_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="flwr"):
         run("fedavg", FakeClient(), defence=Defence(), rounds=1)
