@@ -35,6 +35,7 @@ def test_every_row_of_attacks_names_its_run() -> None:
     for row in rows:
         config = {**robustness.CONFIG, **robustness.OURS.get(row["method"], {})}
         assert row["config"] == {**config, "seed": row["seed"]}
+        assert "ended by SIG" not in str(row["stopped"])
         assert row["stopped"] or len(row["accuracy"]) == config["num-server-rounds"] + 1
         assert len(row["hostile"]) == round(row["share"] * config["num-clients"])
         assert "dirty" not in row["commit"]
