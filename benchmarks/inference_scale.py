@@ -13,10 +13,10 @@ import functools
 from pathlib import Path
 
 import torch
-from fedfusion_flwr.experiments.rows import Row
 from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.measuring import Columns, PeakMemory, command_line, seconds
+from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.fusion import DistributionInference, FusionPosterior
 
 RESULTS = Path(__file__).parent / "results" / "inference_scale.jsonl"

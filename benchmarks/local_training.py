@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedfusion_flwr.experiments.rows import Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measuring import Columns, command_line, least_seconds
 from fedfusion_flwr.computation import autocast, compiled_forward, place_model
+from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.models.bilstm import BiLSTM
 from fedfusion_flwr.training import train

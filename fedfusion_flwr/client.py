@@ -104,7 +104,7 @@ def _train(work: _Work) -> RecordDict:
         normalization = _normalization(_probe, work)
         looked = reported.get(protocol.FORWARD_EXAMPLES, 0)
         reported[protocol.FORWARD_EXAMPLES] = looked + len(data.x)
-    phase = str(work.settings.get(protocol.PHASE, "training"))
+    phase = str(work.settings.get(protocol.PHASE, protocol.TRAINING))
     result = train(
         work.model,
         data.x,
@@ -166,7 +166,7 @@ def _evaluate(work: _Work) -> RecordDict:
 def _query(work: _Work) -> RecordDict:
     return RecordDict(
         {
-            protocol.NORMALIZATION: protocol.record_from_statistics(_probe(work)),
+            protocol.NORMALIZATION: protocol.record_from_statistics(_blurred(_probe(work), work)),
             protocol.METRICS: MetricRecord({protocol.NUM_EXAMPLES: len(work.data.x)}),
         }
     )
@@ -180,9 +180,19 @@ def _normalization(
     A strategy that needs them has objected at the start of the run.
     """
     try:
-        return {protocol.NORMALIZATION: protocol.record_from_statistics(read(work))}
+        statistics = _blurred(read(work), work)
+        return {protocol.NORMALIZATION: protocol.record_from_statistics(statistics)}
     except StatisticsError:
         return {}
+
+
+def _blurred(statistics: NormalizationStatistics, work: _Work) -> NormalizationStatistics:
+    """With ``statistics-noise``; the model beside it still tells its running statistics exactly."""
+    if not work.config.statistics_noise:
+        return statistics
+    keys = work.server_round, work.key
+    generator = torch_generator(work.config.seed, "statistics-noise", *keys)
+    return statistics.blurred(work.config.statistics_noise, generator)
 
 
 def _trained_statistics(work: _Work) -> NormalizationStatistics:

@@ -51,6 +51,8 @@ FORWARD_EXAMPLES = "forward-examples"
 # What a strategy may say in the config of a train message; where it does not, the run config does.
 PHASE = "phase"
 """Name of a training outside the round's own, so that it draws random numbers of its own."""
+TRAINING = "training"
+"""The phase of a round's own."""
 PROXIMAL_MU = "proximal-mu"
 MAX_STEPS = "max-steps"
 """Stop after so many gradient steps, however many epochs they take."""

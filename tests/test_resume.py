@@ -79,6 +79,20 @@ def test_resumed_run_equals_the_uninterrupted_one(strategy: str, tmp_path: Path)
     assert_same_artifacts(cut, tmp_path / "whole")
 
 
+def test_the_clipping_bound_goes_on(tmp_path: Path) -> None:
+    config = {"strategy": "fedavg", "defence": "robust"}
+    whole = go(tmp_path / "whole", **config)
+    with pytest.raises(Killed):
+        go(tmp_path / "cut", dies_at=8, **config)
+    resumed = go(tmp_path / "cut", seed=1, **config, **{"resume-from": str(tmp_path / "cut")})
+    assert resumed.digest == whole.digest
+    bounds = [
+        [r.get("clip-bound") for r in rows(tmp_path / f, "metrics.jsonl")] for f in ("whole", "cut")
+    ]
+    assert bounds[0] == bounds[1]
+    assert len(set(bounds[0])) == ROUNDS + 1
+
+
 def test_rounds_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
     """Checkpoints every second round: the third is run again; a torn line is dropped."""
     config = {"strategy": "fedavg", "checkpoint-every": 2}

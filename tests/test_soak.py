@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import soak
-from benchmarks.in_process import read_rows
+from fedfusion_flwr.experiments.rows import read_rows
 
 DEPLOY = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(encoding="utf-8")
 

@@ -141,6 +141,21 @@ class NormalizationStatistics:
             )
         return found
 
+    def blurred(self, amount: float, generator: torch.Generator) -> NormalizationStatistics:
+        """With Gaussian noise of ``amount`` standard deviations of the data, channel by channel.
+
+        Means move by ``amount`` * std * g and shifts by ``amount`` * abs(scale) * g; std and scale
+        are multiplied by exp(``amount`` * g), every g a standard normal draw of its own.
+        """
+        draws = torch.randn(4, len(self.mean), generator=generator)
+        by_mean, by_std, by_shift, by_scale = amount * draws
+        return NormalizationStatistics(
+            self.mean + self.std * by_mean,
+            self.std * by_std.exp(),
+            self.shift + self.scale.abs() * by_shift,
+            self.scale * by_scale.exp(),
+        )
+
     def vector(self, *, log_std: bool = False) -> Tensor:
         """The concatenation (mean, std, shift, scale), shape (4C,); ``log_std`` takes log sigma."""
         std = self.std.clamp_min(BATCHNORM_EPS).log() if log_std else self.std

@@ -32,6 +32,7 @@ from fedfusion_flwr.strategies.bookkeeping import (
     split_train_time,
 )
 from fedfusion_flwr.strategies.conversation import Conversation, Setting
+from fedfusion_flwr.strategies.defence import Defence
 from fedfusion_flwr.strategies.hooks import AlgorithmHooks, Exchange, KeepOldModel
 from fedfusion_flwr.strategies.replies import ClientReply, Expected, ReplyJudge
 from fedfusion_flwr.strategies.roster import Roster
@@ -68,13 +69,15 @@ class BaseStrategy(AlgorithmHooks):
         An aggregate farther from the old model than this times the old model's norm is refused.
     node_timeout : float
         Seconds to wait for ``min_available_nodes`` before round 1.
+    defence : Defence or None
+        What well-formed replies may not do either; None lets them.
     callbacks : Sequence[RoundCallback]
         See every round's report.
     **hooks
         Arguments of `AlgorithmHooks` and of Flower's FedAvg: ``fraction_train``, ...
     """
 
-    STATE = (*AlgorithmHooks.STATE, "failed_rounds", "roster")
+    STATE = (*AlgorithmHooks.STATE, "failed_rounds", "roster", "defence")
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class BaseStrategy(AlgorithmHooks):
         max_examples: int = 10_000_000,
         max_update_ratio: float = 10.0,
         node_timeout: float = 60.0,
+        defence: Defence | None = None,
         callbacks: Sequence[RoundCallback] = (),
         **hooks: Any,
     ) -> None:
@@ -98,6 +102,7 @@ class BaseStrategy(AlgorithmHooks):
         self.max_examples = max_examples
         self.max_update_ratio = max_update_ratio
         self.node_timeout = node_timeout
+        self.defence = defence
         self.roster = Roster()
         self.failed_rounds = 0
 
@@ -205,6 +210,7 @@ class BaseStrategy(AlgorithmHooks):
             self.min_valid_replies,
             self.max_failed_rounds,
         )
+        log(INFO, "\t├──> Defence: %s", self.defence or "none")
         super().summary()
 
     def check_outcome(self, num_rounds: int) -> None:
@@ -249,7 +255,8 @@ class BaseStrategy(AlgorithmHooks):
         self._round.ask({connected[client]: client for client in clients}, lambda _: state)
         messages = self._messages(MessageType.TRAIN, config, lambda _: settings)
         replies = list(grid.send_and_receive(messages, timeout=self.timeout))
-        good, bad = self._judge(replies, lambda *_: state)
+        phase = str(settings.get(protocol.PHASE, protocol.TRAINING))
+        good, bad = self._judge(replies, lambda *_: state, phase=phase)
         book_replies(self.report, good, bad)
         self._stopwatch.lap(self.report, "exchange")
         return good
@@ -259,6 +266,7 @@ class BaseStrategy(AlgorithmHooks):
         replies: Iterable[Message],
         expected: Expected | None,
         check: Callable[[ClientReply], None] = lambda _: None,
+        phase: str = protocol.TRAINING,
     ) -> tuple[list[ClientReply], list[ClientRow]]:
         """Split into good and bad; ``expected`` is what models were trained from, if any."""
         replies = list(replies)
@@ -274,6 +282,9 @@ class BaseStrategy(AlgorithmHooks):
             max_update_ratio=self.max_update_ratio,
         )
         good, bad = judge.judge(replies)
+        if self.defence is not None:
+            good, outliers = self.defence.screen(good, expected, self.report, phase)
+            bad += outliers
         if expected is not None:
             add_costs_up(self.report, replies, good)
         return good, bad

@@ -275,6 +275,11 @@ class FedMA(BaseStrategy):
 
 
 def class_weights(replies: list[ClientReply]) -> Tensor:
-    """What each client counts for each class, (J, C): its examples; 1 for a class nobody has."""
-    counts = torch.tensor([reply.lists[protocol.CLASS_COUNTS] for reply in replies]).double()
+    """What each client counts for each class, (J, C): its examples; 1 for a class nobody has.
+
+    A client whose example count a defence has cut counts less in every class.
+    """
+    told = torch.tensor([reply.lists[protocol.CLASS_COUNTS] for reply in replies]).double()
+    believed = torch.tensor([reply.num_examples for reply in replies]).double()
+    counts = told * (believed / told.sum(1)).unsqueeze(1)
     return torch.where(counts.sum(0) > 0, counts, 1.0)

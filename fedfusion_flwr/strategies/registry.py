@@ -15,6 +15,7 @@ from fedfusion_flwr.fusion import DistributionInference
 from fedfusion_flwr.fusion.plain_network import PlainNetwork
 from fedfusion_flwr.rounds import RoundCallback
 from fedfusion_flwr.strategies.base import BaseStrategy
+from fedfusion_flwr.strategies.defence import MAX_CLIENT_WEIGHT, Defence
 from fedfusion_flwr.strategies.fedavg import FedAvg, FedAvgM
 from fedfusion_flwr.strategies.fedbn import FedBN
 from fedfusion_flwr.strategies.fedcluster import FedCluster
@@ -59,6 +60,7 @@ _SHARED = (
     "fraction_evaluate",
 )
 _SERVER_STEP = ("server_learning_rate", "server_momentum", "average_decay")
+_DEFENCE = ("outlier_threshold", "clip_quantile", "max_examples_ratio")
 _INFERENCE = ("vae_steps", "vae_refit_steps", "vae_learning_rate")
 
 REGISTRY: dict[str, StrategyEntry] = {
@@ -118,6 +120,10 @@ def build_strategy(
     strategy, keys = REGISTRY[config.strategy]
     _warn_of_idle_keys(config, keys)
     arguments: dict[str, Any] = {key: getattr(config, key) for key in (*_SHARED, *keys)}
+    if config.defence == "robust":
+        arguments["defence"] = Defence(**{key: getattr(config, key) for key in _DEFENCE})
+        if arguments.get("max_client_weight") == 1:
+            arguments["max_client_weight"] = MAX_CLIENT_WEIGHT
     if strategy is FedFusion:
         arguments["inference"] = DistributionInference(
             config.num_components,
@@ -146,8 +152,15 @@ def _warn_of_idle_keys(config: RunConfig, keys: Sequence[str]) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for key in sorted(particular - read):
         if getattr(config, key) != defaults[key]:
-            log(
-                WARNING,
-                "run-config key '%s' has no effect with strategy '%s'",
-                *(key.replace("_", "-"), config.strategy),
-            )
+            _warn_of_idle_key(key, "strategy", config.strategy)
+    for key in _DEFENCE if config.defence == "none" else ():
+        if getattr(config, key) != defaults[key]:
+            _warn_of_idle_key(key, "defence", config.defence)
+
+
+def _warn_of_idle_key(key: str, choice: str, chosen: str) -> None:
+    log(
+        WARNING,
+        "run-config key '%s' has no effect with %s '%s'",
+        *(key.replace("_", "-"), choice, chosen),
+    )

@@ -44,7 +44,8 @@ class BadReply(Exception):
 class ClientReply:
     """A reply that passed every check. ``state`` shares memory with the message.
 
-    ``metrics`` are the numbers that the client reports, ``lists`` the lists of numbers.
+    ``metrics`` are the numbers that the client reports, ``lists`` the lists of numbers; ``detail``
+    says what a defence did to it.
     """
 
     client: int
@@ -55,6 +56,7 @@ class ClientReply:
     statistics: NormalizationStatistics | None = None
     partition: int | None = None
     lists: dict[str, list[float]] = field(default_factory=dict)
+    detail: str | None = None
 
     def row(
         self,
@@ -72,6 +74,7 @@ class ClientReply:
             assignment=assignment,
             cluster=cluster,
             metrics=self.metrics,
+            detail=self.detail,
         )
 
 

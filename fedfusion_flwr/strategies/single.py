@@ -15,6 +15,7 @@ from fedfusion_flwr.fusion.state_dicts import UpdateBound
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.rounds import State
 from fedfusion_flwr.strategies.base import BaseStrategy, KeepOldModel
+from fedfusion_flwr.strategies.bookkeeping import add
 from fedfusion_flwr.strategies.replies import ClientReply
 
 
@@ -63,7 +64,9 @@ class SingleModelStrategy(BaseStrategy):
     def advance(self, replies: list[ClientReply]) -> State:
         """Weigh, fuse and take the server step."""
         with one_thread():
-            weights = cap_weights(self.client_weights(replies), self.max_client_weight)
+            wanted = self.client_weights(replies)
+            weights = cap_weights(wanted, self.max_client_weight)
+        self._book_capped(replies, wanted)
         self._stopwatch.lap(self.report, "infer")
         aggregate = self.aggregate(replies, weights)
         problem = UpdateBound(self.current, self.max_update_ratio).objection(aggregate)
@@ -78,6 +81,16 @@ class SingleModelStrategy(BaseStrategy):
         entropy = -torch.xlogy(weights, weights).sum()
         self.report.metrics["weight-entropy"] = float(entropy)
         return model
+
+    def _book_capped(self, replies: list[ClientReply], wanted: Tensor) -> None:
+        for reply, weight in zip(replies, wanted.tolist(), strict=True):
+            if weight > self.max_client_weight:
+                add(self.report, "weights-capped", 1)
+                log(
+                    INFO,
+                    "round %d: client %d (node %d): weight %.3g capped to %g",
+                    *(self.server_round, reply.client, reply.node, weight, self.max_client_weight),
+                )
 
     def summary(self) -> None:
         """Log the strategy's settings at the start of a run."""

@@ -54,6 +54,8 @@ class ConsoleLine:
             # Of all that were asked, in exchanges before the round too.
             asked = max(report.num_sampled, m.get("replies-valid", 0) + dropped)
             parts.append(f"dropped {dropped:.0f}/{asked:.0f}")
+            if m.get("updates-clipped"):
+                parts.append(f"clipped {m['updates-clipped']:.0f}")
             if m.get("round-failed"):
                 parts.append("KEPT OLD MODEL")
             if m.get("fusion-fallback"):

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What do hostile clients cost? Accuracy against their share, for ours and for Flower's own.
+
+    python benchmarks/robustness.py            # runs what is missing, one process
+    python benchmarks/robustness.py --table    # prints the Markdown table of the stored results
+
+Every finished run is one row of ``benchmarks/results/robustness.jsonl``; a run that is there
+already is not repeated. A run that its strategy gave up is a row too, and says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.attackers import ATTACKS, NONE, AttackedClients, choose_hostile
+from benchmarks.in_process import run_app, run_in_processes
+from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
+
+RESULTS = Path(__file__).parent / "results" / "robustness.jsonl"
+SEEDS = (0, 1, 2)
+SHARES = (0.2, 0.4, 0.1)
+"""In the order in which they are run."""
+CONFIG: dict[str, Any] = {
+    "num-clients": 20,
+    "num-server-rounds": 8,
+    "partition": "components",
+    "component-mixing": 0.5,
+    "server-momentum": 0.0,
+    "average-decay": 0.0,
+    "fraction-evaluate": 0.0,
+    "checkpoint-every": 0,
+}
+OURS: dict[str, dict[str, Any]] = {
+    "FedFusion": {"strategy": "fedfusion"},
+    "FedFusion robust": {"strategy": "fedfusion", "defence": "robust"},
+    "FedAvg": {"strategy": "fedavg"},
+}
+STOCK = ("FedMedian", "Krum")
+"""Strategies of ``flwr.serverapp.strategy``, as they are."""
+METHODS = (*OURS, *STOCK)
+BLATANT = ("nan", "huge")
+"""Attacks that are refused or fatal at any share: run at one."""
+
+
+def cells() -> list[tuple[str, float, str, int]]:
+    """Every (attack, share, method, seed) of the table, in the order in which they are run."""
+    attacked = [(NONE, 0.0)]
+    for share in SHARES:
+        attacked += [(a, share) for a in ATTACKS if a not in (NONE, *BLATANT)]
+        attacked += [(a, share) for a in BLATANT if share == SHARES[0]]
+    return [
+        (attack, share, method, seed)
+        for seed in SEEDS
+        for attack, share in attacked
+        for method in METHODS
+    ]
+
+
+def run_cell(attack: str, share: float, method: str, seed: int) -> Row:
+    """Run one federation in this process and return its row."""
+    from client_app import app
+
+    about = identity()
+    config = {**CONFIG, **OURS.get(method, {}), "seed": seed}
+    hostile = choose_hostile(config["num-clients"], share, seed)
+    clients = AttackedClients(app, attack, hostile, records=method in OURS)
+    started = time.perf_counter()
+    run = _run_ours if method in OURS else _run_stock
+    result = run(method, config, clients, hostile)
+    return {
+        "attack": attack,
+        "share": share,
+        "method": method,
+        "seed": seed,
+        "config": config,
+        "hostile": hostile,
+        **result,
+        "seconds": round(time.perf_counter() - started, 1),
+        **about,
+    }
+
+
+def _run_ours(method: str, config: dict[str, Any], clients: Any, hostile: list[int]) -> Row:
+    from fedfusion_flwr.strategies import RunStopped
+
+    stopped, digest = None, None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            digest = run_app({**config, "output-dir": folder}, clients)
+        except RunStopped as problem:
+            stopped = str(problem)
+        metrics = read_rows(Path(folder) / "metrics.jsonl")
+        replies = read_rows(Path(folder) / "clients.jsonl")
+    counted = {
+        f"{what}-{who}": sum(
+            what in _fate(row) and (row["client"] in hostile) == bad for row in replies
+        )
+        for what in ("dropped", "clipped")
+        for who, bad in (("hostile", True), ("honest", False))
+    }
+    accuracy = [row["global-accuracy"] for row in metrics]
+    return {"stopped": stopped, "accuracy": accuracy, "digest": digest, **counted}
+
+
+def _fate(reply: Row) -> str:
+    """What the defence did to a reply, in its own words."""
+    return "dropped" if "dropped" in reply else str(reply.get("detail", ""))
+
+
+def _run_stock(method: str, config: dict[str, Any], clients: Any, hostile: list[int]) -> Row:
+    """As a user would; Krum is told the true number of attackers, its best case."""
+    from flwr.app import ArrayRecord, MetricRecord
+    from flwr.serverapp import strategy as flower
+
+    from fedfusion_flwr import RunConfig, protocol
+    from fedfusion_flwr.data import data_for
+    from fedfusion_flwr.models import model_for
+    from fedfusion_flwr.server import central_evaluation
+    from fedfusion_flwr.simulation import InProcessGrid
+
+    parsed = RunConfig.from_run_config(config)
+    evaluate, accuracy = central_evaluation(parsed), []
+
+    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        metrics = evaluate(server_round, arrays)
+        accuracy.append(metrics["global-accuracy"])
+        return None
+
+    settings: dict[str, Any] = {"fraction_evaluate": 0.0, "min_available_nodes": 20}
+    if method == "Krum":
+        settings["num_malicious_nodes"] = len(hostile)
+    model = model_for(parsed, data_for(parsed), parsed.seed)
+    stopped = None
+    try:
+        getattr(flower, method)(**settings).start(
+            InProcessGrid(clients, parsed.num_clients, config),
+            protocol.record_from_state(model.state_dict()),
+            parsed.num_server_rounds,
+            evaluate_fn=evaluate_fn,
+        )
+    except Exception as problem:  # noqa: BLE001 - that a run is given up is its result
+        stopped = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return {"stopped": stopped, "accuracy": accuracy}
+
+
+def run_missing(workers: int) -> None:
+    """Run every cell that has no row yet, each in a process of its own."""
+    done = {(r["attack"], r["share"], r["method"], r["seed"]) for r in read_rows(RESULTS)}
+    run_in_processes([cell for cell in cells() if cell not in done], [], workers)
+
+
+def table() -> str:
+    """Markdown: mean `last_accuracy` over seeds by attack and share; marked where a run stopped."""
+    groups: dict[tuple[str, float, str], list[Row]] = {}
+    for row in read_rows(RESULTS):
+        groups.setdefault((row["attack"], row["share"], row["method"]), []).append(row)
+    lines = [
+        f"| attack | hostile | {' | '.join(METHODS)} | seeds |",
+        "|---|---|" + "---|" * (len(METHODS) + 1),
+    ]
+    for attack, share in dict.fromkeys((a, s) for a, s, _, _ in sorted(cells(), key=_shown)):
+        found = [groups.get((attack, share, method), []) for method in METHODS]
+        if any(found):
+            seeds = sorted({len(rows) for rows in found})
+            shown = " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))
+            accuracies = " | ".join(_accuracy(rows) for rows in found)
+            lines.append(f"| {attack} | {share:.0%} | {accuracies} | {shown} |")
+    return "\n".join(lines)
+
+
+def _shown(cell: tuple[str, float, str, int]) -> tuple[int, float]:
+    attack, share, _, _ = cell
+    return list(ATTACKS).index(attack), share
+
+
+def _accuracy(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    mark = " (stopped)" if any(row["stopped"] for row in rows) else ""
+    return f"{statistics.mean(last_accuracy(row) for row in rows):.3f}{mark}"
+
+
+def last_accuracy(row: Row) -> float:
+    """Mean accuracy of the last three rounds."""
+    return statistics.mean(row["accuracy"][-3:])
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--table", action="store_true", help="only print the stored results")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser.add_argument("--cell", nargs=4, metavar=("ATTACK", "SHARE", "METHOD", "SEED"))
+    arguments = parser.parse_args()
+    if arguments.cell:
+        attack, share, method, seed = arguments.cell
+        append_row(RESULTS, run_cell(attack, float(share), method, int(seed)))
+        return
+    if not arguments.table:
+        run_missing(arguments.workers)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
