@@ -71,10 +71,10 @@ def _in_process(config: dict[str, Any]) -> RunOutcome:
 def _simulated(config: dict[str, Any], cpus: int, gpus: float) -> RunOutcome:
     """Through Flower's simulation.
 
-    Not by `flwr run`, which takes half as long again: it starts a SuperLink, builds and installs
-    the app's bundle, and needs the app's sources, which an installed package does not have. What
-    `flwr run` does afterwards is what is called here. It is deprecated, and this package is bound
-    to a version that has it; it knows no run config, so that server and clients bring it along.
+    Not by `flwr run`, which for every run also builds and installs the app's bundle and talks to a
+    SuperLink, and needs the app's sources, which an installed package does not have. What it comes
+    down to is called here. That function is deprecated, and this package is bound to a version of
+    Flower that has it; it knows no run config, so that server and clients bring it along.
     """
     from flwr.simulation import run_simulation
 
