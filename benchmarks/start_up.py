@@ -45,7 +45,6 @@ CONFIG: dict[str, Any] = {
     "num-clients": CLIENTS,
     "num-server-rounds": 1,
 }
-RAY_SESSIONS = Path("/tmp/ray")
 IMPORTS = {
     "torch": ("torch",),
     "flwr": ("flwr.serverapp", "flwr.clientapp", "flwr.simulation"),
@@ -60,6 +59,8 @@ def measure(name: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         config = {**CONFIG, "data-root": str(write_pictures(Path(folder) / "pictures.npz"))}
         engine = Engine(Path(folder))
+        # So that the session found is that of this run.
+        engine.environment["RAY_TMPDIR"] = folder
         try:
             if name == "warm":
                 engine.run(config, supernodes=CLIENTS)
@@ -78,7 +79,7 @@ def phase_ends(engine: Engine, done: EngineRun, started: float) -> dict[str, flo
     """When each phase was over, in seconds since the epoch."""
     accepted, process = _task_times(engine.home / "local-superlink" / "state.db")
     training = min(row["train-started"] for row in done.clients())
-    ray, session = _ray_session(started, training)
+    ray, session = _ray_session(engine.folder / "ray", started)
     return {
         "accepted": accepted,
         "process": process,
@@ -103,14 +104,14 @@ def _task_times(database: Path) -> tuple[float, float]:
     return accepted, process
 
 
-def _ray_session(after: float, before: float) -> tuple[float, Path]:
-    """The Ray session that began in between, and when: its folder is named by its time."""
-    for folder in RAY_SESSIONS.glob("session_2*"):
-        stamp = folder.name.removeprefix("session_").rpartition("_")[0]
+def _ray_session(folder: Path, after: float) -> tuple[float, Path]:
+    """When Ray's session of this run began, and where it is; its name says when."""
+    for session in folder.glob("session_2*"):
+        stamp = session.name.removeprefix("session_").rpartition("_")[0]
         begun = datetime.datetime.strptime(stamp, "%Y-%m-%d_%H-%M-%S_%f").timestamp()
-        if after < begun < before:
-            return begun, folder
-    raise RuntimeError(f"no Ray session of this run in {RAY_SESSIONS}")
+        if begun > after:
+            return begun, session
+    raise RuntimeError(f"no Ray session of this run in {folder}")
 
 
 def _actors_begin(session: Path, before: float) -> float:

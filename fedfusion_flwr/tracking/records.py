@@ -50,24 +50,40 @@ class RunLog:
                 file.write("".join(line + "\n" for line in kept).encode())
 
 
+ARCHIVE_GROWTH = 1 / 16
+"""By this share ``fusion.npz`` grows before it is written anew: writing all rounds in every round
+would make a round the dearer, the longer the run is."""
+
+
 class FusionArchive:
     """``fusion.npz``: the inference of every round, padded with NaN where a client was unknown yet.
 
     ``rounds`` (R,), ``clients`` (K,), ``assignments`` (R, K, M), ``mixture`` (R, M) as used,
     ``inferred_mixture`` (R, M), ``weights`` (R, K), ``components`` (R, M, D).
+
+    While the run goes on, the file may lack up to `ARCHIVE_GROWTH` of the rounds; `write` adds
+    them.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
         self.rounds: list[int] = []
         self.snapshots: list[FusionSnapshot] = []
+        self._written = 0
 
     def on_round_end(self, report: RoundReport) -> None:
-        """Add the round and rewrite the file, if there was an inference."""
+        """Add the round, if there was an inference, and rewrite the file, if it lacks enough."""
         if report.fusion is None:
             return
         self.rounds.append(report.server_round)
         self.snapshots.append(report.fusion)
+        if len(self.rounds) - self._written > ARCHIVE_GROWTH * self._written:
+            self.write()
+
+    def write(self) -> None:
+        """Rewrite the file, if it lacks any round."""
+        if self._written == len(self.rounds):
+            return
         clients = sorted({client for s in self.snapshots for client in s.clients})
         column = {client: i for i, client in enumerate(clients)}
         width = self.snapshots[0].mixture.numel()
@@ -91,7 +107,8 @@ class FusionArchive:
             ),
         )
         with self.directory.writing("fusion.npz") as file:
-            file.write(buffer.getvalue())
+            file.write(buffer.getbuffer())
+        self._written = len(self.rounds)
 
     def rewind(self, server_round: int) -> None:
         """Read back the rounds up to this one, to go on with."""
