@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.metrics import adjusted_rand_score
 
 from fedfusion_flwr.rounds import RoundReport
 
@@ -38,5 +37,9 @@ class ComponentRecovery:
             if client in self.partition_of
         ]
         if len(pairs) > 1:
+            # Here and not above: sklearn takes longer to import than all else but torch, and the
+            # first clients can train meanwhile.
+            from sklearn.metrics import adjusted_rand_score
+
             planted, found = zip(*pairs, strict=True)
             report.metrics["adjusted-rand-index"] = float(adjusted_rand_score(planted, found))
