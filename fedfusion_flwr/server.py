@@ -119,6 +119,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
         # Also when the run is stopped: the last good model is worth keeping.
         if strategy.average.state:
             _save_final(directory, strategy)
+            records.archive.write()
             directory.write_json("summary.json", records.history.summary())
     digest = state_digest(protocol.state_from_record(result.arrays))
     log(INFO, "%s", records.history)
@@ -133,9 +134,10 @@ class _Records:
     def __init__(
         self, directory: RunDirectory, config: RunConfig, strategy: BaseStrategy, cut: Partition
     ) -> None:
+        self.archive = FusionArchive(directory)
         self.written: list[RunLog | FusionArchive | TensorBoardLog] = [
             RunLog(directory),
-            FusionArchive(directory),
+            self.archive,
         ]
         if config.tensorboard:
             self.written.append(TensorBoardLog(directory.path / "tensorboard"))
@@ -146,7 +148,7 @@ class _Records:
             recovery = ComponentRecovery(cut.main_components)
             parts["recovery"] = recovery
             self.callbacks.append(recovery)
-        self.checkpointer = Checkpointer(directory, config, strategy, parts)
+        self.checkpointer = Checkpointer(directory, config, strategy, parts, self.archive.write)
         self.callbacks += [
             *self.written,
             self.best,

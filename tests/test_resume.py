@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
@@ -16,7 +17,13 @@ from client_app import app as client_app
 from fedfusion_flwr.server import RunOutcome, run
 from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import REGISTRY, RunStopped
-from fedfusion_flwr.tracking import CheckpointError, RunInterrupted
+from fedfusion_flwr.tracking import (
+    CheckpointError,
+    RunDirectory,
+    RunInterrupted,
+    checkpoint,
+    records,
+)
 from tests.runs import CLIENTS, CONFIG, ROUNDS, assert_same_artifacts, rows, write_pictures
 
 
@@ -105,6 +112,31 @@ def test_rounds_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
         file.write('{"round": 4, "glo')
     assert go(cut, **config, **{"resume-from": str(cut)}).digest == whole.digest
     assert rows(cut, "metrics.jsonl") == rows(tmp_path / "whole", "metrics.jsonl")
+
+
+def test_a_checkpoint_has_all_inferences_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the archive is not written anew in every round."""
+    monkeypatch.setattr(records, "ARCHIVE_GROWTH", 100)
+    archived = []
+
+    def look(directory: RunDirectory, written: checkpoint.Checkpoint) -> None:
+        with np.load(directory.path / "fusion.npz") as data:
+            archived.append((written.server_round, data["rounds"].tolist()))
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", look)
+    go(tmp_path, **{"checkpoint-every": 2, "num-server-rounds": 5})
+    assert archived == [(2, [1, 2]), (4, [1, 2, 3, 4]), (5, [1, 2, 3, 4, 5])]
+
+
+def test_a_run_without_checkpoints_ends_with_all_inferences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "ARCHIVE_GROWTH", 100)
+    go(tmp_path, **{"checkpoint-every": 0, "num-server-rounds": 3})
+    with np.load(tmp_path / "fusion.npz") as data:
+        assert data["rounds"].tolist() == [1, 2, 3]
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:

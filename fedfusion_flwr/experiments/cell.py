@@ -64,7 +64,7 @@ def run_cell(config: dict[str, Any], engine: str, cpus: int, gpus: float) -> Row
 
 
 def _in_process(config: dict[str, Any]) -> RunOutcome:
-    grid = InProcessGrid(_client_app(config), RunConfig.from_run_config(config).num_clients)
+    grid = InProcessGrid(configured_app(config), RunConfig.from_run_config(config).num_clients)
     return run(grid, Context(1, 0, {}, RecordDict(), config))
 
 
@@ -87,7 +87,7 @@ def _simulated(config: dict[str, Any], cpus: int, gpus: float) -> RunOutcome:
 
     run_simulation(
         server_app,
-        _client_app(config),
+        configured_app(config),
         parsed.num_clients,
         backend_config={
             "client_resources": {"num_cpus": parsed.threads_per_client, "num_gpus": gpus},
@@ -97,7 +97,9 @@ def _simulated(config: dict[str, Any], cpus: int, gpus: float) -> RunOutcome:
     return outcomes[0]
 
 
-def _client_app(config: dict[str, Any]) -> ClientApp:
+def configured_app(config: dict[str, Any]) -> ClientApp:
+    """The app's clients, which bring their run config along: no `flwr run` tells them of it."""
+
     def configured(handle: Handler) -> Handler:
         return lambda message, context: handle(
             message, dataclasses.replace(context, run_config=config)

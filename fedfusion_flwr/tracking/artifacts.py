@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: written as the run goes on; an interruption loses one round at most."""
+"""The run directory: written as the run goes on; an interruption loses one round at most.
+
+``fusion.npz`` alone may be a little behind, see `FusionArchive`.
+"""
 
 from __future__ import annotations
 

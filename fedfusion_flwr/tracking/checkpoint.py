@@ -13,7 +13,7 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 from pathlib import Path
@@ -80,6 +80,8 @@ class Checkpointer:
         Whose state is written.
     parts : Mapping[str, object]
         What else the rest of the run depends on, by name; see `snapshot`.
+    before : callable
+        Called before each checkpoint: what a resumed run reads back beside it must be on disk.
     """
 
     def __init__(
@@ -88,11 +90,13 @@ class Checkpointer:
         config: RunConfig,
         strategy: BaseStrategy,
         parts: Mapping[str, object],
+        before: Callable[[], None],
     ) -> None:
         self.directory = directory
         self.config = config
         self.strategy = strategy
         self.parts: dict[str, object] = {"strategy": strategy, **parts}
+        self.before = before
         self.asked_by: str | None = None
 
     def on_round_end(self, report: RoundReport) -> None:
@@ -116,6 +120,7 @@ class Checkpointer:
             rebuild(checkpoint.state[name], part)
 
     def _write(self, server_round: int) -> None:
+        self.before()
         state = {name: capture(part) for name, part in self.parts.items()}
         checkpoint = Checkpoint(server_round, self.config.to_run_config(), state)
         try:

@@ -50,6 +50,11 @@ class RunLog:
                 file.write("".join(line + "\n" for line in kept).encode())
 
 
+ARCHIVE_GROWTH = 1 / 16
+"""By this share ``fusion.npz`` grows before it is written anew: writing all rounds in every round
+would make a round the dearer, the longer the run is."""
+
+
 class FusionArchive:
     """``fusion.npz``: the inference of every round, padded with NaN where a client was unknown yet.
 
@@ -57,20 +62,34 @@ class FusionArchive:
     ``inferred_mixture`` (R, M), ``weights`` (R, K), ``components`` (R, M, D). Of the last round
     only: ``statistics`` (K, D), what was inferred from, in the units of ``components``; and
     ``planted`` (K,), the true main component, -1 where it is not known.
+
+    While the run goes on, the file may lack up to `ARCHIVE_GROWTH` of the rounds; `write` adds
+    them.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
         self.rounds: list[int] = []
         self.snapshots: list[FusionSnapshot] = []
+        self.planted: dict[int, int] = {}
+        self._written = 0
 
     def on_round_end(self, report: RoundReport) -> None:
-        """Add the round and rewrite the file, if there was an inference."""
+        """Add the round, if there was an inference, and rewrite the file, if it lacks enough."""
         if report.fusion is None:
             return
         self.rounds.append(report.server_round)
         # Statistics may be wide: those of earlier rounds are let go.
-        self.snapshots.append(dataclasses.replace(report.fusion, statistics=None))
+        self.snapshots[-1:] = [dataclasses.replace(s, statistics=None) for s in self.snapshots[-1:]]
+        self.snapshots.append(report.fusion)
+        self.planted = report.planted
+        if len(self.rounds) - self._written > ARCHIVE_GROWTH * self._written:
+            self.write()
+
+    def write(self) -> None:
+        """Rewrite the file, if it lacks any round."""
+        if self._written == len(self.rounds):
+            return
         clients = sorted({client for s in self.snapshots for client in s.clients})
         column = {client: i for i, client in enumerate(clients)}
         width = self.snapshots[0].mixture.numel()
@@ -81,15 +100,16 @@ class FusionArchive:
             assignments[r, known] = snapshot.posterior.assignments.numpy()
             weights[r, known] = snapshot.weights.numpy()
         latest: dict[str, Any] = {}
-        if report.fusion.statistics is not None:
-            wide = np.full((len(clients), report.fusion.statistics.shape[1]), np.nan, np.float32)
-            wide[[column[client] for client in report.fusion.clients]] = report.fusion.statistics
+        newest = self.snapshots[-1]
+        if newest.statistics is not None:
+            wide = np.full((len(clients), newest.statistics.shape[1]), np.nan, np.float32)
+            wide[[column[client] for client in newest.clients]] = newest.statistics
             latest["statistics"] = wide
         buffer = io.BytesIO()
         np.savez(
             buffer,
             **latest,
-            planted=np.array([report.planted.get(client, -1) for client in clients]),
+            planted=np.array([self.planted.get(client, -1) for client in clients]),
             rounds=np.array(self.rounds),
             clients=np.array(clients),
             assignments=assignments,
@@ -101,7 +121,8 @@ class FusionArchive:
             ),
         )
         with self.directory.writing("fusion.npz") as file:
-            file.write(buffer.getvalue())
+            file.write(buffer.getbuffer())
+        self._written = len(self.rounds)
 
     def rewind(self, server_round: int) -> None:
         """Read back the rounds up to this one, to go on with."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from fedfusion_flwr.rounds import RoundReport
 
@@ -47,6 +46,10 @@ class ComponentRecovery:
             if client in report.planted
         ]
         if len(pairs) > 1:
+            # Here and not above: sklearn takes longer to import than all else but torch, and the
+            # first clients can train meanwhile.
+            from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
             planted, found = zip(*pairs, strict=True)
             report.metrics["adjusted-rand-index"] = float(adjusted_rand_score(planted, found))
             report.metrics["normalized-mutual-information"] = float(

@@ -233,7 +233,40 @@ def test_archive_keeps_the_newest_statistics_and_what_was_planted(
         assert data["clients"].tolist() == [0, 2, 7]
         assert data["planted"].tolist() == [-1, -1, -1]
         np.testing.assert_array_equal(data["statistics"], [[2.0] * 3, [np.nan] * 3, [2.0] * 3])
-    assert all(earlier.statistics is None for earlier in archive.snapshots)
+    assert all(earlier.statistics is None for earlier in archive.snapshots[:-1])
+
+
+def test_a_long_run_rewrites_the_archive_seldom_and_never_lacks_much(
+    directory: RunDirectory,
+) -> None:
+    archive = FusionArchive(directory)
+    path = directory.path / "fusion.npz"
+    written: list[int] = []
+    for server_round in range(1, 161):
+        archive.on_round_end(RoundReport(server_round, fusion=snapshot([0])))
+        with np.load(path) as data:
+            stored = len(data["rounds"])
+        if stored != (written or [0])[-1]:
+            written.append(stored)
+        assert 16 * (server_round - stored) <= stored
+    # Every round up to the 16th, then after 2 more up to 32, after 3 up to 48, and so on.
+    assert written[:18] == [*range(1, 17), 18, 20]
+    assert len(written) < 60
+    archive.write()
+    with np.load(path) as data:
+        assert data["rounds"].tolist() == list(range(1, 161))
+
+
+def test_an_archive_read_back_goes_on_where_it_was(directory: RunDirectory) -> None:
+    first = FusionArchive(directory)
+    for server_round in range(1, 41):
+        first.on_round_end(RoundReport(server_round, fusion=snapshot([0])))
+    first.write()
+    second = FusionArchive(directory)
+    second.rewind(30)
+    second.on_round_end(RoundReport(31, fusion=snapshot([0])))
+    with np.load(directory.path / "fusion.npz") as data:
+        assert data["rounds"].tolist() == list(range(1, 32))
 
 
 # --- best model -----------------------------------------------------------------------------------
