@@ -53,7 +53,7 @@ class DistributionInference:
 
     A fit from scratch starts from a hard partition of the clients (k-means with the number of
     groups chosen by silhouette): the encoder and the decoder are first fitted to it, then the ELBO
-    takes over. Later fits go on from the last one, unless the number of clients changed or a fresh
+    takes over. Later fits go on from the last one, also with other clients, unless a fresh
     partition contradicts it.
 
     Parameters
@@ -121,23 +121,23 @@ class DistributionInference:
         self.num_fits = 0
         self._vae: FusionVAE | None = None
         self._optimizer: torch.optim.Adam | None = None
-        self._fitted_shape = (0, 0)
+        self._fitted_width = 0
 
     def capture(self) -> dict[str, object]:
         """All that later fits depend on; `restore` inverts it."""
         return {
             "fits": self.num_fits,
-            "shape": self._fitted_shape,
+            "width": self._fitted_width,
             "network": None if self._vae is None else dict(self._vae.state_dict()),
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on as the inference that was captured would have."""
-        self.num_fits, self._fitted_shape = state["fits"], state["shape"]
+        self.num_fits, self._fitted_width = state["fits"], state["width"]
         self._vae, self._optimizer = None, None
         if state["network"] is not None:
-            self._vae, self._optimizer = self._new_vae(self._fitted_shape[1])
+            self._vae, self._optimizer = self._new_vae(self._fitted_width)
             self._vae.load_state_dict(state["network"])
             self._optimizer.load_state_dict(state["optimizer"])
 
@@ -202,7 +202,7 @@ class DistributionInference:
         generator = torch.Generator().manual_seed(self.seed + self.num_fits)
         labels = starting_partition(x, self.num_components)
         vae, optimizer = self._vae, self._optimizer
-        stale = vae is None or tuple(x.shape) != self._fitted_shape
+        stale = vae is None or x.shape[1] != self._fitted_width
         if vae is not None and not stale:
             with torch.no_grad():
                 current = vae.assignments(x).argmax(1)
@@ -216,7 +216,7 @@ class DistributionInference:
         # Forgotten until the fit succeeds, so that a diverged network is never a warm start.
         self._vae = None
         elbo = self._ascend(vae, optimizer, x, weights, steps, generator)
-        self._vae, self._optimizer, self._fitted_shape = vae, optimizer, (x.shape[0], x.shape[1])
+        self._vae, self._optimizer, self._fitted_width = vae, optimizer, x.shape[1]
         return vae, elbo
 
     def _new_vae(self, num_features: int) -> tuple[FusionVAE, torch.optim.Adam]:

@@ -186,11 +186,28 @@ def test_a_refit_keeps_the_assignments_and_goes_on_from_the_last_network(easy: P
     assert torch.equal(main(first), main(second))
 
 
-@pytest.mark.parametrize("change", ["a new client", "other groups"])
-def test_new_clients_and_changed_groups_start_a_new_fit(easy: Planted, change: str) -> None:
+def test_changed_groups_start_a_new_fit(easy: Planted) -> None:
     inference, other = small(), planted(8, clients=24, width=24, groups=3)
-    before = easy.x[:-1] if change == "a new client" else other.x
-    inference.fit(before, examples(24)[: len(before)])
+    inference.fit(other.x, examples(24))
+    network = inference._vae
+    fit = inference.fit(easy.x, examples(24))
+    assert inference._vae is not network
+    assert easy.agreement(fit) == 1.0
+
+
+@pytest.mark.parametrize("newcomers", [1, 12])
+def test_new_clients_join_the_fit_that_is_there(easy: Planted, newcomers: int) -> None:
+    inference = small()
+    inference.fit(easy.x[:-newcomers], examples(24)[:-newcomers])
+    network = inference._vae
+    fit = inference.fit(easy.x, examples(24))
+    assert inference._vae is network
+    assert easy.agreement(fit) == 1.0
+
+
+def test_a_group_that_only_newcomers_are_in_starts_a_new_fit(easy: Planted) -> None:
+    inference, last = small(), easy.labels == easy.labels.max()
+    inference.fit(easy.x[~last], examples(24)[~last])
     network = inference._vae
     fit = inference.fit(easy.x, examples(24))
     assert inference._vae is not network
