@@ -8,8 +8,7 @@ reads each client's model once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +19,8 @@ State = dict[str, Tensor]
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
-_BLOCK = 1 << 15
-"""Elements at a time: two blocks of float64 stay in a core's cache, and torch computes one so small
-in the calling thread."""
-
-_SHARED_WORK = 1 << 22
-"""From so many elements of all models together on, blocks are shared among threads."""
+_BLOCK = 1 << 18
+"""Elements at a time: two blocks of float64 stay in the caches, and calls are few."""
 
 
 def is_parameter(key: str, value: Tensor) -> bool:
@@ -63,7 +58,6 @@ def fuse_state_dicts(
     if pool_moments:
         variances = {f"{prefix}running_var" for prefix in batchnorm_prefixes(models[0])}
     fused: State = {}
-    blocks: list[Callable[[], None]] = []
     for key, value in models[0].items():
         tensors = [model[key] for model in models]
         if not value.is_floating_point():
@@ -72,10 +66,7 @@ def fuse_state_dicts(
             mean = key.removesuffix("running_var") + "running_mean"
             fused[key] = _pooled_variance(tensors, [model[mean] for model in models], p)
         else:
-            fused[key] = torch.empty(value.shape, dtype=value.dtype)
-            blocks += _blocks_of_sum(fused[key], tensors, p)
-    elements = sum(value.numel() for value in models[0].values())
-    _run_all(blocks, threads=torch.get_num_threads() if elements * len(p) > _SHARED_WORK else 1)
+            fused[key] = _weighted_sum(tensors, p)
     return fused
 
 
@@ -118,36 +109,18 @@ def _pooled_variance(
     return moment.sub_(center.sub_(reference).square_()).clamp_min_(0).to(variances[0].dtype)
 
 
-def _blocks_of_sum(
-    result: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]
-) -> list[Callable[[], None]]:
-    """The weighted sum as independent pieces of work, each of which fills a block of the result."""
+def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    result = torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
     flat = [tensor.reshape(-1) for tensor in tensors]
-    target = result.view(-1)
-
-    def fill(start: int) -> None:
-        block = target[start : start + _BLOCK]
+    for start in range(0, result.numel(), _BLOCK):
+        block = result.view(-1)[start : start + _BLOCK]
         total = torch.zeros(len(block), dtype=torch.float64)
         term = torch.empty_like(total)
         for values, weight in zip(flat, weights, strict=True):
             term.copy_(values[start : start + _BLOCK])
             total.add_(term, alpha=weight)
         block.copy_(total)
-
-    def piece(start: int) -> Callable[[], None]:
-        return lambda: fill(start)
-
-    return [piece(start) for start in range(0, len(target), _BLOCK)]
-
-
-def _run_all(pieces: Sequence[Callable[[], None]], threads: int) -> None:
-    if threads == 1 or len(pieces) < 2:
-        for piece in pieces:
-            piece()
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda piece: piece(), pieces):
-            pass
+    return result
 
 
 class UpdateBound:

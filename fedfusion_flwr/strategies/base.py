@@ -144,6 +144,7 @@ class BaseStrategy(AlgorithmHooks):
             return None, None
         good, bad = self._judge(replies, self.expected_from, self.check_reply)
         book_replies(self.report, good, bad)
+        self._stopwatch.lap(self.report, "aggregate")
         if len(good) < self.min_valid_replies:
             why = f"{len(good)} valid replies, min-valid-replies is {self.min_valid_replies}"
             return self._keep_old_model(why, good)

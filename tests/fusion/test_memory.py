@@ -108,7 +108,7 @@ def test_a_lopsided_cohort_does_not_shift_the_deviations() -> None:
     true=st.lists(st.floats(-5, 5), min_size=4, max_size=8),
 )
 def test_drift_of_the_global_model_cancels(levels: list[float], true: list[float]) -> None:
-    """d_kt = level_t + v_k: after any levels the memory holds v_k minus the mean of v, in float32."""
+    """d_kt = level_t + v_k: after any levels the memory holds v_k minus the mean of v."""
     memory = StatisticsMemory()
     for t, level in enumerate(levels):
         remember(memory, t, {k: level + v for k, v in enumerate(true)})

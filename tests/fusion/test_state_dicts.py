@@ -28,7 +28,7 @@ def test_blocks_do_not_show_in_the_sum(size: int) -> None:
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    """Forty million elements in all: enough to be shared among threads."""
+    """Blocks are large enough for torch to share each among threads."""
     generator = torch.Generator().manual_seed(0)
     states = [{"w": torch.randn(2_000_003, generator=generator)} for _ in range(20)]
     weights = torch.softmax(torch.randn(20, generator=generator).double(), 0)
