@@ -132,7 +132,11 @@ CASES = {
 
 
 def _rate(way: str) -> Callable[[Row], str]:
-    return lambda row: f"{row['examples-per-second'].get(way, float('nan')):,.0f}"
+    def rate(row: Row) -> str:
+        found = row["examples-per-second"].get(way)
+        return "" if found is None else f"{found:,.0f}"
+
+    return rate
 
 
 def _to_bare(row: Row) -> str:
