@@ -28,6 +28,15 @@ def test_stored_runs_are_of_the_cases_and_reach_their_targets() -> None:
         assert row["final-accuracy"] >= (case.target or 0)
 
 
+def test_resnet18_clearly_beats_lenet_where_it_is_given_enough() -> None:
+    final = {row["case"]: row["final-accuracy"] for row in read_rows(learning.RESULTS)}
+    assert final["resnet18-cifar10-larger"] - final["lenet-cifar10-larger"] > 0.05
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    for images, suffix in (("10,000, two", "-larger"), ("5,000, four", "")):
+        figures = [f"{final[f'{model}-cifar10{suffix}']:.3f}" for model in ("resnet18", "lenet")]
+        assert f"| {images} clients | {figures[0]} | {figures[1]} |" in text
+
+
 def test_what_has_no_root_is_left_out_and_what_is_stored_not_repeated(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
