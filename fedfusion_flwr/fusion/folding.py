@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedfusion_flwr.fusion.standardizer import Standardizer
 
-_ROWS = 256
+ROWS = 256
 """Clients at a time: their standardized statistics need not all be in memory."""
 
 
@@ -48,7 +48,7 @@ class Folding:
 
     def features(self, scaler: Standardizer, x: Tensor) -> Tensor:
         """Standardize statistics x (K, D) and fold them: (K, min(D, F)), float32."""
-        return torch.cat([self._fold(scaler.standardize(rows)) for rows in torch.split(x, _ROWS)])
+        return torch.cat([self._fold(scaler.standardize(rows)) for rows in torch.split(x, ROWS)])
 
     def unfold(
         self,
@@ -86,7 +86,7 @@ class Folding:
         mixing = (decoded.double() - center) @ torch.linalg.pinv(anchors - center, rtol=1e-6)
         weights = mixing + (1 - mixing.sum(1, keepdim=True)) / len(anchors)
         means = torch.zeros(len(anchors), x.shape[1], dtype=torch.float64)
-        for part, rows in zip(torch.split(shares, _ROWS, 1), torch.split(x, _ROWS), strict=True):
+        for part, rows in zip(torch.split(shares, ROWS, 1), torch.split(x, ROWS), strict=True):
             means += part @ scaler.standardize(rows).double()
         unfolded: Tensor = weights @ means
         return unfolded

@@ -13,15 +13,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedfusion_flwr.fusion.state_dicts import is_parameter
+from fedfusion_flwr.fusion.standardizer import MAD_TO_STD
+from fedfusion_flwr.fusion.state_dicts import State, is_parameter
 from fedfusion_flwr.fusion.statistics import BATCHNORM_EPS, batchnorm_prefixes
 
-State = dict[str, Tensor]
 Moments = list[tuple[Tensor, Tensor]]
 """Mean and variance of every normalization layer, each (C,)."""
-
-MAD_TO_STD = 1.4826
-"""Of a normal distribution: standard deviation over median absolute deviation."""
 
 LEAST_SPREAD = 0.1
 """Deviations are measured in no smaller unit than this part of a standard deviation of the data, or

@@ -11,6 +11,8 @@ from torch import Tensor
 FEATURE_CLAMP = 5.0
 ROBUST_LIMIT = 3.0
 _STD_FLOOR = 1e-8
+MAD_TO_STD = 1.4826
+"""Of a normal distribution: standard deviation over median absolute deviation."""
 _COLUMNS = 512
 _MANY_CLIENTS = 1000
 
@@ -61,7 +63,7 @@ def _location_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
     values = features.contiguous()
     sample = values[:, some_clients(values.shape[1])]
     median = sample.median(1, keepdim=True).values
-    deviation = 1.4826 * (sample - median).abs().median(1, keepdim=True).values
+    deviation = MAD_TO_STD * (sample - median).abs().median(1, keepdim=True).values
     # Where most clients agree exactly, the rest is the signal: no limit.
     limit = torch.where(deviation > 0, ROBUST_LIMIT * deviation, torch.inf)
     limited = torch.minimum(torch.maximum(values, median - limit), median + limit)

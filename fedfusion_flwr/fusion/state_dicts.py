@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of whole models: weighted fusion, and how far one may move in a round.
+"""Weighted fusion of whole models.
 
 Models are larger than the processor's caches, so everything here goes through them in blocks and
 reads each client's model once.
@@ -7,7 +7,6 @@ reads each client's model once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -19,7 +18,7 @@ State = dict[str, Tensor]
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
-_BLOCK = 1 << 18
+BLOCK = 1 << 18
 """Elements at a time: two blocks of float64 stay in the caches, and calls are few."""
 
 
@@ -112,84 +111,12 @@ def _pooled_variance(
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     result = torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
     flat = [tensor.reshape(-1) for tensor in tensors]
-    for start in range(0, result.numel(), _BLOCK):
-        block = result.view(-1)[start : start + _BLOCK]
+    for start in range(0, result.numel(), BLOCK):
+        block = result.view(-1)[start : start + BLOCK]
         total = torch.zeros(len(block), dtype=torch.float64)
         term = torch.empty_like(total)
         for values, weight in zip(flat, weights, strict=True):
-            term.copy_(values[start : start + _BLOCK])
+            term.copy_(values[start : start + BLOCK])
             total.add_(term, alpha=weight)
         block.copy_(total)
     return result
-
-
-class UpdateBound:
-    """Tells models that must not replace the current one.
-
-    Parameters
-    ----------
-    current : Mapping[str, Tensor]
-        State dict.
-    max_ratio : float
-        Largest allowed ||proposed - current|| / ||current|| over the parameters.
-    """
-
-    def __init__(self, current: Mapping[str, Tensor], max_ratio: float) -> None:
-        self.current = current
-        self.max_ratio = max_ratio
-        self._norm = _norm(current, square_sums(current))
-
-    def objection(self, proposed: Mapping[str, Tensor]) -> str | None:
-        """Why a model must not replace the current one, of the same keys; None if it may."""
-        sums = square_sums(proposed)
-        odd = nonfinite(proposed, sums)
-        return f"'{odd}' is not finite" if odd else self.leap(proposed, sums)
-
-    def leap(self, proposed: Mapping[str, Tensor], sums: Mapping[str, float]) -> str | None:
-        """The same for a finite model whose `square_sums` are known."""
-        # ||proposed|| + ||current|| bounds the step and mostly settles it; 1 % is for rounding.
-        reach = 1.01 * (_norm(proposed, sums) + self._norm)
-        if reach < self.max_ratio * self._norm:
-            return None
-        step = norm = 0.0
-        for key, value in proposed.items():
-            if is_parameter(key, value):
-                for new, old in _pieces(value, self.current[key]):
-                    step += float((new.double() - old.double()).square().sum())
-                    norm += float(old.double().square().sum())
-        if norm > 0 and step > self.max_ratio**2 * norm:
-            return f"the model moved {(step / norm) ** 0.5:.3g} times the model's norm"
-        return None
-
-
-def square_sums(state: Mapping[str, Tensor]) -> dict[str, float]:
-    """Sum of squares of every floating tensor, in one reading; finite only if all values are.
-
-    To the precision of float32, whose overflow counts as infinite.
-    """
-    return {
-        key: sum(float(torch.dot(part, part)) for (part,) in _pieces(_real(value)))
-        for key, value in state.items()
-        if value.is_floating_point()
-    }
-
-
-def nonfinite(state: Mapping[str, Tensor], sums: Mapping[str, float]) -> str | None:
-    """The first key of a tensor that is not finite, if any, given the `square_sums`."""
-    for key, total in sums.items():
-        if not math.isfinite(total) and not bool(state[key].isfinite().all()):
-            return key
-    return None
-
-
-def _norm(state: Mapping[str, Tensor], sums: Mapping[str, float]) -> float:
-    return math.sqrt(sum(s for key, s in sums.items() if is_parameter(key, state[key])))
-
-
-def _real(value: Tensor) -> Tensor:
-    return value if value.dtype in (torch.float32, torch.float64) else value.float()
-
-
-def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Flat pieces of equal place: long dot products in float32 would lose what is small."""
-    return zip(*(torch.split(tensor.reshape(-1), _BLOCK) for tensor in tensors), strict=True)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometry of model updates: differences, inner products and coordinates for clustering.
+"""Geometry of model updates: differences, bounds, and coordinates for clustering.
 
 Only parameters count: running statistics would dominate every distance.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedfusion_flwr.fusion.state_dicts import is_parameter
+from fedfusion_flwr.fusion.state_dicts import BLOCK, State, is_parameter
 
-State = dict[str, Tensor]
 _CHUNK = 1 << 16
 _ROUNDING = 1e-6
 """What of an update's length float64 sums over many parameters may leave behind."""
@@ -82,3 +82,68 @@ def count_different(points: Tensor) -> int:
     """How many rows of (K, D) differ by more than rounding: no clustering can find more groups."""
     scale = float(points.abs().max()) or 1.0
     return len(torch.unique((points / (_ROUNDING * scale)).round(), dim=0))
+
+
+class UpdateBound:
+    """Tells models that must not replace the current one.
+
+    Parameters
+    ----------
+    current : Mapping[str, Tensor]
+        State dict.
+    max_ratio : float
+        Largest allowed ||proposed - current|| / ||current|| over the parameters.
+    """
+
+    def __init__(self, current: Mapping[str, Tensor], max_ratio: float) -> None:
+        self.current = current
+        self.max_ratio = max_ratio
+        self._norm = _norm(current, square_sums(current))
+
+    def objection(self, proposed: Mapping[str, Tensor]) -> str | None:
+        """Why a model must not replace the current one, of the same keys; None if it may."""
+        sums = square_sums(proposed)
+        odd = nonfinite(proposed, sums)
+        return f"'{odd}' is not finite" if odd else self.leap(proposed, sums)
+
+    def leap(self, proposed: Mapping[str, Tensor], sums: Mapping[str, float]) -> str | None:
+        """The same for a finite model whose `square_sums` are known."""
+        # ||proposed|| + ||current|| bounds the step and mostly settles it; 1 % is for rounding.
+        reach = 1.01 * (_norm(proposed, sums) + self._norm)
+        if reach < self.max_ratio * self._norm:
+            return None
+        step = squared_distance(proposed, self.current)
+        norm = inner_product(self.current, self.current)
+        if norm > 0 and step > self.max_ratio**2 * norm:
+            return f"the model moved {(step / norm) ** 0.5:.3g} times the model's norm"
+        return None
+
+
+def square_sums(state: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sum of squares of every floating tensor, in one reading; finite only if all values are.
+
+    To the precision of float32, whose overflow counts as infinite.
+    """
+    return {
+        key: sum(float(torch.dot(part, part)) for part in _pieces(value))
+        for key, value in state.items()
+        if value.is_floating_point()
+    }
+
+
+def nonfinite(state: Mapping[str, Tensor], sums: Mapping[str, float]) -> str | None:
+    """The first key of a tensor that is not finite, if any, given the `square_sums`."""
+    for key, total in sums.items():
+        if not math.isfinite(total) and not bool(state[key].isfinite().all()):
+            return key
+    return None
+
+
+def _norm(state: Mapping[str, Tensor], sums: Mapping[str, float]) -> float:
+    return math.sqrt(sum(s for key, s in sums.items() if is_parameter(key, state[key])))
+
+
+def _pieces(value: Tensor) -> Sequence[Tensor]:
+    """Flat ones: a long dot product in float32 would lose what is small."""
+    exact = value if value.dtype in (torch.float32, torch.float64) else value.float()
+    return torch.split(exact.reshape(-1), BLOCK)

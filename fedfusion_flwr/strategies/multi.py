@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.fusion import example_weights
-from fedfusion_flwr.fusion.state_dicts import UpdateBound
-from fedfusion_flwr.fusion.updates import count_different, squared_distance
+from fedfusion_flwr.fusion.updates import UpdateBound, count_different, squared_distance
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.rounds import State
 from fedfusion_flwr.strategies.base import BaseStrategy, KeepOldModel

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.fusion import NormalizationStatistics
-from fedfusion_flwr.fusion.state_dicts import UpdateBound, nonfinite, square_sums
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
+from fedfusion_flwr.fusion.updates import UpdateBound, nonfinite, square_sums
 from fedfusion_flwr.rounds import ClientRow
 
 MAX_STATISTIC = 1e6

@@ -11,8 +11,8 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedfusion_flwr.fusion import ServerStep, cap_weights, example_weights
-from fedfusion_flwr.fusion.state_dicts import UpdateBound
 from fedfusion_flwr.fusion.threads import one_thread
+from fedfusion_flwr.fusion.updates import UpdateBound
 from fedfusion_flwr.rounds import State
 from fedfusion_flwr.strategies.base import BaseStrategy, KeepOldModel
 from fedfusion_flwr.strategies.bookkeeping import add

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfusion_flwr.fusion import fuse_state_dicts
-from fedfusion_flwr.fusion.state_dicts import _BLOCK, UpdateBound, nonfinite, square_sums
+from fedfusion_flwr.fusion.state_dicts import BLOCK
+from fedfusion_flwr.fusion.updates import UpdateBound, nonfinite, square_sums
 
-SIZES = (1, _BLOCK - 1, _BLOCK, _BLOCK + 1, 3 * _BLOCK + 7)
+SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -50,10 +51,10 @@ def test_a_transposed_parameter_is_fused_where_it_belongs() -> None:
     assert torch.equal(fused, (first + second) / 2)
 
 
-@pytest.mark.parametrize("place", [0, _BLOCK - 1, _BLOCK, 2 * _BLOCK])
+@pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, 2 * BLOCK])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_bad_value_is_found_wherever_it_is(place: int, value: float) -> None:
-    state = {"a": torch.ones(3), "w": torch.zeros(2 * _BLOCK + 1), "n": torch.tensor(1)}
+    state = {"a": torch.ones(3), "w": torch.zeros(2 * BLOCK + 1), "n": torch.tensor(1)}
     assert nonfinite(state, square_sums(state)) is None
     state["w"][place] = value
     assert nonfinite(state, square_sums(state)) == "w"
