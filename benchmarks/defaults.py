@@ -10,13 +10,12 @@ is not repeated. The federation is simulated in process, without Ray; a run's nu
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_process import run_federation, run_in_processes
-from fedfusion_flwr.experiments.rows import Row, append_row, read_rows
+from benchmarks.in_process import grid_command_line, run_federation, run_in_processes
+from fedfusion_flwr.experiments.rows import Row, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 SEEDS = (0, 1, 2)
@@ -155,21 +154,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--table", action="store_true", help="only print the stored results")
-    parser.add_argument("--workers", type=int, default=2, help="processes side by side")
-    parser.add_argument("--cell", nargs=3, metavar=("SCENARIO", "VARIANT", "SEED"))
-    arguments = parser.parse_args()
-    if arguments.cell:
-        scenario, variant, seed = arguments.cell
-        append_row(RESULTS, run_cell(scenario, variant, int(seed)))
-        return
-    if not arguments.table:
-        run_missing(arguments.workers)
-    print(table())
-
-
 if __name__ == "__main__":
-    main()
+    columns = {"SCENARIO": str, "VARIANT": str, "SEED": int}
+    grid_command_line(__doc__ or "", RESULTS, columns, run_cell, run_missing, table, workers=2)

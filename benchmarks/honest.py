@@ -10,15 +10,14 @@ not repeated.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_process import run_app, run_in_processes
+from benchmarks.in_process import grid_command_line, run_app, run_in_processes
 from benchmarks.robustness import last_accuracy
-from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
+from fedfusion_flwr.experiments.rows import Row, identity, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "honest.jsonl"
 CONFIG: dict[str, Any] = {
@@ -107,20 +106,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--table", action="store_true", help="only print the stored results")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
-    parser.add_argument("--cell", nargs=2, metavar=("SCENARIO", "DEFENCE"))
-    arguments = parser.parse_args()
-    if arguments.cell:
-        append_row(RESULTS, run_cell(*arguments.cell))
-        return
-    if not arguments.table:
-        run_missing(arguments.workers)
-    print(table())
-
-
 if __name__ == "__main__":
-    main()
+    columns = {"SCENARIO": str, "DEFENCE": str}
+    grid_command_line(__doc__ or "", RESULTS, columns, run_cell, run_missing, table)

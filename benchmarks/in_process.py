@@ -6,16 +6,17 @@ Without Ray; the numbers of a run are the same. A result file holds one JSON obj
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedfusion_flwr.experiments.rows import Row, identity, read_rows
+from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
 
 
 def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
@@ -56,6 +57,48 @@ def write_pictures(path: Path, train: int = 240, test: int = 40) -> Path:
         arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
     np.savez(path, **arrays)
     return path
+
+
+def grid_command_line(
+    doc: str,
+    results: Path,
+    columns: Mapping[str, Callable[[str], Any]],
+    run_cell: Callable[..., Row],
+    run_missing: Callable[[int], None],
+    table: Callable[[], str],
+    workers: int = 1,
+) -> None:
+    """Run the cells of a grid that have no row yet, or just one, and print the table.
+
+    Parameters
+    ----------
+    doc : str
+        The benchmark's docstring.
+    results : Path
+        Where rows are appended.
+    columns : Mapping[str, Callable[[str], Any]]
+        What tells a cell from the others, and how each is read from the command line.
+    run_cell : Callable[..., Row]
+        Runs one cell.
+    run_missing : Callable[[int], None]
+        Runs all that have no row, so many processes side by side.
+    table : Callable[[], str]
+        Markdown of the stored results.
+    workers : int
+        The default number of processes.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="only print the stored results")
+    parser.add_argument("--workers", type=int, default=workers, help="processes side by side")
+    parser.add_argument("--cell", nargs=len(columns), metavar=tuple(columns))
+    arguments = parser.parse_args()
+    if arguments.cell:
+        cell = [read(text) for read, text in zip(columns.values(), arguments.cell, strict=True)]
+        append_row(results, run_cell(*cell))
+        return
+    if not arguments.table:
+        run_missing(arguments.workers)
+    print(table())
 
 
 def run_in_processes(cells: Sequence[tuple[Any, ...]], options: list[str], workers: int) -> None:

@@ -10,14 +10,13 @@ not repeated. The scenario is ``components-unequal`` of ``defaults.py``.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.defaults import SCENARIOS
-from benchmarks.in_process import run_federation, run_in_processes
-from fedfusion_flwr.experiments.rows import Row, append_row, read_rows
+from benchmarks.in_process import grid_command_line, run_federation, run_in_processes
+from fedfusion_flwr.experiments.rows import Row, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "noise.jsonl"
 SEEDS = (0, 1, 2)
@@ -73,21 +72,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--table", action="store_true", help="only print the stored results")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
-    parser.add_argument("--cell", nargs=2, metavar=("AMOUNT", "SEED"))
-    arguments = parser.parse_args()
-    if arguments.cell:
-        amount, seed = arguments.cell
-        append_row(RESULTS, run_cell(float(amount), int(seed)))
-        return
-    if not arguments.table:
-        run_missing(arguments.workers)
-    print(table())
-
-
 if __name__ == "__main__":
-    main()
+    columns = {"AMOUNT": float, "SEED": int}
+    grid_command_line(__doc__ or "", RESULTS, columns, run_cell, run_missing, table)

@@ -10,7 +10,6 @@ already is not repeated. A run that its strategy gave up is a row too, and says 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attackers import ATTACKS, NONE, AttackedClients, choose_hostile
-from benchmarks.in_process import run_app, run_in_processes
-from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
+from benchmarks.in_process import grid_command_line, run_app, run_in_processes
+from fedfusion_flwr.experiments.rows import Row, identity, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "robustness.jsonl"
 SEEDS = (0, 1, 2)
@@ -190,21 +189,6 @@ def last_accuracy(row: Row) -> float:
     return statistics.mean(row["accuracy"][-3:])
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--table", action="store_true", help="only print the stored results")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
-    parser.add_argument("--cell", nargs=4, metavar=("ATTACK", "SHARE", "METHOD", "SEED"))
-    arguments = parser.parse_args()
-    if arguments.cell:
-        attack, share, method, seed = arguments.cell
-        append_row(RESULTS, run_cell(attack, float(share), method, int(seed)))
-        return
-    if not arguments.table:
-        run_missing(arguments.workers)
-    print(table())
-
-
 if __name__ == "__main__":
-    main()
+    columns = {"ATTACK": str, "SHARE": float, "METHOD": str, "SEED": int}
+    grid_command_line(__doc__ or "", RESULTS, columns, run_cell, run_missing, table)
