@@ -239,6 +239,7 @@ class DistributionInference:
                 {"params": sticks, "lr": 10 * self.learning_rate},
             ],
             lr=self.learning_rate,
+            fused=True,
         )
         return vae, optimizer
 
