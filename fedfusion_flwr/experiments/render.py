@@ -65,16 +65,16 @@ def write_tables(folder: Path, rows: Sequence[Row], tuning: Sequence[Row] = ()) 
 
 
 def main_table(accuracy: Records) -> str:
-    """Strategies against settings, a table for each group and accuracy: what a reader wants first.
+    """Strategies against partitions: what a reader wants first.
 
-    The best mean of a column is bold.
+    A table for each group, data set and accuracy. The best mean of a column is bold.
     """
     parts = []
-    for group in dict.fromkeys(record["group"] for record in accuracy):
-        of_group = [record for record in accuracy if record["group"] == group]
+    for group, dataset in dict.fromkeys((r["group"], r["dataset"]) for r in accuracy):
+        of = [r for r in accuracy if (r["group"], r["dataset"]) == (group, dataset)]
         for metric in tables.ACCURACIES:
-            if any(record[metric] is not None for record in of_group):
-                parts.append(f"## {group}: {metric}\n\n{_crossed(of_group, metric)}")
+            if any(record[metric] is not None for record in of):
+                parts.append(f"## {group}, {dataset}: {metric}\n\n{_crossed(of, metric)}")
     return "\n".join(parts)
 
 
@@ -100,7 +100,7 @@ def _crossed(accuracy: Records, metric: str) -> str:
 
 
 def _column(record: Row) -> str:
-    return f"{record['dataset']}, {record['model']}, {record['partition']}"
+    return f"{record['model']}, {record['partition']}"
 
 
 def markdown(table: Records) -> str:

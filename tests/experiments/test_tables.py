@@ -164,3 +164,32 @@ def test_no_rows_make_no_tables(tmp_path: Path) -> None:
 
 def test_large_and_missing_numbers_in_markdown() -> None:
     assert markdown([{"a": 12345.6, "b": None, "c": 3}]).splitlines()[2] == "| 12346 |  | 3 |"
+
+
+def test_the_main_table_is_one_for_each_group_and_data_set() -> None:
+    def record(dataset: str, partition: str, strategy: str, value: float) -> dict[str, object]:
+        names = {"group": "g", "dataset": dataset, "model": "lenet", "partition": partition}
+        return {**names, "strategy": strategy, "global-accuracy": value} | dict.fromkeys(
+            ("global-accuracy-spread", "personalized-accuracy")
+        )
+
+    table = main_table(
+        [
+            record("one", "p", "fedavg", 0.5),
+            record("one", "q", "fedavg", 0.75),
+            record("one", "p", "fedfusion", 0.625),
+            record("two", "p", "fedavg", 0.25),
+        ]
+    )
+    assert table == (
+        "## g, one: global-accuracy\n\n"
+        "| strategy | lenet, p | lenet, q |\n"
+        "|---|---|---|\n"
+        "| fedavg | 0.500 | **0.750** |\n"
+        "| fedfusion | **0.625** |  |\n"
+        "\n"
+        "## g, two: global-accuracy\n\n"
+        "| strategy | lenet, p |\n"
+        "|---|---|\n"
+        "| fedavg | **0.250** |\n"
+    )
