@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/speed.md is true: its tables are those of the committed rows, its keys exist."""
+"""docs/performance.md is true: its tables are those of the committed rows, its keys exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.measuring import table
 from fedfusion_flwr import RunConfig
 from fedfusion_flwr.experiments.rows import read_rows
 
-TEXT = (Path(__file__).parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
 BENCHMARKS = (server_round, inference_scale, local_training)
 
 
