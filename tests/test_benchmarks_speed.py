@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import round_efficiency, scale, start_up
+from benchmarks import round_efficiency, scale, server_round, start_up
 from benchmarks.contenders import train_share
 from benchmarks.local_training import bare_loop
 from benchmarks.measuring import table
 from benchmarks.workload import PICTURES, Workload, periods, turn
+from fedfusion_flwr import protocol
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import data_for, local_data
 from fedfusion_flwr.experiments.rows import append_row, read_rows
@@ -24,7 +25,7 @@ from fedfusion_flwr.models import model_for
 from fedfusion_flwr.training import train
 from fedfusion_flwr.user_code import load_function
 
-BENCHMARKS = [round_efficiency, scale, start_up]
+BENCHMARKS = [round_efficiency, scale, server_round, start_up]
 TINY = Workload(rounds=5, clients=2, examples=67, side=8)
 
 
@@ -170,6 +171,43 @@ def test_scale_notes_time_and_memory_of_every_round() -> None:
     assert len(row["megabytes"]) == len(row["infer-seconds"]) == 4
     assert len(row["seconds"]) == 3
     assert min(row["megabytes"] + row["seconds"]) > 0
+
+
+def test_the_servers_round_is_taken_apart() -> None:
+    row = server_round.measure("lenet", 3)
+    parts, whole = row["parts"], row["seconds"]["fedfusion"]
+    assert set(parts) == {"checks", "inference", "fusion", "rest"}
+    assert min(parts.values()) > 0
+    # The clock of the parts starts within that of the whole.
+    assert 0.5 * whole < sum(parts.values()) <= whole
+    assert set(row["seconds"]) == {"reading", "plain-sum", "fedfusion", "flower-fedavg"}
+    least = min(row["seconds"]["reading"], row["seconds"]["plain-sum"])
+    assert row["floor-seconds"] == pytest.approx(2 * least + parts["inference"])
+
+
+def test_the_bare_reading_reads_every_value_once() -> None:
+    state = {"a": torch.ones(2, 3), "count": torch.tensor(7)}
+    contents = server_round.replies(state, 2)
+    models = [protocol.state_from_record(c.array_records["arrays"]) for c in contents]
+    assert server_round.reading(state, contents) == pytest.approx(
+        [float(model["a"].square().sum()) for model in models]
+    )
+    fused = server_round.plain_sum(state, contents)
+    assert set(fused) == {"a"}
+    assert torch.allclose(fused["a"], (models[0]["a"] + models[1]["a"]) / 2)
+
+
+def test_the_servers_table_tells_of_parts_and_floor(tmp_path: Path) -> None:
+    row = {
+        "case": "lenet x 10",
+        "seconds": {"reading": 0.25, "plain-sum": 0.5, "fedfusion": 2.0, "flower-fedavg": 4.0},
+        "parts": {"checks": 0.5, "inference": 0.75, "fusion": 0.625, "rest": 0.125},
+        "floor-seconds": 1.25,
+        "extra-models": 0.5,
+    }
+    shown = cells(server_round, tmp_path / "rows", row)[0]
+    assert shown[1:6] == ["2.000", "0.500", "0.750", "0.625", "0.125"]
+    assert shown[6:] == ["1.250", "1.60", "4.00", "0.50", "0.5"]
 
 
 @pytest.mark.parametrize("module", BENCHMARKS)
