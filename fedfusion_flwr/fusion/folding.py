@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedfusion_flwr.fusion.standardizer import Standardizer
+from fedfusion_flwr.fusion.threads import side_by_side
 
 ROWS = 256
 """Clients at a time: their standardized statistics need not all be in memory."""
@@ -48,7 +49,11 @@ class Folding:
 
     def features(self, scaler: Standardizer, x: Tensor) -> Tensor:
         """Standardize statistics x (K, D) and fold them: (K, min(D, F)), float32."""
-        return torch.cat([self._fold(scaler.standardize(rows)) for rows in torch.split(x, ROWS)])
+
+        def folded(rows: Tensor) -> Tensor:
+            return self._fold(scaler.standardize(rows))
+
+        return torch.cat(side_by_side(folded, torch.split(x, ROWS)))
 
     def unfold(
         self,
@@ -85,9 +90,15 @@ class Folding:
         center = anchors.mean(0)
         mixing = (decoded.double() - center) @ torch.linalg.pinv(anchors - center, rtol=1e-6)
         weights = mixing + (1 - mixing.sum(1, keepdim=True)) / len(anchors)
+
+        def contribution(part: tuple[Tensor, Tensor]) -> Tensor:
+            of, rows = part
+            return of @ scaler.standardize(rows).double()
+
+        parts = zip(torch.split(shares, ROWS, 1), torch.split(x, ROWS), strict=True)
         means = torch.zeros(len(anchors), x.shape[1], dtype=torch.float64)
-        for part, rows in zip(torch.split(shares, ROWS, 1), torch.split(x, ROWS), strict=True):
-            means += part @ scaler.standardize(rows).double()
+        for term in side_by_side(contribution, parts):
+            means += term
         unfolded: Tensor = weights @ means
         return unfolded
 

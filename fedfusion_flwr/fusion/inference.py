@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fedfusion_flwr.fusion.folding import ROWS, Folding
 from fedfusion_flwr.fusion.initialization import agreement, starting_partition
 from fedfusion_flwr.fusion.standardizer import Standardizer
-from fedfusion_flwr.fusion.threads import one_thread
+from fedfusion_flwr.fusion.threads import one_thread, side_by_side
 from fedfusion_flwr.fusion.vae import FusionVAE
 
 _GRADIENT_NORM = 10.0
@@ -164,7 +164,7 @@ class DistributionInference:
         if x.dim() != 2 or n.shape != x.shape[:1] or not x.numel():
             raise ValueError(f"expected (K, D) and (K,), got {tuple(x.shape)}, {tuple(n.shape)}")
         # In parts: what they need beside the statistics is then small.
-        finite = all(bool(part.isfinite().all()) for part in torch.split(x, ROWS))
+        finite = all(side_by_side(lambda part: bool(part.isfinite().all()), torch.split(x, ROWS)))
         if not (finite and n.isfinite().all() and (n > 0).all()):
             raise ValueError("statistics must be finite and examples positive")
         self.num_fits += 1

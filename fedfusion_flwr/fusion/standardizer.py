@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedfusion_flwr.fusion.threads import side_by_side
+
 FEATURE_CLAMP = 5.0
 ROBUST_LIMIT = 3.0
 _STD_FLOOR = 1e-8
@@ -43,7 +45,7 @@ class Standardizer:
         Each feature is first limited to three robust standard deviations (1.4826 MAD) around its
         median, so that one far client does not squeeze the differences between all others to 0.
         """
-        parts = [_location_and_scale(columns.T) for columns in torch.split(x, _COLUMNS, 1)]
+        parts = side_by_side(_location_and_scale, torch.split(x, _COLUMNS, 1))
         center, spread = (torch.cat(values) for values in zip(*parts, strict=True))
         informative = spread > _STD_FLOOR * center.abs().clamp_min(1.0)
         return cls(center, torch.where(informative, spread, torch.ones_like(spread)), informative)
@@ -58,9 +60,9 @@ class Standardizer:
         return self.center + torch.where(self.informative, z * self.unit, torch.zeros_like(z))
 
 
-def _location_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the limited values of some features (D', K)."""
-    values = features.contiguous()
+def _location_and_scale(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the limited values of some features (K, D')."""
+    values = columns.T.contiguous()
     sample = values[:, some_clients(values.shape[1])]
     median = sample.median(1, keepdim=True).values
     deviation = MAD_TO_STD * (sample - median).abs().median(1, keepdim=True).values
