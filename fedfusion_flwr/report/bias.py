@@ -1,229 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measures of feature bias, on the models that a suite has kept."""
+"""Feature bias of a setting: measured on the models that are there, or as it was measured once."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
-from fedfusion_flwr.config import RunConfig
-from fedfusion_flwr.data import central_test_data, data_for
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
-from fedfusion_flwr.models import model_for
-from fedfusion_flwr.models.resize import fit_to_state
-from fedfusion_flwr.report.evidence import Cell, Evidence, Reference, Setting
-from fedfusion_flwr.report.feature_bias import (
-    feature_distance,
-    histogram_divergence,
-    layer_features,
-    running_values,
-    statistics_gap,
-)
+from fedfusion_flwr.report.bias_models import MODEL, Bench, model_file
+from fedfusion_flwr.report.bias_rows import Bias, BiasRow, RunningValues
+from fedfusion_flwr.report.bias_store import FILE, BiasRows
+from fedfusion_flwr.report.evidence import Cell, Evidence, Reference, Setting, first_of
 from fedfusion_flwr.report.pictures import CENTRALIZED
-
-TEST_IMAGES = 1000
-"""Examples of the test set, evenly spaced, on which features are measured."""
-_BATCH = 250
-_MODEL = "final_model.safetensors"
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """One trained model and what its features are like on a setting's test examples."""
-
-    seed: int
-    state: Mapping[str, Tensor]
-    config: RunConfig
-
-    @cached_property
-    def values(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Running means and standard deviations; None for a model without any."""
-        try:
-            return running_values(self.state)
-        except StatisticsError:
-            return None
-
-    @cached_property
-    def model(self) -> torch.nn.Module:
-        """The model, its weights loaded."""
-        model = model_for(self.config, data_for(self.config), seed=0)
-        model = fit_to_state(model, self.state)
-        model.load_state_dict(self.state)
-        return model.eval()
-
-    def features(self, examples: Tensor) -> list[Tensor]:
-        """Channel means (N, C) of every normalization layer's input, in the model's order."""
-        return list(layer_features(self.model, _batches(examples)).values())
-
-    def gap(self, examples: Tensor) -> float | None:
-        """`statistics_gap` of the model; None where it carries no statistics."""
-        try:
-            carried = NormalizationStatistics.from_state_dict(self.state)
-            found = NormalizationStatistics.probe(self.model, _batches(examples))
-        except StatisticsError:
-            return None
-        return statistics_gap(carried, found)
-
-
-@dataclass(frozen=True)
-class Bias:
-    """The measures of one strategy in one setting, a number a run.
-
-    ``strategy`` is ``centralized`` for the floor: two centralized models of one seed that differ in
-    the order of their batches.
-    """
-
-    strategy: str
-    divergence: list[float]
-    reverse: list[float]
-    distances: list[list[float]]
-    gaps: list[float]
-
-    def mean_distances(self) -> list[float]:
-        """`feature_distance`, mean over the layers that tell examples apart, of every run."""
-        told = [[value for value in layers if not np.isnan(value)] for layers in self.distances]
-        return [float(np.mean(layers)) for layers in told if layers]
 
 
 @dataclass(frozen=True)
 class SettingBias:
-    """Feature bias in one setting: the floor first, then the strategies; and a model of each."""
+    """Feature bias in one setting: the floor first, then the strategies.
+
+    ``values`` are the running values of one model of each, its first seed's; models without any
+    are left out.
+    """
 
     setting: Setting
     rows: list[Bias]
-    models: dict[str, Measured]
+    values: dict[str, RunningValues]
 
 
-def measure(evidence: Evidence, setting: Setting, cells: list[Cell]) -> SettingBias:
-    """All measures of one setting.
+def measure(
+    evidence: Evidence, setting: Setting, cells: list[Cell], stored: BiasRows
+) -> tuple[SettingBias, list[BiasRow]]:
+    """All measures of one setting, and the rows among them that are new.
 
-    Runs whose seed has centralized models are compared with those, which began as the same model;
-    only if there are no such runs, all are compared with all.
+    What has all its models is measured. What has not comes from the stored rows; only if there is
+    no row of it, those centralized models count that are there. Runs whose seed has no centralized
+    model are left out, unless that is so of all runs.
 
     Raises
     ------
     FedFusionError
         If there is nothing to compare, or data or a model cannot be loaded.
     """
-    pooled = [r for r in evidence.references_for(setting) if r.model_file is not None]
-    if not pooled:
+    pooled = evidence.references_for(setting)
+    seeds = list(dict.fromkeys(reference.seed for reference in pooled))
+    kept = [(file, cell) for cell in cells if (file := model_file(cell)) is not None]
+    bench = Bench(*kept[0]) if kept else None
+    plans: list[tuple[Cell, BiasRow | None, list[Reference]]] = []
+    for cell in cells:
+        wanted = _references(pooled, cell.seed)
+        row = stored.of_cell(cell, _digests(wanted))
+        there = _measurable(wanted, row) if model_file(cell) is not None else []
+        if there or row is not None:
+            plans.append((cell, row, there))
+    plans = [plan for plan in plans if plan[0].seed in seeds] or plans
+    if not plans:
+        if not kept and any(reference.model_file is not None for reference in pooled):
+            raise FedFusionError(f"no run directory with a {MODEL} was kept")
         raise FedFusionError("no centralized model of this data and model was kept")
-    kept = [
-        (file, cell)
+
+    named = replace(setting, group=cells[0].group)
+    found: list[BiasRow] = []
+    new: list[BiasRow] = []
+    for seed in seeds:
+        wanted = _references(pooled, seed)
+        row = stored.floor(named, seed, _digests(wanted))
+        if bench is not None and (there := _measurable(wanted, row)):
+            row = BiasRow(named, seed, *bench.floor(there), _digests(there))
+            new.append(row)
+        found += [] if row is None else [row]
+    for cell, row, there in plans:
+        if bench is not None and there:
+            measured = bench.run(cell, there)
+            row = BiasRow(named, cell.seed, *measured, _digests(there), cell.name, cell.digest)
+            new.append(row)
+        found += [] if row is None else [row]
+    return _joined(setting, found), new
+
+
+def complaints(evidence: Evidence, stored: BiasRows) -> list[str]:
+    """What is wrong with the stored rows, a sentence each: damaged lines, and rows of nothing."""
+    of_nothing = [row for row in stored.rows if not _belongs(row, evidence)]
+    if not of_nothing:
+        return stored.damaged
+    names = first_of(row.cell or f"floor of {row.setting}" for row in of_nothing)
+    return [
+        *stored.damaged,
+        f"{FILE} has {len(of_nothing)} of {len(stored.rows)} rows that were measured on other runs "
+        f"or centralized models than those of this folder ({names}); they are ignored.",
+    ]
+
+
+def _belongs(row: BiasRow, evidence: Evidence) -> bool:
+    return any(
+        cell.name == row.cell and cell.digest == row.digest
+        if row.cell
+        else replace(setting, group=cell.group) == row.setting
+        for setting, cells in evidence.compared.items()
         for cell in cells
-        if cell.directory is not None and (file := cell.directory / _MODEL).exists()
-    ]
-    if not kept:
-        raise FedFusionError(f"no run directory with a {_MODEL} was kept")
-    seeds = {reference.seed for reference in pooled}
-    # A centralized model began as the runs of its seed did: where there are such, only those.
-    kept = [(file, c) for file, c in kept if c.seed in seeds] or kept
-    local = {"data-root": _run_config(*kept[0]).data_root}
-    examples = _examples(_run_config(*kept[0]))
-    centralized = [_measured_reference(reference, local) for reference in pooled]
-    features = [model.features(examples) for model in centralized]
-    models = {CENTRALIZED: centralized[0]}
-    rows = [_floor(centralized, features, examples)]
-    by_strategy: dict[str, list[Measured]] = {}
-    for file, cell in kept:
-        model = Measured(cell.seed, _load(file), _run_config(file, cell))
-        by_strategy.setdefault(cell.strategy, []).append(model)
-        models.setdefault(cell.strategy, model)
-    for strategy, runs in by_strategy.items():
-        found = [_compared(run, run.features(examples), centralized, features) for run in runs]
-        rows.append(
-            Bias(
-                strategy,
-                [pair[0] for run in found if (pair := run[0]) is not None],
-                [pair[1] for run in found if (pair := run[0]) is not None],
-                [run[1] for run in found],
-                [gap for run in runs if (gap := run.gap(examples)) is not None],
-            )
-        )
-    return SettingBias(setting, rows, models)
-
-
-def _compared(
-    run: Measured,
-    own: list[Tensor],
-    centralized: list[Measured],
-    features: list[list[Tensor]],
-) -> tuple[tuple[float, float] | None, list[float]]:
-    """Both directions of the divergence, and the layers' distances: means over the references."""
-    same_seed = [i for i, model in enumerate(centralized) if model.seed == run.seed]
-    chosen = same_seed or range(len(centralized))
-    distances = [_distances(own, features[i]) for i in chosen]
-    pairs = [p for i in chosen if (p := _divergences(run, centralized[i])) is not None]
-    both = np.mean(pairs, axis=0) if pairs else None
-    divergence = None if both is None else (float(both[0]), float(both[1]))
-    return divergence, [float(value) for value in np.mean(distances, axis=0)]
-
-
-def _floor(centralized: list[Measured], features: list[list[Tensor]], examples: Tensor) -> Bias:
-    pairs = [
-        (i, j)
-        for i in range(len(centralized))
-        for j in range(len(centralized))
-        if i < j and centralized[i].seed == centralized[j].seed
-    ]
-    both = [p for i, j in pairs if (p := _divergences(centralized[i], centralized[j])) is not None]
-    gaps = [gap for model in centralized if (gap := model.gap(examples)) is not None]
-    return Bias(
-        CENTRALIZED,
-        [value for pair in both for value in pair],
-        [value for pair in both for value in reversed(pair)],
-        [_distances(features[i], features[j]) for i, j in pairs],
-        gaps,
+        if set(row.references)
+        <= {*_digests(_references(evidence.references_for(setting), row.seed))}
     )
 
 
-def _divergences(one: Measured, other: Measured) -> tuple[float, float] | None:
-    if one.values is None or other.values is None:
-        return None
-    p, q = np.concatenate(one.values), np.concatenate(other.values)
-    return histogram_divergence(p, q), histogram_divergence(q, p)
+def _references(pooled: Sequence[Reference], seed: int) -> list[Reference]:
+    """The centralized models with which a run of this seed is compared.
+
+    Those of its seed began as the same model; only if there are none, all of them count. A model
+    of which two rows tell, as in folders that were put together, counts once.
+    """
+    distinct = list({r.digest or str(r.model_file): r for r in pooled}.values())
+    return [r for r in distinct if r.seed == seed] or distinct
 
 
-def _distances(one: list[Tensor], other: list[Tensor]) -> list[float]:
-    return [feature_distance(x, y) for x, y in zip(one, other, strict=False)]
+def _measurable(wanted: list[Reference], row: BiasRow | None) -> list[Reference]:
+    """Those of the centralized models to measure on now; none where the stored row is better."""
+    there = [reference for reference in wanted if reference.model_file is not None]
+    return there if row is None or len(there) == len(wanted) else []
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as problem:
-        raise FedFusionError(f"'{path}' is damaged ({problem})") from problem
+def _digests(references: Sequence[Reference]) -> list[str]:
+    return [reference.digest for reference in references]
 
 
-def _run_config(file: Path, cell: Cell) -> RunConfig:
-    """As the run had it: a suite's row does not say where the data lies."""
-    own = file.with_name("config.json")
-    told = json.loads(own.read_text(encoding="utf-8")) if own.exists() else dict(cell.config)
-    return RunConfig.from_run_config(told)
-
-
-def _measured_reference(reference: Reference, local: Mapping[str, Any]) -> Measured:
-    assert reference.model_file is not None
-    config = RunConfig.from_run_config({**reference.config, **local})
-    return Measured(reference.seed, _load(reference.model_file), config)
-
-
-def _examples(config: RunConfig) -> Tensor:
-    x, _ = central_test_data(config)
-    # Evenly spaced: test sets may be sorted by class.
-    return x[torch.linspace(0, len(x) - 1, min(len(x), TEST_IMAGES)).long()]
-
-
-def _batches(examples: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(examples, _BATCH)
+def _joined(setting: Setting, found: list[BiasRow]) -> SettingBias:
+    by_strategy: dict[str, list[BiasRow]] = {CENTRALIZED: []}
+    for row in found:
+        by_strategy.setdefault(row.bias.strategy, []).append(row)
+    return SettingBias(
+        setting,
+        [Bias.joined(name, [row.bias for row in rows]) for name, rows in by_strategy.items()],
+        {
+            name: values
+            for name, rows in by_strategy.items()
+            if rows and (values := rows[0].values) is not None
+        },
+    )

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.report.bias import Bias, SettingBias, measure
+from fedfusion_flwr.report.bias import SettingBias, complaints, measure
+from fedfusion_flwr.report.bias_rows import Bias
+from fedfusion_flwr.report.bias_store import FILE, BiasRows
 from fedfusion_flwr.report.evidence import Evidence
-from fedfusion_flwr.report.feature_bias import share_outside
 from fedfusion_flwr.report.pictures import (
     CENTRALIZED,
     Numbers,
@@ -45,12 +46,13 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
     },
 }
 """Divergences that the authors of FedFusion give; their conventions are not known."""
-_POINTS = 201
-"""Most points of a drawn distribution."""
 
 
 def bias_section(evidence: Evidence) -> Section:
-    """Three pictures of every setting whose models were kept."""
+    """Three pictures of every setting whose models were kept, or were measured once.
+
+    What is measured is written to the suite's folder.
+    """
     section = Section(
         "feature-bias",
         "Feature-distribution bias",
@@ -65,34 +67,36 @@ def bias_section(evidence: Evidence) -> Section:
             "A single run has no centralized model beside it; the report of a suite has."
         )
         return section
+    stored = BiasRows.read(evidence.path)
     for setting, cells in evidence.compared.items():
         try:
-            found = measure(evidence, setting, cells)
+            found, new = measure(evidence, setting, cells, stored)
         except FedFusionError as problem:
             section.missing.append(f"{setting}: {problem}.")
             continue
+        try:
+            stored.replace(new)
+        except OSError as problem:
+            # What was measured can be drawn all the same.
+            section.missing.append(f"{setting}: '{FILE}' cannot be written ({problem.strerror}).")
         part = Part(str(setting), [_measures(found)])
-        if any(model.values is not None for model in found.models.values()):
+        if found.values:
             part.pictures.append(_distributions(found))
         if max(len(layers) for row in found.rows for layers in row.distances or [[]]) > 2:
             part.pictures.append(layers_picture(found))
         section.parts.append(part)
+    section.missing += complaints(evidence, stored)
     return section
 
 
 def _distributions(found: SettingBias) -> Picture:
     figure, axes = canvas(5.8, 2)
-    styles = looks(found.models)
+    styles = looks(found.values)
     numbers: Numbers = []
-    for ax, which, name in ((axes[0, 0], 0, "running mean"), (axes[1, 0], 1, "running deviation")):
-        for strategy, model in found.models.items():
-            if model.values is None:
-                continue
-            values = np.sort(model.values[which])
-            shares = (np.arange(len(values)) + 1) / len(values)
-            if len(values) > _POINTS:
-                shares = np.linspace(0, 1, _POINTS)
-                values = np.quantile(values, shares)
+    for ax, name in ((axes[0, 0], "running mean"), (axes[1, 0], "running deviation")):
+        for strategy, kept in found.values.items():
+            values = kept.means if name == "running mean" else kept.deviations
+            shares = kept.shares
             style = styles[strategy]
             ax.step(
                 values,
@@ -107,7 +111,7 @@ def _distributions(found: SettingBias) -> Picture:
                 label=strategy,
             )
             numbers += [
-                {"strategy": strategy, "statistic": name, "value": float(v), "share": float(s)}
+                {"strategy": strategy, "statistic": name, "value": v, "share": float(s)}
                 for v, s in zip(values, shares, strict=True)
             ]
         ax.set_xlabel(f"{name} of a channel")
@@ -183,10 +187,9 @@ def _measures(found: SettingBias) -> Picture:
             "measure": "share-outside",
             "strategy": strategy,
             "run": 0,
-            "value": share_outside(np.concatenate(model.values)),
+            "value": kept.outside,
         }
-        for strategy, model in found.models.items()
-        if model.values is not None
+        for strategy, kept in found.values.items()
     ]
     numbers += [
         {"measure": "divergence-published", "strategy": s, "run": 0, "value": value}

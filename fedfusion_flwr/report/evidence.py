@@ -62,6 +62,10 @@ class Cell:
         Its ``metrics.jsonl``, round 0 first.
     directory : Path or None
         Its run directory, where that was kept.
+    digest : str
+        Of the model that it ended with; empty in rows that do not tell it.
+    group : str
+        As the suite names it; ``setting`` leaves it out where all compared cells are of one.
     """
 
     name: str
@@ -71,6 +75,8 @@ class Cell:
     config: Mapping[str, Any]
     metrics: list[Row]
     directory: Path | None = None
+    digest: str = ""
+    group: str = ""
 
     @property
     def algorithm(self) -> str:
@@ -97,7 +103,8 @@ class Cell:
 class Reference:
     """One model trained on the pooled data.
 
-    ``seed`` is of the initial model and the data, ``batch_seed`` of the order of the batches.
+    ``seed`` is of the initial model and the data, ``batch_seed`` of the order of the batches,
+    ``digest`` of the trained model; empty in rows that do not tell it.
     """
 
     dataset: str
@@ -108,6 +115,7 @@ class Reference:
     accuracy: list[float]
     steps: float
     model_file: Path | None
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,11 +179,18 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
+def first_of(names: Iterable[str], count: int = 3) -> str:
+    """``a, b, c and 4 more``: distinct names for a sentence."""
+    distinct = list(dict.fromkeys(names))
+    more = len(distinct) - count
+    return ", ".join(distinct[:count]) + (f" and {more} more" if more > 0 else "")
+
+
 def _read_run(path: Path) -> Evidence:
     config_file = path / "config.json"
     if not config_file.exists():
         raise ReportError(f"'{path}' has no config.json; name a whole run directory")
-    config = RunConfig.from_run_config(_parsed(config_file, config_file.read_text("utf-8")))
+    config = RunConfig.from_run_config(parsed(config_file, config_file.read_text("utf-8")))
     rows = _rows(path / "metrics.jsonl")
     setting = Setting(config.dataset, config.model, config.partition)
     told = config.to_run_config()
@@ -206,14 +221,17 @@ def _read_suite(path: Path) -> Evidence:
 
 def _cell(path: Path, row: Row) -> Cell:
     directory = path / "runs" / row["cell"]
+    group = row.get("group") or ""
     return Cell(
         row["cell"],
-        Setting(row["dataset"], row["model"], row["partition"], row.get("group") or ""),
+        Setting(row["dataset"], row["model"], row["partition"], group),
         row["strategy"],
         row["seed"],
         _full_config(row),
         row["metrics"],
         directory if directory.is_dir() else None,
+        row.get("digest") or "",
+        group,
     )
 
 
@@ -232,6 +250,7 @@ def _reference(path: Path, row: Row) -> Reference:
         row["accuracy"],
         row["steps"],
         model_file if model_file is not None and model_file.exists() else None,
+        row.get("digest") or "",
     )
 
 
@@ -248,7 +267,7 @@ def _rows(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(_parsed(path, line, number))
+            rows.append(parsed(path, line, number))
         except ReportError:
             # A line that was cut off by an interruption, or is just being written.
             if number < len(lines):
@@ -256,7 +275,14 @@ def _rows(path: Path) -> list[Row]:
     return rows
 
 
-def _parsed(path: Path, text: str, line: int = 1) -> Row:
+def parsed(path: Path, text: str, line: int = 1) -> Row:
+    """A line of a file of rows.
+
+    Raises
+    ------
+    ReportError
+        If it is no JSON object; the sentence names file and line.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as problem:

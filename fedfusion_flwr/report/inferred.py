@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,12 @@ OCCUPIED = 0.01
 """A component with less than this share of the clients in every round is not drawn."""
 LEAST_CLIENTS = 4
 """Fewer points make no map."""
+KINDS = ("mean", "log deviation", "shift", "scale")
+"""Of normalization parameters, in the order in which they lie in ``statistics``."""
+MOST_CHANNELS = 100
+"""Most channels drawn of one component and kind."""
+MOST_SHARES = 20_000
+"""Of more assignments than these, four digits are kept."""
 _MAX_PERPLEXITY = 30.0
 
 
@@ -26,7 +32,9 @@ class Inferred:
     """The inference of a run; see `FusionArchive` for the shapes.
 
     ``statistics`` is None in runs that did not record it; ``planted`` holds -1 where the true
-    component is not known.
+    component is not known. What `drawn` gives has ``maps``, client positions (K, 2) by method, and
+    of ``components`` and ``statistics`` only what the pictures show: the last round, and
+    ``channels``, numbers (S,) of the channels that are left; None stands for all.
     """
 
     rounds: np.ndarray
@@ -37,6 +45,8 @@ class Inferred:
     components: np.ndarray
     planted: np.ndarray
     statistics: np.ndarray | None
+    channels: np.ndarray | None = None
+    maps: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Inferred:
@@ -69,6 +79,29 @@ class Inferred:
         """The components that hold some share of the clients in some round."""
         shares = np.nanmean(self.assignments, axis=1)
         return [int(m) for m in np.flatnonzero((shares >= OCCUPIED).any(0))]
+
+    def drawn(self) -> Inferred:
+        """What the pictures show of a whole inference, and no more."""
+        maps, channels, columns = {}, np.arange(0), np.arange(0)
+        if self.statistics is not None:
+            if len(self.clients) >= LEAST_CLIENTS:
+                maps = positions(self.statistics)
+            if self.is_planted:
+                width = self.statistics.shape[1] // len(KINDS)
+                count = min(width, MOST_CHANNELS)
+                channels = np.unique(np.linspace(0, width - 1, count).round().astype(int))
+                columns = np.concatenate([i * width + channels for i in range(len(KINDS))])
+        many = self.assignments.size > MOST_SHARES
+        return replace(
+            self,
+            assignments=self.assignments.round(4) if many else self.assignments,
+            components=np.ascontiguousarray(self.components[-1:, :, columns]),
+            statistics=None
+            if self.statistics is None
+            else np.ascontiguousarray(self.statistics[:, columns]),
+            channels=channels,
+            maps=maps,
+        )
 
     def order(self) -> np.ndarray:
         """Clients by planted component where known, then by inferred one, (K,)."""

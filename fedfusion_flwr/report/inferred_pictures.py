@@ -10,12 +10,13 @@ import numpy as np
 
 from fedfusion_flwr.report.evidence import Cell, Evidence, Setting
 from fedfusion_flwr.report.inferred import (
+    KINDS,
     LEAST_CLIENTS,
     Inferred,
     matched,
-    positions,
     true_components,
 )
+from fedfusion_flwr.report.inferred_store import first_inference, strangers
 from fedfusion_flwr.report.pictures import (
     Numbers,
     Part,
@@ -28,13 +29,12 @@ from fedfusion_flwr.report.pictures import (
 )
 from fedfusion_flwr.report.recovery import recovery_picture
 
-_KINDS = ("mean", "log deviation", "shift", "scale")
-_MOST_POINTS = 100
-"""Most channels drawn of one component and kind."""
-
 
 def inferred_section(evidence: Evidence) -> Section:
-    """The first kept FedFusion run of every setting, and the recovery by all strategies."""
+    """The first kept FedFusion run of every setting, and the recovery by all strategies.
+
+    What is drawn of a suite's run directories is written to the suite's folder.
+    """
     section = Section(
         "inferred",
         "The inferred distribution",
@@ -47,9 +47,9 @@ def inferred_section(evidence: Evidence) -> Section:
         recovery = recovery_picture(setting, cells)
         if recovery is not None:
             part.pictures.append(recovery)
-        run = _first_inference(cells)
-        if run is not None:
-            part.pictures += _run_pictures(setting, run, section.missing)
+        found = first_inference(evidence, cells, section.missing)
+        if found is not None:
+            part.pictures += _run_pictures(setting, *found, section.missing)
         elif not evidence.is_run and any(cell.algorithm == "fedfusion" for cell in cells):
             section.missing.append(f"{setting}: no run directory with a fusion.npz was kept.")
         elif evidence.is_run:
@@ -58,17 +58,11 @@ def inferred_section(evidence: Evidence) -> Section:
             )
         if part.pictures:
             section.parts.append(part)
+    section.missing += strangers(evidence)
     return section
 
 
-def _first_inference(cells: list[Cell]) -> Cell | None:
-    kept = [c for c in cells if c.directory and (c.directory / "fusion.npz").exists()]
-    return min(kept, key=lambda cell: cell.seed, default=None)
-
-
-def _run_pictures(setting: Setting, cell: Cell, missing: list[str]) -> list[Picture]:
-    assert cell.directory is not None
-    run = Inferred.read(cell.directory / "fusion.npz")
+def _run_pictures(setting: Setting, cell: Cell, run: Inferred, missing: list[str]) -> list[Picture]:
     told = f"{setting}, seed {cell.seed}"
     drawn = [_assignments(setting, told, run), _mixture(setting, told, run)]
     if run.statistics is None:
@@ -77,14 +71,14 @@ def _run_pictures(setting: Setting, cell: Cell, missing: list[str]) -> list[Pict
     if len(run.clients) < LEAST_CLIENTS:
         missing.append(f"{told}: {len(run.clients)} clients make no map.")
     else:
-        drawn.insert(0, _plane(setting, told, run, run.statistics))
+        drawn.insert(0, _plane(setting, told, run))
     if run.is_planted:
         drawn.append(_components(setting, told, run, run.statistics))
     return drawn
 
 
-def _plane(setting: Setting, told: str, run: Inferred, statistics: np.ndarray) -> Picture:
-    maps = positions(statistics)
+def _plane(setting: Setting, told: str, run: Inferred) -> Picture:
+    maps = run.maps
     groupings = {"inferred": run.main_components}
     if run.is_planted:
         groupings["planted"] = run.planted
@@ -251,12 +245,10 @@ def _mixture(setting: Setting, told: str, run: Inferred) -> Picture:
 def _components(setting: Setting, told: str, run: Inferred, statistics: np.ndarray) -> Picture:
     numbers: Numbers = []
     true = true_components(statistics, run.planted)
-    channels = statistics.shape[1] // len(_KINDS)
-    shown = np.unique(np.linspace(0, channels - 1, min(channels, _MOST_POINTS)).round().astype(int))
+    assert run.channels is not None
     for planted, component in matched(run.planted, run.assignments[-1]).items():
-        for i, kind in enumerate(_KINDS):
-            for channel in shown:
-                at = i * channels + channel
+        for i, kind in enumerate(KINDS):
+            for at, channel in enumerate(run.channels, i * len(run.channels)):
                 numbers.append(
                     {
                         "planted": planted,
@@ -269,7 +261,7 @@ def _components(setting: Setting, told: str, run: Inferred, statistics: np.ndarr
                 )
     figure, axes = canvas(4.6, 2, 2)
     correlations = []
-    for ax, kind in zip(axes.flat, _KINDS, strict=True):
+    for ax, kind in zip(axes.flat, KINDS, strict=True):
         rows = [row for row in numbers if row["kind"] == kind]
         points = np.array([(row["true"], row["reconstructed"]) for row in rows])
         owners = np.array([row["planted"] for row in rows])

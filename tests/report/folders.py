@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedfusion_flwr.data import central_test_data, data_for
 from fedfusion_flwr.models import model_for
 from fedfusion_flwr.server import run
 from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.tracking import state_digest
 from fedfusion_flwr.training import evaluate, train
 
 Row = dict[str, Any]
@@ -108,12 +110,26 @@ def write_lines(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def lines(path: Path) -> list[Row]:
+    """The rows of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def copied(suite: Path, folder: Path, *without: str) -> Path:
+    """The suite and what its report has stored, without the report and these."""
+    shutil.copytree(suite, folder, ignore=shutil.ignore_patterns("report", *without))
+    return folder
+
+
 def read_csv(folder: Path, name: str) -> list[dict[str, str]]:
     """The rows of a picture's CSV; there must be just one of that beginning."""
     (path,) = sorted(folder.glob(f"report/figures/{name}*.csv"))
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
+
+LARGE = ("runs", "models")
+"""Folders of a suite that git ignores."""
 
 # --- a suite that was run -------------------------------------------------------------------------
 
@@ -160,10 +176,11 @@ def run_suite(folder: Path, images: Path) -> Path:
             own = {**config, "strategy": strategy, "seed": seed}
             directory = folder / "runs" / name
             context = Context(1, 0, {}, RecordDict(), {**own, "output-dir": str(directory)})
-            run(InProcessGrid(app, REAL_CLIENTS, context.run_config), context)
+            outcome = run(InProcessGrid(app, REAL_CLIENTS, context.run_config), context)
             told = (directory / "metrics.jsonl").read_text().splitlines()
             row = cell(strategy, seed, [json.loads(line) for line in told])
-            rows.append({**row, "cell": name, "dataset": REAL_DATASET, "config": _shared(own)})
+            about = {"cell": name, "dataset": REAL_DATASET, "digest": outcome.digest}
+            rows.append({**row, **about, "config": _shared(own)})
     references = [_train(folder, {**config, "seed": seed}, order) for seed in (0, 1)
                   for order in (0, 1)]  # fmt: skip
     return write_suite(folder, rows, references)
@@ -188,7 +205,8 @@ def _train(folder: Path, config: Row, batch_seed: int) -> Row:
     row = reference(checked.seed, batch_seed, [accuracy])
     (folder / "models").mkdir(exist_ok=True)
     save_file(model.state_dict(), folder / row["model_file"])
-    return {**row, "dataset": REAL_DATASET, "config": _shared(config), "steps": result.steps}
+    about = {"dataset": REAL_DATASET, "digest": state_digest(model.state_dict())}
+    return {**row, **about, "config": _shared(config), "steps": result.steps}
 
 
 def _shared(config: Row) -> Row:

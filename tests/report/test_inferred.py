@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfusion_flwr.report.inferred import Inferred, matched, positions, true_components
+from fedfusion_flwr.report.inferred import (
+    LEAST_CLIENTS,
+    MOST_CHANNELS,
+    Inferred,
+    matched,
+    positions,
+    true_components,
+)
 
 
 def archive(path: Path, **changed: Any) -> Inferred:
@@ -97,3 +104,36 @@ def test_small_maps(shape: tuple[int, int]) -> None:
     # Clients that do not differ at all lie in one point.
     (only,) = positions(np.ones(shape)).values()
     assert not only.any()
+
+
+@pytest.mark.parametrize(("planted", "clients"), [(0, 60), (-1, 60), (0, LEAST_CLIENTS - 1)])
+def test_what_is_drawn_of_a_wide_inference_is_little(planted: int, clients: int) -> None:
+    generator = np.random.default_rng(0)
+    width, rounds = 200, 30
+    run = Inferred(
+        np.arange(rounds),
+        np.arange(clients),
+        generator.dirichlet(np.ones(15), (rounds, clients)),
+        np.ones((rounds, 15)),
+        np.ones((rounds, 15)),
+        generator.normal(size=(rounds, 15, 4 * width)).astype(np.float32),
+        np.full(clients, planted),
+        generator.normal(size=(clients, 4 * width)).astype(np.float32),
+    )
+    drawn = run.drawn()
+    assert list(drawn.maps) == ["PCA", "t-SNE"] * (clients >= LEAST_CLIENTS)
+    assert drawn.statistics is not None
+    assert drawn.channels is not None
+    kept = MOST_CHANNELS if planted >= 0 else 0
+    assert drawn.statistics.shape == (clients, 4 * kept)
+    assert drawn.components.shape == (1, 15, 4 * kept)
+    assert len(drawn.channels) == kept
+    assert run.statistics is not None
+    for i, channel in enumerate(drawn.channels):
+        assert drawn.components[0, 7, 2 * kept + i] == run.components[-1, 7, 2 * width + channel]
+        assert drawn.statistics[1, 3 * kept + i] == run.statistics[1, 3 * width + channel]
+    # Four digits of many assignments, all digits of few.
+    many = run.assignments.size > 20_000
+    assert many == (clients == 60)
+    assert (drawn.assignments == run.assignments).all() == (not many)
+    np.testing.assert_allclose(drawn.assignments, run.assignments, atol=5.1e-5)

@@ -16,8 +16,9 @@ from PIL import Image
 from fedfusion_flwr.config import STRATEGIES
 from fedfusion_flwr.report import ReportError, write_report
 from fedfusion_flwr.report.__main__ import main
-from fedfusion_flwr.report.bias import Bias, SettingBias
+from fedfusion_flwr.report.bias import SettingBias
 from fedfusion_flwr.report.bias_pictures import bias_section, layers_picture
+from fedfusion_flwr.report.bias_rows import Bias
 from fedfusion_flwr.report.evidence import Setting, read_evidence
 from fedfusion_flwr.report.pictures import CENTRALIZED, looks
 from tests.report.folders import (
