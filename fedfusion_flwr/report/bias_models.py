@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedfusion_flwr.computation import choose_device
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import central_test_data, data_for
 from fedfusion_flwr.errors import FedFusionError
@@ -56,11 +57,11 @@ class Measured:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        """The model, its weights loaded."""
+        """The model, its weights loaded; on a GPU where there is one."""
         model = model_for(self.config, data_for(self.config), seed=0)
         model = fit_to_state(model, self.state)
         model.load_state_dict(self.state)
-        return model.eval()
+        return model.eval().to(choose_device("auto"))
 
     def features(self, examples: Tensor) -> list[Tensor]:
         """Channel means (N, C) of every normalization layer's input, in the model's order."""
@@ -149,7 +150,8 @@ class Bench:
     def _examples(self) -> Tensor:
         x, _ = central_test_data(self._config)
         # Evenly spaced: test sets may be sorted by class.
-        return x[torch.linspace(0, len(x) - 1, min(len(x), TEST_IMAGES)).long()]
+        chosen = x[torch.linspace(0, len(x) - 1, min(len(x), TEST_IMAGES)).long()]
+        return chosen.to(choose_device("auto"))
 
     def _reference(self, reference: Reference) -> tuple[Measured, list[Tensor]]:
         file = reference.model_file
