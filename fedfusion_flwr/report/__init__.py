@@ -101,5 +101,6 @@ def _facts(evidence: Evidence) -> list[tuple[str, str]]:
         usual = RunConfig().to_run_config()
         config = evidence.cells[0].config
         return [(key, str(value)) for key, value in config.items() if value != usual[key]]
-    facts = [(name, ", ".join(values)) for name, values in evidence.about.items()]
+    # A machine's own description has commas.
+    facts = [(name, "; ".join(values)) for name, values in evidence.about.items()]
     return [*facts, ("failed runs", ", ".join(evidence.failed) or "none")]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from fedfusion_flwr.report.evidence import Cell, Evidence, Setting, by_strategy
 from fedfusion_flwr.report.pictures import (
@@ -107,6 +108,7 @@ def _picture(setting: Setting, cells: list[Cell], metric: str, name: str) -> Pic
         ax.set_ylabel(f"test {name}")
         if name == "loss":
             plain_log(ax, "y")
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1:
         legend_above(figure, axes[0, 0])
     most = max(int(c.seeds.max()) for c in curves.values())
