@@ -15,7 +15,7 @@ from torch import Tensor
 from fedfusion_flwr.fusion.standardizer import Standardizer
 from fedfusion_flwr.fusion.threads import side_by_side
 
-ROWS = 256
+ROWS = 64
 """Clients at a time: their standardized statistics need not all be in memory."""
 
 

@@ -15,7 +15,7 @@ ROBUST_LIMIT = 3.0
 _STD_FLOOR = 1e-8
 MAD_TO_STD = 1.4826
 """Of a normal distribution: standard deviation over median absolute deviation."""
-_COLUMNS = 512
+_COLUMNS = 128
 _MANY_CLIENTS = 1000
 
 

@@ -47,7 +47,7 @@ def test_an_error_in_a_part_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wide_inference_has_the_same_bits_on_any_number_of_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """600 clients are three parts of rows, 1,300 statistics are three parts of columns."""
+    """600 clients are ten parts of rows, 1,300 statistics are eleven parts of columns."""
     generator = torch.Generator().manual_seed(0)
     groups = 3 * torch.randn(3, 1300, generator=generator)
     x = groups[torch.arange(600) % 3] + torch.randn(600, 1300, generator=generator)
