@@ -32,7 +32,7 @@ from benchmarks.workload import Workload, taking_turns
 from fedfusion_flwr.experiments.rows import Row
 
 RESULTS = Path(__file__).parent / "results" / "round_efficiency.jsonl"
-TURNS = 3
+TURNS = 2
 TRAINING = {
     "fedfusion": "benchmarks.contenders:fedfusion",
     "fedavg": "benchmarks.contenders:fedavg",

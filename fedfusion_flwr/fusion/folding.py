@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from fedfusion_flwr.fusion.standardizer import Standardizer
-from fedfusion_flwr.fusion.threads import side_by_side
+from fedfusion_flwr.fusion.standardizer import COLUMNS, Standardizer
+from fedfusion_flwr.fusion.threads import pieces, side_by_side
 
 ROWS = 64
 """Clients at a time: their standardized statistics need not all be in memory."""
@@ -49,11 +49,13 @@ class Folding:
 
     def features(self, scaler: Standardizer, x: Tensor) -> Tensor:
         """Standardize statistics x (K, D) and fold them: (K, min(D, F)), float32."""
+        folded = torch.empty(len(x), min(x.shape[1], self._max_width))
 
-        def folded(rows: Tensor) -> Tensor:
-            return self._fold(scaler.standardize(rows))
+        def fold(rows: slice) -> None:
+            folded[rows] = self._fold(scaler.standardize(x[rows]))
 
-        return torch.cat(side_by_side(folded, torch.split(x, ROWS)))
+        side_by_side(fold, pieces(len(x), ROWS))
+        return folded
 
     def unfold(
         self,
@@ -90,22 +92,20 @@ class Folding:
         center = anchors.mean(0)
         mixing = (decoded.double() - center) @ torch.linalg.pinv(anchors - center, rtol=1e-6)
         weights = mixing + (1 - mixing.sum(1, keepdim=True)) / len(anchors)
+        means = torch.empty(len(anchors), x.shape[1], dtype=torch.float64)
 
-        def contribution(part: tuple[Tensor, Tensor]) -> Tensor:
-            of, rows = part
-            return of @ scaler.standardize(rows).double()
+        def average(columns: slice) -> None:
+            part = scaler.of_features(columns).standardize(x[:, columns])
+            means[:, columns] = shares @ part.double()
 
-        parts = zip(torch.split(shares, ROWS, 1), torch.split(x, ROWS), strict=True)
-        means = torch.zeros(len(anchors), x.shape[1], dtype=torch.float64)
-        for term in side_by_side(contribution, parts):
-            means += term
+        side_by_side(average, pieces(x.shape[1], COLUMNS))
         unfolded: Tensor = weights @ means
         return unfolded
 
     def _fold(self, standardized: Tensor) -> Tensor:
         if not self.folds:
             return standardized
-        mixed = standardized[:, self._order] * self._signs
+        mixed = standardized[:, self._order].mul_(self._signs)
         missing = self._layers * self._max_width - mixed.shape[1]
         mixed = torch.nn.functional.pad(mixed, (0, missing))
         folded: Tensor = mixed.view(len(mixed), self._layers, self._max_width).sum(1)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfusion_flwr.fusion.threads import side_by_side
+from fedfusion_flwr.fusion.threads import pieces, side_by_side
 
 FEATURE_CLAMP = 5.0
 ROBUST_LIMIT = 3.0
 _STD_FLOOR = 1e-8
 MAD_TO_STD = 1.4826
 """Of a normal distribution: standard deviation over median absolute deviation."""
-_COLUMNS = 128
+COLUMNS = 128
+"""Features at a time, for all clients."""
+
 _MANY_CLIENTS = 1000
 
 
@@ -45,10 +47,18 @@ class Standardizer:
         Each feature is first limited to three robust standard deviations (1.4826 MAD) around its
         median, so that one far client does not squeeze the differences between all others to 0.
         """
-        parts = side_by_side(_location_and_scale, torch.split(x, _COLUMNS, 1))
-        center, spread = (torch.cat(values) for values in zip(*parts, strict=True))
+        center, spread = torch.empty(2, x.shape[1], dtype=torch.float64)
+
+        def measure(columns: slice) -> None:
+            center[columns], spread[columns] = _location_and_scale(x[:, columns])
+
+        side_by_side(measure, pieces(x.shape[1], COLUMNS))
         informative = spread > _STD_FLOOR * center.abs().clamp_min(1.0)
         return cls(center, torch.where(informative, spread, torch.ones_like(spread)), informative)
+
+    def of_features(self, columns: slice) -> Standardizer:
+        """The part that standardizes some features."""
+        return Standardizer(self.center[columns], self.unit[columns], self.informative[columns])
 
     def standardize(self, x: Tensor) -> Tensor:
         """To zero mean and unit variance, clamped to +-5, float32."""
@@ -62,13 +72,15 @@ class Standardizer:
 
 def _location_and_scale(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the limited values of some features (K, D')."""
-    values = columns.T.contiguous()
+    # A copy of their own, in which all the rest is done.
+    values = columns.T.clone(memory_format=torch.contiguous_format)
     sample = values[:, some_clients(values.shape[1])]
     median = sample.median(1, keepdim=True).values
-    deviation = MAD_TO_STD * (sample - median).abs().median(1, keepdim=True).values
+    deviation = MAD_TO_STD * sample.sub_(median).abs_().median(1, keepdim=True).values
     # Where most clients agree exactly, the rest is the signal: no limit.
     limit = torch.where(deviation > 0, ROBUST_LIMIT * deviation, torch.inf)
-    limited = torch.minimum(torch.maximum(values, median - limit), median + limit)
-    mean = limited.mean(1, dtype=torch.float64)
-    squares = (limited - mean.unsqueeze(1).to(limited.dtype)).square_()
-    return mean, squares.mean(1, dtype=torch.float64).sqrt()
+    torch.maximum(values, median - limit, out=values)
+    torch.minimum(values, median + limit, out=values)
+    mean = values.mean(1, dtype=torch.float64)
+    values.sub_(mean.unsqueeze(1).to(values.dtype)).square_()
+    return mean, values.mean(1, dtype=torch.float64).sqrt()

@@ -39,7 +39,8 @@ def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[
     """Apply ``work`` to every part, on as many cores as there are; results in the parts' order.
 
     To be called within `one_thread`: threads that begin there compute alone, so that a part's bits
-    do not depend on the number of cores.
+    do not depend on the number of cores. What is large is better written to its place in one tensor
+    than returned: small results between large temporaries leave holes in the memory, a part each.
     """
     waiting = list(parts)
     threads = min(len(waiting), os.cpu_count() or 1)
@@ -47,3 +48,8 @@ def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[
         return [work(part) for part in waiting]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, waiting))
+
+
+def pieces(length: int, size: int) -> list[slice]:
+    """The range from 0 to ``length`` in slices of ``size``, the last one shorter."""
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
