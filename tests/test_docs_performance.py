@@ -10,7 +10,14 @@ from types import ModuleType
 import pytest
 from flwr.proto.federation_config_pb2 import SimulationConfig
 
-from benchmarks import inference_scale, local_training, server_round
+from benchmarks import (
+    inference_scale,
+    local_training,
+    round_efficiency,
+    scale,
+    server_round,
+    start_up,
+)
 from benchmarks.measuring import table
 from fedfusion_flwr import RunConfig
 from fedfusion_flwr.experiments.rows import read_rows
@@ -18,7 +25,14 @@ from fedfusion_flwr.rounds import ClientRow, RoundReport
 from fedfusion_flwr.tracking import IdleCores
 
 TEXT = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
-BENCHMARKS = (server_round, inference_scale, local_training)
+BENCHMARKS = (
+    round_efficiency,
+    start_up,
+    scale,
+    server_round,
+    inference_scale,
+    local_training,
+)
 
 
 @pytest.mark.parametrize("module", BENCHMARKS, ids=lambda m: m.__name__)
