@@ -193,10 +193,21 @@ def _ratio(row: Row, other: str) -> str:
 
 
 def _part(name: str) -> Callable[[Row], str]:
-    return lambda row: f"{row['parts'][name]:.3f}"
+    def part(row: Row) -> str:
+        # Rows of commit 85dc80b tell of the inference alone, and of no floor.
+        parts = row.get("parts") or {"inference": row["infer-seconds"]}
+        return f"{parts[name]:.3f}" if name in parts else "-"
+
+    return part
+
+
+def _floor(row: Row) -> str:
+    return f"{row['floor-seconds']:.3f}" if "floor-seconds" in row else "-"
 
 
 def _to_floor(row: Row) -> str:
+    if "floor-seconds" not in row:
+        return "-"
     return f"{row['seconds']['fedfusion'] / row['floor-seconds']:.2f}"
 
 
@@ -206,7 +217,7 @@ COLUMNS: Columns = {
     "inference": _part("inference"),
     "fusion": _part("fusion"),
     "rest": _part("rest"),
-    "floor, s": lambda row: f"{row['floor-seconds']:.3f}",
+    "floor, s": _floor,
     "to the floor": _to_floor,
     "to a plain sum": lambda row: _ratio(row, "plain-sum"),
     "to Flower's FedAvg": lambda row: _ratio(row, "flower-fedavg"),
