@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedfusion_flwr.fusion.folding import ROWS, Folding
 from fedfusion_flwr.fusion.initialization import agreement, starting_partition
@@ -215,7 +215,8 @@ class DistributionInference:
             steps = self.refit_steps
         # Forgotten until the fit succeeds, so that a diverged network is never a warm start.
         self._vae = None
-        elbo = self._ascend(vae, optimizer, x, weights, steps, generator)
+        with np.errstate(all="ignore"):  # a loss that overflows is an InferenceError, no warning
+            elbo = self._ascend(vae, optimizer, x, weights, steps, generator)
         self._vae, self._optimizer, self._fitted_width = vae, optimizer, x.shape[1]
         return vae, elbo
 
@@ -230,6 +231,7 @@ class DistributionInference:
                 latent=self.latent,
                 alpha=self.stick_concentration,
                 noise_variance=self.noise_variance,
+                latent_kl_weight=self.latent_kl_weight,
             )
         sticks = [vae.log_a, vae.log_c]
         rest = [p for p in vae.parameters() if all(p is not s for s in sticks)]
@@ -257,15 +259,10 @@ class DistributionInference:
         for step in range(steps):
             temperature = hot * (cold / hot) ** (step / max(steps - 1, 1))
             rows = self._batch(len(x), generator)
-            batch = x[rows]
-            # A batch stands for all clients against the terms that are there once.
-            terms = vae.elbo(batch, weights[rows] * (len(x) / len(batch)), temperature, generator)
-            objective = terms.total(self.latent_kl_weight) / len(x)
-            elbo = float(objective.detach())
+            terms = vae.elbo(x[rows], weights[rows], temperature, generator, len(x))
+            elbo = terms.total(self.latent_kl_weight)
             if not math.isfinite(elbo):
                 raise InferenceError(f"the loss is not finite at step {step + 1} of {steps}")
-            optimizer.zero_grad()
-            (-objective).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(vae.parameters(), _GRADIENT_NORM)
             optimizer.step()
         return elbo
@@ -283,10 +280,7 @@ class DistributionInference:
         centers = torch.stack([x[labels == m].mean(0) for m in range(groups)])
         for _ in range(_PARTITION_STEPS):
             rows = self._batch(len(x), generator)
-            loss = F.cross_entropy(vae.encoder(x[rows]), labels[rows])
-            loss = loss + (vae.decoder(vae.component_mean[:groups]) - centers).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
+            vae.partition_gradient(x[rows], labels[rows], centers)
             optimizer.step()
 
     def _batch(self, clients: int, generator: torch.Generator) -> Tensor | slice:
