@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method, in pure torch: nothing of Flower, nothing else of this package."""
+"""The method, in torch and NumPy: nothing of Flower, nothing else of this package."""
 
 from fedfusion_flwr.fusion.aggregation import (
     balanced_mixture,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from fedfusion_flwr.fusion.folding import ROWS, Folding
 from fedfusion_flwr.fusion.initialization import agreement, starting_partition
 from fedfusion_flwr.fusion.standardizer import Standardizer
 from fedfusion_flwr.fusion.threads import one_thread, side_by_side
-from fedfusion_flwr.fusion.vae import FusionVAE
+
+if TYPE_CHECKING:
+    from fedfusion_flwr.fusion.vae import FusionVAE
 
 _GRADIENT_NORM = 10.0
 _PARTITION_STEPS = 100
@@ -221,6 +223,9 @@ class DistributionInference:
         return vae, elbo
 
     def _new_vae(self, num_features: int) -> tuple[FusionVAE, torch.optim.Adam]:
+        # Here and not above: clients import this package too, and its scipy takes them 0.2 s.
+        from fedfusion_flwr.fusion.vae import FusionVAE
+
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reseed the accelerators too.
             torch.default_generator.manual_seed(self.seed)

@@ -2,8 +2,8 @@
 """A small multi-layer perceptron that knows its own gradient.
 
 torch holds the parameters, NumPy computes with them: the networks are so small that torch, and
-autograd most of all, takes longer to call an operation than to do it, and every round waits for
-hundreds of thousands of them.
+autograd most of all, takes longer to call an operation than to do it, and a round waits for
+thousands of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Layer(NamedTuple):
 class Perceptron(nn.Sequential):
     """Linear layers with ReLU between them.
 
-    From the first `backward` on the parameters and their gradients must stay where they are.
+    From the first `trace` on the parameters and their gradients must stay where they are.
 
     Parameters
     ----------

@@ -7,14 +7,13 @@ operation of torch takes several times as long.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.special import betaln, digamma, gammaln, zeta
 
-Floats = NDArray[Any]
+from fedfusion_flwr.fusion.perceptron import Floats
 
 _EULER_GAMMA = 0.5772156649015329
 _SERIES_TERMS = 11
@@ -30,9 +29,14 @@ class WithDerivatives(NamedTuple):
     by_c: Floats
 
 
-def inside(value: Floats) -> Floats:
+def kept(values: Floats, low: float, high: float) -> Floats:
+    """The numbers, kept in [low, high]; `numpy.clip` takes twice as long for a handful."""
+    return np.minimum(np.maximum(values, low), high)
+
+
+def inside(values: Floats) -> Floats:
     """The numbers, kept in [1e-6, 1 - 1e-6]."""
-    return np.minimum(np.maximum(value, TINY), 1 - TINY)
+    return kept(values, TINY, 1 - TINY)
 
 
 def sample_kumaraswamy(a: Floats, c: Floats, generator: torch.Generator) -> WithDerivatives:

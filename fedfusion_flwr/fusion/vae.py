@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedfusion_flwr.fusion.perceptron import Perceptron, shared, shared_gradient
+from fedfusion_flwr.fusion.perceptron import Floats, Perceptron, shared, shared_gradient
 from fedfusion_flwr.fusion.sticks import (
     TINY,
-    Floats,
     inside,
+    kept,
     kumaraswamy_beta_kl,
     kumaraswamy_mean,
     sample_kumaraswamy,
@@ -125,7 +125,7 @@ class FusionVAE(nn.Module):
         latent: int,
         alpha: float,
         noise_variance: float,
-        latent_kl_weight: float = 1.0,
+        latent_kl_weight: float,
     ) -> None:
         super().__init__()
         self.alpha = alpha
@@ -211,7 +211,7 @@ class FusionVAE(nn.Module):
         weight = weights.numpy()[:, None] / len(x)
         share = 1 / (clients or len(x))
         mean, log_std = shared(self.component_mean), shared(self.component_log_std)
-        kept_log_std = np.minimum(np.maximum(log_std, _LOG_STD[0]), _LOG_STD[1])
+        kept_log_std = kept(log_std, *_LOG_STD)
         std = np.exp(kept_log_std)
 
         encoded = self.encoder.trace(statistics)
@@ -260,11 +260,10 @@ class FusionVAE(nn.Module):
 
 
 def _stick(log_stick: nn.Parameter) -> Floats:
-    kept = np.minimum(np.maximum(shared(log_stick), _LOG_STICK[0]), _LOG_STICK[1])
-    return np.exp(kept.astype(np.float64))
+    return np.exp(kept(shared(log_stick), *_LOG_STICK).astype(np.float64))
 
 
 def _set_gradient(log_stick: nn.Parameter, by_log_stick: Floats) -> None:
     """Beyond its bounds a parameter changes nothing."""
-    values, (low, high) = shared(log_stick), _LOG_STICK
-    shared_gradient(log_stick)[:] = by_log_stick * ((values >= low) & (values <= high))
+    values = shared(log_stick)
+    shared_gradient(log_stick)[:] = by_log_stick * (kept(values, *_LOG_STICK) == values)
