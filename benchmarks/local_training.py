@@ -42,7 +42,7 @@ def workload(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     if name == "bilstm":
         x = torch.randint(2, 20_000, (640, 40), generator=generator)
         return BiLSTM(20_000, 2), x, torch.randint(2, (640,), generator=generator)
-    shape, count = {"lenet": ((1, 28, 28), 1920), "resnet18": ((3, 32, 32), 160)}[name]
+    shape, count = ((1, 28, 28), 1920) if name == "lenet" else ((3, 32, 32), 160)
     x = torch.rand(count, *shape, generator=generator)
     y = torch.randint(10, (count,), generator=generator)
     return place_model(build_model(name, shape, 10, seed=0), CPU), x, y

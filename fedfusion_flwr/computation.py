@@ -6,8 +6,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import WARNING
 
 import torch
+from flwr.common.logger import log
 from torch import Tensor, nn
 
 from fedfusion_flwr.errors import FedFusionError
@@ -40,6 +42,38 @@ def choose_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context that computes in bfloat16 where that is safe, or changes nothing for ``fp32``."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16, rather than convert every number to and fro.
+
+    GPUs do since compute capability 8. On the CPU oneDNN computes, which asks for AVX-512 or Arm's
+    bf16; without oneDNN nobody says, and it is believed.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def slow_precision(device: torch.device, precision: str) -> str | None:
+    """Why a device is slow in this precision and what to do, one sentence; None if it is not."""
+    if precision != "bf16" or has_bfloat16(device):
+        return None
+    processor = "GPU" if device.type == "cuda" else "CPU"
+    return (
+        f"precision = 'bf16' is emulated here, as this {processor} cannot compute in "
+        "bfloat16: that can take more than ten times as long as precision = 'fp32'"
+    )
+
+
+@functools.cache
+def warn_of_slow_precision(device: torch.device, precision: str) -> None:
+    """Log `slow_precision`, if there is something to say, once in a process."""
+    advice = slow_precision(device, precision)
+    if advice:
+        log(WARNING, "%s", advice)
 
 
 @contextmanager

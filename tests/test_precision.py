@@ -3,18 +3,32 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fedfusion_flwr.computation import TrainingError, compiled_forward, place_model
+from fedfusion_flwr import computation
+from fedfusion_flwr.computation import (
+    TrainingError,
+    compiled_forward,
+    has_bfloat16,
+    place_model,
+    slow_precision,
+    warn_of_slow_precision,
+)
+from fedfusion_flwr.experiments.compare import Comparison
+from fedfusion_flwr.experiments.suite_file import load_suite
+from fedfusion_flwr.experiments.work import Machine
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.training import evaluate, train
+from tests.runs import CONFIG, run_in_process, write_pictures
 from tests.support import assert_identical, tiny_model
 
 SETTINGS: dict[str, Any] = {
@@ -97,6 +111,60 @@ def test_bfloat16_evaluation_is_close_to_float32() -> None:
     assert half == pytest.approx(full, rel=0.05)
     assert half != full
     assert half_accuracy == pytest.approx(accuracy, abs=0.05)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a processor without bfloat16 arithmetic, in a process that has said nothing yet."""
+    monkeypatch.setattr(computation, "has_bfloat16", lambda device: False)
+    warn_of_slow_precision.cache_clear()
+    yield
+    warn_of_slow_precision.cache_clear()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks for the flags of x86 processors")
+def test_bfloat16_on_the_cpu_needs_avx512() -> None:
+    flags = Path("/proc/cpuinfo").read_text(encoding="ascii").split()
+    assert has_bfloat16(torch.device("cpu")) == ({"avx512bw", "avx512dq", "avx512vl"} <= {*flags})
+
+
+def test_fp32_is_slow_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(computation, "has_bfloat16", lambda device: True)
+    assert slow_precision(cpu, "bf16") is None
+    monkeypatch.setattr(computation, "has_bfloat16", lambda device: False)
+    assert slow_precision(cpu, "fp32") is None
+    assert "precision = 'bf16' is emulated here" in (slow_precision(cpu, "bf16") or "")
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("precision", "warnings"), [("bf16", 1), ("fp32", 0)])
+def test_a_run_says_once_that_bfloat16_is_emulated(
+    precision: str, warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Server and clients share a process here."""
+    config = {
+        **CONFIG,
+        "data-root": str(write_pictures(tmp_path / "pictures.npz")),
+        "output-dir": str(tmp_path / "run"),
+        "strategy": "fedavg",
+        "num-server-rounds": 1,
+        "device": "cpu",
+        "precision": precision,
+    }
+    run_in_process(config)
+    told = [r.getMessage() for r in caplog.records if "emulated" in r.getMessage()]
+    assert len(told) == warnings
+    assert all("precision = 'fp32'" in sentence for sentence in told)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("suite", "notes"), [("deep", 1), ("quick", 0)])
+def test_a_comparison_says_beforehand_that_bfloat16_is_emulated(
+    suite: str, notes: int, tmp_path: Path
+) -> None:
+    plan = Comparison(load_suite(suite), Machine(tmp_path)).plan()
+    assert plan.count("note: precision = 'bf16' is emulated here") == notes
 
 
 # --- layers that draw random numbers --------------------------------------------------------------

@@ -10,6 +10,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from fedfusion_flwr.computation import choose_device, slow_precision
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.experiments.overrides import Overrides
 from fedfusion_flwr.experiments.processes import Job, run_jobs
@@ -88,6 +91,7 @@ class Comparison:
             f"{len(todo)} of {len(work)} cells to do: about {shown(total / self.workers)} with "
             f"{self.workers} at a time (engine {self.machine.engine})"
         )
+        lines += _advice(one for one in work if one.id in todo)
         return "\n".join(lines)
 
     def rows(self) -> list[Row]:
@@ -221,6 +225,18 @@ class Comparison:
             for path in folder.iterdir():
                 if path.name not in self.suite.keep:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _advice(work: Iterable[Work]) -> list[str]:
+    """What makes these runs slower than the plan thinks, a sentence each."""
+    ways = {(one.config.get("device"), one.config.get("precision")) for one in work}
+    found = (
+        slow_precision(choose_device(str(device or "auto")), str(precision))
+        for device, precision in sorted(ways, key=str)
+        # A GPU that is not there is a sentence of each run itself.
+        if device != "cuda" or torch.cuda.is_available()
+    )
+    return list(dict.fromkeys(f"note: {sentence}" for sentence in found if sentence))
 
 
 def _outcome(row: Row) -> str:

@@ -146,13 +146,13 @@ def test_rounds_of_equal_gradient_steps(strategy: str, keys: dict[str, Any], rou
     assert equal_rounds(config) == rounds
 
 
-@pytest.mark.parametrize("name", ["quick", "small", "paper"])
+@pytest.mark.parametrize("name", ["quick", "small", "deep", "paper"])
 def test_shipped_suites(name: str) -> None:
     suite = load_suite(name)
     assert suite.name == name
     cells = suite.cells({})
     assert all(cell.seconds > 0 for cell in cells)
-    if name != "quick":
+    if name in ("small", "paper"):
         assert {cell.config["strategy"] for cell in cells} == set(STRATEGIES)
         assert {"hyper-parameters", "ablation"} <= {cell.group for cell in cells}
         assert suite.tuning is not None
@@ -169,7 +169,7 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(SMALL)
     assert load_suite(str(path)).name == "mine"
-    with pytest.raises(SuiteError, match=r"no suite 'smal': use one of paper, quick, small"):
+    with pytest.raises(SuiteError, match=r"no suite 'smal': use one of deep, paper, quick, small"):
         load_suite("smal")
 
 
