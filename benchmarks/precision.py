@@ -22,10 +22,11 @@ from fedfusion_flwr.experiments.rows import Row
 
 RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
 PRECISIONS = ("fp32", "bf16")
+REPEATS = {"lenet": 20, "bilstm": 20, "resnet18": 1, "mobilenetv2": 1}
 
 
 def measure(name: str) -> Row:
-    """One model; the precisions take turns, the first turn does not count."""
+    """One model; the precisions take turns, and the first turn does not count."""
     torch.set_num_threads(1)
     model, x, y = workload(name)
     steps: dict[str, Any] = {
@@ -33,16 +34,13 @@ def measure(name: str) -> Row:
         for precision in PRECISIONS
     }
     return {
-        "seconds": least_seconds(steps, 1),
+        "seconds": least_seconds(steps, REPEATS[name]),
         "bfloat16": has_bfloat16(CPU),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-CASES = {
-    name: functools.partial(measure, name)
-    for name in ("lenet", "bilstm", "resnet18", "mobilenetv2")
-}
+CASES = {name: functools.partial(measure, name) for name in REPEATS}
 COLUMNS: Columns = {
     "instructions": lambda row: row["instructions"],
     "bfloat16 arithmetic": lambda row: "yes" if row["bfloat16"] else "no",
