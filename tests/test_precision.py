@@ -113,6 +113,24 @@ def test_bfloat16_evaluation_is_close_to_float32() -> None:
     assert half_accuracy == pytest.approx(accuracy, abs=0.05)
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_texts_train_in_bfloat16_on_every_processor(
+    able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN has no LSTM in bfloat16 where the processor has no arithmetic for it."""
+    if able and not has_bfloat16(torch.device("cpu")):
+        pytest.skip("this processor has no bfloat16 arithmetic")
+    monkeypatch.setattr(computation, "has_bfloat16", lambda device: able)
+    model = build_model("bilstm", (6,), 2, seed=0, vocabulary_size=20)
+    seen: list[torch.dtype] = []
+    model.get_submodule("lstm").register_forward_hook(
+        lambda *call: seen.append(call[2][0].data.dtype)
+    )
+    x = torch.randint(1, 20, (16, 6), generator=torch.Generator().manual_seed(0))
+    assert fit(model, x, torch.arange(16) % 2, precision="bf16") > 0
+    assert {*seen} == {torch.bfloat16 if able else torch.float32}
+
+
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a processor without bfloat16 arithmetic, in a process that has said nothing yet."""

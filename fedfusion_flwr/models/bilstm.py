@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fedfusion_flwr import computation
 
 
 class BiLSTM(nn.Module):
@@ -45,9 +47,19 @@ class BiLSTM(nn.Module):
             self.embedding(x), lengths.cpu(), batch_first=True, enforce_sorted=False
         )
         # As long as the longest text of the batch, and 0 where a text has ended.
-        states, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
+        states, _ = pad_packed_sequence(self._states(packed), batch_first=True)
         ended = torch.arange(states.shape[1], device=x.device) >= lengths.unsqueeze(1)
         mean = states.sum(1) / lengths.unsqueeze(1)
         largest = states.masked_fill(ended.unsqueeze(2), -torch.inf).amax(1)
         logits: Tensor = self.head(torch.cat([largest, mean], 1))
         return logits
+
+    def _states(self, packed: PackedSequence) -> PackedSequence:
+        """The LSTM's states; float32 where oneDNN has no LSTM in bfloat16."""
+        device = packed.data.device
+        if torch.is_autocast_enabled(device.type) and not computation.has_bfloat16(device):
+            with torch.autocast(device.type, enabled=False):
+                states: PackedSequence = self.lstm(packed)[0]
+        else:
+            states = self.lstm(packed)[0]
+        return states
