@@ -13,6 +13,7 @@ from flwr.proto.federation_config_pb2 import SimulationConfig
 from benchmarks import (
     inference_scale,
     local_training,
+    precision,
     round_efficiency,
     scale,
     server_round,
@@ -32,6 +33,7 @@ BENCHMARKS = (
     server_round,
     inference_scale,
     local_training,
+    precision,
 )
 
 

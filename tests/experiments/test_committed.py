@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed results of the suite `small`: tables, README and docs say what the rows say."""
+"""The committed results of the suites: tables, README and docs say what the rows say."""
 
 from __future__ import annotations
 
@@ -15,34 +15,41 @@ from fedfusion_flwr.experiments.rows import Row, read_rows
 from fedfusion_flwr.experiments.suite_file import load_suite
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "results" / "small"
+RESULTS = ROOT / "results"
+SMALL = RESULTS / "small"
+SUITES = ("small", "deep")
 RECORDS = ("suite.toml", "tune.jsonl", "cells.jsonl", "centralized.jsonl")
 SETTING = {"group": "full participation", "dataset": "fashion-mnist", "partition": "components"}
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return read_rows(RESULTS / "cells.jsonl")
+    return read_rows(SMALL / "cells.jsonl")
 
 
-def test_tables_come_from_the_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suite", SUITES)
+def test_tables_come_from_the_rows(suite: str, tmp_path: Path) -> None:
     for name in RECORDS:
-        shutil.copy(RESULTS / name, tmp_path / name)
-    arguments = ["compare", "small", "--tables", "--output", str(tmp_path)]
+        if (RESULTS / suite / name).exists():
+            shutil.copy(RESULTS / suite / name, tmp_path / name)
+    arguments = ["compare", suite, "--tables", "--output", str(tmp_path)]
     assert main([*arguments, "--engine", "in-process"]) == 0
     made, committed = (
         {path.name: path.read_bytes() for path in (folder / "tables").iterdir()}
-        for folder in (tmp_path, RESULTS)
+        for folder in (tmp_path, RESULTS / suite)
     )
     assert made == committed
 
 
-def test_the_suite_is_the_one_that_ran() -> None:
-    assert (RESULTS / "suite.toml").read_text(encoding="utf-8") == load_suite("small").text
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_suite_is_the_one_that_ran(suite: str) -> None:
+    ran = (RESULTS / suite / "suite.toml").read_text(encoding="utf-8")
+    assert ran == load_suite(suite).text
 
 
-def test_every_row_tells_where_it_comes_from(rows: list[Row]) -> None:
-    for row in rows:
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_row_tells_where_it_comes_from(suite: str) -> None:
+    for row in read_rows(RESULTS / suite / "cells.jsonl"):
         assert all(row[key] for key in ("commit", "machine", "python", "torch", "flwr", "digest"))
         assert not row["commit"].endswith("-dirty")
 
@@ -56,10 +63,10 @@ def test_a_mean_of_the_main_table_is_that_of_the_raw_records(rows: list[Row]) ->
     ]
     assert len(finals) == 3
     shown = f"{statistics.mean(finals):.3f} ± {statistics.stdev(finals):.3f}"
-    table = (RESULTS / "tables" / "main.md").read_text(encoding="utf-8")
+    table = (SMALL / "tables" / "main.md").read_text(encoding="utf-8")
     line = next(line for line in table.splitlines() if line.startswith("| fedfusion |"))
     assert shown in line
-    stored = json.loads((RESULTS / "tables" / "accuracy.json").read_text(encoding="utf-8"))
+    stored = json.loads((SMALL / "tables" / "accuracy.json").read_text(encoding="utf-8"))
     [record] = [r for r in stored if r["strategy"] == "fedfusion" and r.items() >= SETTING.items()]
     assert record["global-accuracy"] == pytest.approx(statistics.mean(finals), abs=1e-12)
 
