@@ -69,7 +69,9 @@ def identity() -> Row:
         "torch": torch.__version__,
         "flwr": version("flwr"),
         "commit": _commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}{gpu}",
+        # With the instructions: processors that have others round differently.
+        "machine": f"{os.cpu_count()} cores, {platform.machine()} with "
+        f"{torch.backends.cpu.get_cpu_capability()}{gpu}",
     }
 
 
