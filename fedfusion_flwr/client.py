@@ -20,7 +20,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor, nn
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.computation import choose_device, place_model, warn_of_slow_precision
+from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.data import (
     NO_AUGMENTATION,
@@ -233,8 +233,7 @@ def _prepare(message: Message, context: Context) -> _Work:
     partition_id = _partition_id(context, config)
     sent = message.content.config_records[protocol.CONFIG]
     _check_signature(sent, config)
-    device = choose_device(config.device)
-    warn_of_slow_precision(device, config.precision)
+    device = choose_device(config.device, config.precision)
     data = on_device(local_data(config, partition_id), device)
     state = protocol.state_from_record(message.content.array_records[protocol.ARRAYS])
     packed = protocol.NUM_MODELS in sent

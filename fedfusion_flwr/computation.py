@@ -24,8 +24,8 @@ def place_model(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
+def choose_device(name: str, precision: str = "fp32") -> torch.device:
+    """``auto`` takes a GPU where there is one; a precision that is slow there is logged once.
 
     Raises
     ------
@@ -36,7 +36,9 @@ def choose_device(name: str) -> torch.device:
         raise TrainingError("device = 'cuda', but no GPU is visible here; use device = 'auto'")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    warn_of_slow_precision(device, precision)
+    return device
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

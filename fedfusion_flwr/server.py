@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.computation import choose_device, place_model, warn_of_slow_precision
+from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.data import (
     FederatedData,
@@ -100,9 +100,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
         records.go_on_from(checkpoint)
     _check_federation(grid, strategy, config)
     on_this_machine = not isinstance(grid, CarefulGrid | InProcessGrid)
-    device = choose_device(config.device)
-    warn_of_slow_precision(device, config.precision)
-    if on_this_machine and device.type == "cpu":
+    if on_this_machine and choose_device(config.device).type == "cpu":
         strategy.callbacks.append(IdleCores(os.cpu_count() or 1, config.threads_per_client))
     log(INFO, "Run directory: %s", directory.path)
     sent = ConfigRecord({protocol.DATA_SIGNATURE: data.signature})
@@ -170,7 +168,7 @@ class _Records:
 
 def central_evaluation(config: RunConfig) -> EvaluateFn:
     """A function that measures a model on the server's test set."""
-    device = choose_device(config.device)
+    device = choose_device(config.device, config.precision)
     x, y = (tensor.to(device) for tensor in central_test_data(config))
     model = model_for(config, data_for(config), seed=0)
     model = place_model(model, device)

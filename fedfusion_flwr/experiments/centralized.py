@@ -61,7 +61,7 @@ def train_centralized(
     """
     about, started = identity(), time.perf_counter()
     parsed = RunConfig.from_run_config(config)
-    data, device = data_for(parsed), choose_device(parsed.device)
+    data, device = data_for(parsed), choose_device(parsed.device, parsed.precision)
     x_test, y_test = (part.to(device) for part in central_test_data(parsed))
     everything = np.arange(len(data.y_train))
     kept, _ = local_split(everything, parsed.validation_fraction, parsed.seed, 0)
