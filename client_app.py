@@ -3,7 +3,7 @@
 
 from flwr.clientapp import ClientApp
 
-from fedfusion_flwr.client import handle_evaluate, handle_query, handle_train
+from fedfusion_flwr.app.client import handle_evaluate, handle_query, handle_train
 
 app = ClientApp()
 app.train()(handle_train)

@@ -5,8 +5,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedfusion_flwr.receiving import CarefulGrid
-from fedfusion_flwr.server import run
+from fedfusion_flwr.app.server import run
+from fedfusion_flwr.federation.careful_grid import CarefulGrid
 
 app = ServerApp()
 

@@ -16,14 +16,15 @@ import torch
 from flwr.app import Context, Message, MessageType
 from torch import Tensor
 
-from fedfusion_flwr import client, protocol
+from fedfusion_flwr import protocol
+from fedfusion_flwr.app import client
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import LocalData, data_for, local_data, partition_for
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.fusion import NormalizationStatistics
 from fedfusion_flwr.fusion.server_step import is_parameter
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.rounds import State
 
 ClientFn = Callable[[Message, Context], Message]
 

@@ -36,8 +36,8 @@ def run_app(config: dict[str, Any], client_app: Callable[..., Any]) -> str:
     """Run the ServerApp with these clients, rows into ``output-dir``; the final digest."""
     from flwr.app import Context, RecordDict
 
-    from fedfusion_flwr.server import run
-    from fedfusion_flwr.simulation import InProcessGrid
+    from fedfusion_flwr.app.server import run
+    from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 
     context = Context(1, 0, {}, RecordDict(), config)
     grid = InProcessGrid(client_app, config["num-clients"], context.run_config)

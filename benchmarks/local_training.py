@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measuring import Columns, command_line, least_seconds
+from fedfusion_flwr.app.training import train
 from fedfusion_flwr.computation import autocast, compiled_forward, place_model
 from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.models.bilstm import BiLSTM
-from fedfusion_flwr.training import train
 
 RESULTS = Path(__file__).parent / "results" / "local_training.jsonl"
 BATCH, REPEATS = 32, 4

@@ -117,10 +117,10 @@ def _run_stock(method: str, config: dict[str, Any], clients: Any, hostile: list[
     from flwr.serverapp import strategy as flower
 
     from fedfusion_flwr import RunConfig, protocol
+    from fedfusion_flwr.app.server import central_evaluation
     from fedfusion_flwr.data import data_for
+    from fedfusion_flwr.federation.in_process_grid import InProcessGrid
     from fedfusion_flwr.models import model_for
-    from fedfusion_flwr.server import central_evaluation
-    from fedfusion_flwr.simulation import InProcessGrid
 
     parsed = RunConfig.from_run_config(config)
     evaluate, accuracy = central_evaluation(parsed), []

@@ -25,10 +25,10 @@ from flwr.serverapp import Grid
 
 from benchmarks.measuring import Columns, command_line, resident_bytes
 from benchmarks.workload import Workload, in_simulation
+from fedfusion_flwr.app.server import run
 from fedfusion_flwr.experiments.cell import configured_app
 from fedfusion_flwr.experiments.rows import Row, read_rows
-from fedfusion_flwr.server import run
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
 WORK = Workload(rounds=100, clients=1000, examples=10, side=8)

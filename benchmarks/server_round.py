@@ -34,8 +34,8 @@ from flwr.serverapp.strategy import FedAvg
 from benchmarks.measuring import Columns, PeakMemory, command_line, seconds
 from fedfusion_flwr import protocol
 from fedfusion_flwr.experiments.rows import Row
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.models import build_model
-from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import FedFusion
 
 RESULTS = Path(__file__).parent / "results" / "server_round.jsonl"

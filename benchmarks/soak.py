@@ -30,10 +30,10 @@ from benchmarks.in_process import write_pictures
 from benchmarks.measuring import resident_bytes
 from client_app import app
 from fedfusion_flwr import protocol
+from fedfusion_flwr.app.server import RunOutcome, run
 from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.server import RunOutcome, run
-from fedfusion_flwr.simulation import InProcessGrid
 
 RESULTS = Path(__file__).parent / "results" / "soak.jsonl"
 CONFIG: dict[str, Any] = {

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks.in_process import write_pictures
 from client_app import app as client_app
-from fedfusion_flwr.server import RunOutcome, run
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.app.server import RunOutcome, run
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from tests.support import assert_identical
 
 __all__ = [
@@ -55,6 +56,38 @@ def run_in_process(config: dict[str, Any], seed: int = 0) -> RunOutcome:
     """One run without Ray; ``seed`` is of the node ids and of the order of replies."""
     clients = config["num-clients"]
     grid = InProcessGrid(client_app, clients, config, seed=seed, shuffle_replies=True)
+    return run(grid, Context(1, 0, {}, RecordDict(), config))
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 would: nothing gets to tidy up."""
+
+
+class DyingGrid(InProcessGrid):
+    """Dies at the given exchange with the clients."""
+
+    def __init__(self, config: dict[str, Any], dies_at: int | None = None, seed: int = 0) -> None:
+        clients = config["num-clients"]
+        super().__init__(client_app, clients, config, seed=seed, shuffle_replies=True)
+        self.left = dies_at
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+def go_dying(
+    folder: Path, *, dies_at: int | None = None, seed: int = 0, **config: Any
+) -> RunOutcome:
+    """One run, killed at the given exchange; ``resume-from`` goes on with an earlier one."""
+    if "resume-from" not in config:
+        config["output-dir"] = str(folder)
+    grid = DyingGrid(config, dies_at, seed)
     return run(grid, Context(1, 0, {}, RecordDict(), config))
 
 

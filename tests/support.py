@@ -16,9 +16,9 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
 from fedfusion_flwr import protocol
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.round import RoundReport
 from fedfusion_flwr.fusion import DistributionInference, NormalizationStatistics
-from fedfusion_flwr.rounds import RoundReport
-from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import (
     IFCA,
     BaseStrategy,
@@ -88,7 +88,7 @@ def choose(
 
 @dataclass
 class FakeClient:
-    """Answers like `fedfusion_flwr.client`, without training; some partitions spoil their reply.
+    """Answers like `fedfusion_flwr.app.client`, without training; some partitions spoil replies.
 
     ``echo`` and ``normalization`` choose whether those records are sent: without both, it is a
     client that knows nothing of this package. ``spoil_rounds`` limits the hostility.

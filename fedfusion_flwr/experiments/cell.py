@@ -22,13 +22,13 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedfusion_flwr.client import handle_evaluate, handle_query, handle_train
+from fedfusion_flwr.app.client import handle_evaluate, handle_query, handle_train
+from fedfusion_flwr.app.server import RunOutcome, run
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.experiments.centralized import train_centralized
 from fedfusion_flwr.experiments.rows import Row, identity, read_rows, write_text
-from fedfusion_flwr.server import RunOutcome, run
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 
 Handler = Callable[[Message, Context], Message]
 SIMULATION, IN_PROCESS = "simulation", "in-process"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedfusion_flwr.app.training import evaluate, train
 from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import (
@@ -25,7 +26,6 @@ from fedfusion_flwr.experiments.rows import Row, identity
 from fedfusion_flwr.models import model_for
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.tracking import RunDirectory, state_digest
-from fedfusion_flwr.training import evaluate, train
 
 
 def train_centralized(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The strategies, one file an algorithm, and the registry that builds them by name."""
 
-from fedfusion_flwr.strategies.base import BaseStrategy, KeepOldModel, RunStopped
+from fedfusion_flwr.federation.engine import BaseStrategy, KeepOldModel, RunStopped
+from fedfusion_flwr.federation.roster import NotEnoughNodes
 from fedfusion_flwr.strategies.fedavg import FedAvg, FedAvgM
 from fedfusion_flwr.strategies.fedbn import FedBN
 from fedfusion_flwr.strategies.fedcluster import FedCluster
@@ -15,7 +16,6 @@ from fedfusion_flwr.strategies.fit import check_fits
 from fedfusion_flwr.strategies.ifca import IFCA
 from fedfusion_flwr.strategies.multi import MultiModelStrategy
 from fedfusion_flwr.strategies.registry import REGISTRY, StrategyEntry, build_strategy
-from fedfusion_flwr.strategies.roster import NotEnoughNodes
 from fedfusion_flwr.strategies.single import SingleModelStrategy
 
 __all__ = [

@@ -18,10 +18,10 @@ from typing import Any
 
 from flwr.common.logger import log
 
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
-from fedfusion_flwr.rounds import State
 from fedfusion_flwr.strategies.fedavg import FedAvg
-from fedfusion_flwr.strategies.replies import ClientReply
 
 
 class FedBN(FedAvg):

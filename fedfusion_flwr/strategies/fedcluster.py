@@ -21,18 +21,18 @@ from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import cohort_size
-from fedfusion_flwr.fusion.updates import (
+from fedfusion_flwr.federation.bounds import (
     count_different,
     gram_matrix,
     principal_coordinates,
     squared_distance,
 )
+from fedfusion_flwr.federation.engine import Exchange
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.federation.sampling import random_cohort
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.rounds import State
-from fedfusion_flwr.strategies.base import Exchange
 from fedfusion_flwr.strategies.multi import MultiModelStrategy, in_order_of_appearance
-from fedfusion_flwr.strategies.replies import ClientReply
-from fedfusion_flwr.strategies.sampling import random_cohort
 
 Linkage = Literal["ward", "complete", "average"]
 

@@ -19,6 +19,9 @@ import torch
 from flwr.common.logger import log
 from torch import Tensor
 
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import FusionSnapshot, State
+from fedfusion_flwr.federation.sampling import stratified_cohort
 from fedfusion_flwr.fusion import (
     DistributionInference,
     FusionPosterior,
@@ -36,9 +39,6 @@ from fedfusion_flwr.fusion import (
 from fedfusion_flwr.fusion.absent import AbsentComponents
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.rounds import FusionSnapshot, State
-from fedfusion_flwr.strategies.replies import ClientReply
-from fedfusion_flwr.strategies.sampling import stratified_cohort
 from fedfusion_flwr.strategies.single import SingleModelStrategy
 
 Mixture = Literal["inferred", "balanced", "counts"]

@@ -22,20 +22,20 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.fusion.threads import one_thread
-from fedfusion_flwr.fusion.updates import (
+from fedfusion_flwr.federation.bounds import (
     difference,
     gram_matrix,
     inner_product,
     principal_coordinates,
 )
+from fedfusion_flwr.federation.conversation import Setting
+from fedfusion_flwr.federation.engine import Exchange
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.federation.sampling import random_cohort
+from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.rounds import State
-from fedfusion_flwr.strategies.base import Exchange
-from fedfusion_flwr.strategies.conversation import Setting
 from fedfusion_flwr.strategies.multi import MultiModelStrategy, k_means
-from fedfusion_flwr.strategies.replies import ClientReply
-from fedfusion_flwr.strategies.sampling import random_cohort
 
 
 class FedGroup(MultiModelStrategy):

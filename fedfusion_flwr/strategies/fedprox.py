@@ -16,7 +16,7 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.strategies.conversation import Setting
+from fedfusion_flwr.federation.conversation import Setting
 from fedfusion_flwr.strategies.fedavg import FedAvg
 
 

@@ -20,10 +20,10 @@ from typing import Any, Literal
 from flwr.common.logger import log
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.fusion.updates import gram_matrix, principal_coordinates, squared_distance
-from fedfusion_flwr.strategies.base import Exchange
+from fedfusion_flwr.federation.bounds import gram_matrix, principal_coordinates, squared_distance
+from fedfusion_flwr.federation.engine import Exchange
+from fedfusion_flwr.federation.replies import ClientReply
 from fedfusion_flwr.strategies.multi import MultiModelStrategy, k_means
-from fedfusion_flwr.strategies.replies import ClientReply
 
 
 class FeSEM(MultiModelStrategy):

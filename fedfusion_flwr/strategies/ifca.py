@@ -21,12 +21,12 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedfusion_flwr import protocol
+from fedfusion_flwr.federation.conversation import Setting
+from fedfusion_flwr.federation.engine import Exchange
+from fedfusion_flwr.federation.replies import BadReply, ClientReply
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.rounds import State
-from fedfusion_flwr.strategies.base import Exchange
-from fedfusion_flwr.strategies.conversation import Setting
 from fedfusion_flwr.strategies.multi import MultiModelStrategy
-from fedfusion_flwr.strategies.replies import BadReply, ClientReply
 
 
 class IFCA(MultiModelStrategy):

@@ -14,12 +14,12 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.federation.bounds import UpdateBound, count_different, squared_distance
+from fedfusion_flwr.federation.engine import BaseStrategy, KeepOldModel
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.fusion import example_weights
-from fedfusion_flwr.fusion.updates import UpdateBound, count_different, squared_distance
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.rounds import State
-from fedfusion_flwr.strategies.base import BaseStrategy, KeepOldModel
-from fedfusion_flwr.strategies.replies import ClientReply
 
 InitialState = Callable[[int], State]
 """Makes the untrained model of a number: different numbers, different models."""

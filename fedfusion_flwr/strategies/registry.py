@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 from flwr.common.logger import log
 
 from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.federation.defence import MAX_CLIENT_WEIGHT, Defence
+from fedfusion_flwr.federation.engine import BaseStrategy
+from fedfusion_flwr.federation.round import RoundCallback
 from fedfusion_flwr.fusion import DistributionInference
-from fedfusion_flwr.fusion.plain_network import PlainNetwork
-from fedfusion_flwr.rounds import RoundCallback
-from fedfusion_flwr.strategies.base import BaseStrategy
-from fedfusion_flwr.strategies.defence import MAX_CLIENT_WEIGHT, Defence
 from fedfusion_flwr.strategies.fedavg import FedAvg, FedAvgM
 from fedfusion_flwr.strategies.fedbn import FedBN
 from fedfusion_flwr.strategies.fedcluster import FedCluster
@@ -23,6 +22,7 @@ from fedfusion_flwr.strategies.fedcluster_cycling import FedClusterCycling
 from fedfusion_flwr.strategies.fedfusion import FedFusion
 from fedfusion_flwr.strategies.fedgroup import FedGroup
 from fedfusion_flwr.strategies.fedma import FedMA
+from fedfusion_flwr.strategies.fedma.layers import PlainNetwork
 from fedfusion_flwr.strategies.fedprox import FedProx
 from fedfusion_flwr.strategies.fesem import FeSEM
 from fedfusion_flwr.strategies.ifca import IFCA

@@ -10,13 +10,13 @@ import torch
 from flwr.common.logger import log
 from torch import Tensor
 
+from fedfusion_flwr.federation.bookkeeping import add
+from fedfusion_flwr.federation.bounds import UpdateBound
+from fedfusion_flwr.federation.engine import BaseStrategy, KeepOldModel
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.fusion import ServerStep, cap_weights, example_weights
 from fedfusion_flwr.fusion.threads import one_thread
-from fedfusion_flwr.fusion.updates import UpdateBound
-from fedfusion_flwr.rounds import State
-from fedfusion_flwr.strategies.base import BaseStrategy, KeepOldModel
-from fedfusion_flwr.strategies.bookkeeping import add
-from fedfusion_flwr.strategies.replies import ClientReply
 
 
 class SingleModelStrategy(BaseStrategy):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.rounds import RoundReport
+from fedfusion_flwr.federation.round import RoundReport
 from fedfusion_flwr.strategies import BaseStrategy
 from fedfusion_flwr.tracking.artifacts import RunDirectory, state_digest
 from fedfusion_flwr.tracking.snapshot import Tree, capture, rebuild

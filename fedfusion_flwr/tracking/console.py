@@ -8,7 +8,7 @@ from logging import INFO
 
 from flwr.common.logger import log
 
-from fedfusion_flwr.rounds import RoundReport
+from fedfusion_flwr.federation.round import RoundReport
 
 PHASES = ("sample", "exchange", "train", "transfer", "infer", "aggregate", "evaluate")
 

@@ -9,7 +9,7 @@ from logging import INFO
 from flwr.common.logger import log
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.rounds import RoundReport
+from fedfusion_flwr.federation.round import RoundReport
 
 _FIRST_ROUND = 2
 """In round 1 the actors load data and build models one after the other."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedfusion_flwr.federation.round import FusionSnapshot, RoundReport, StopRun
 from fedfusion_flwr.fusion import FusionPosterior
-from fedfusion_flwr.rounds import FusionSnapshot, RoundReport, StopRun
 from fedfusion_flwr.tracking.artifacts import RunDirectory
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedfusion_flwr.rounds import RoundReport
+from fedfusion_flwr.federation.round import RoundReport
 
 
 class ComponentRecovery:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import FusionSnapshot
 from fedfusion_flwr.fusion import FusionPosterior, NormalizationStatistics
-from fedfusion_flwr.fusion.matching import Matching
 from fedfusion_flwr.fusion.memory import ClientMemory
-from fedfusion_flwr.rounds import FusionSnapshot
-from fedfusion_flwr.strategies.replies import ClientReply
+from fedfusion_flwr.strategies.fedma.matching import Matching
 
 RECORDS: dict[str, type] = {
     record.__name__: record

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedfusion_flwr.rounds import RoundReport
+from fedfusion_flwr.federation.round import RoundReport
 
 ACCURACIES = ("global-accuracy", "personalized-accuracy")
 COSTS = (

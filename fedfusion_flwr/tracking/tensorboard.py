@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfusion_flwr.config import ConfigError
-from fedfusion_flwr.rounds import RoundReport
+from fedfusion_flwr.federation.round import RoundReport
 
 
 class TensorBoardLog:

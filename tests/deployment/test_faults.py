@@ -144,7 +144,7 @@ import time
 
 from flwr.clientapp import ClientApp
 
-from fedfusion_flwr.client import handle_train
+from fedfusion_flwr.app.client import handle_train
 
 app = ClientApp()
 

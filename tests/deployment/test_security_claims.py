@@ -17,8 +17,8 @@ from client_app import app
 from fedfusion_flwr import FedAvg, FedFusion, protocol
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import data_for
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.models import model_for
-from fedfusion_flwr.simulation import InProcessGrid
 
 ACCOUNTANT: Any = SimpleNamespace(
     config=PrivacyConfig(

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from client_app import app as client_app
 from fedfusion_flwr import RunConfig
-from fedfusion_flwr.server import RunOutcome, run
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.app.server import RunOutcome, run
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.tracking import state_digest
 from tests.engine.harness import ROOT, Engine, EngineRun
 
@@ -155,7 +155,7 @@ def test_failed_rounds_in_a_row_fail_the_run_and_keep_its_artifacts(
 HOSTILE_CLIENT_APP = """
 from flwr.clientapp import ClientApp
 from fedfusion_flwr import protocol
-from fedfusion_flwr.client import handle_evaluate, handle_query, handle_train
+from fedfusion_flwr.app.client import handle_evaluate, handle_query, handle_train
 
 app = ClientApp()
 app.evaluate()(handle_evaluate)

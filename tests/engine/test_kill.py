@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`kill -9` of the server's process of a real `flwr run`, and `resume-from` after it.
 
-`tests/test_kill.py` kills runs of every strategy without the engine, at any call.
+`tests/app/test_kill.py` kills runs of every strategy without the engine, at any call.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from fedfusion_flwr.app.training import shuffled_batches
 from fedfusion_flwr.cli import main
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.experiments.centralized import federated_steps, steps_of, train_centralized
 from fedfusion_flwr.experiments.rows import read_rows
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.tracking import state_digest
-from fedfusion_flwr.training import shuffled_batches
 
 SUITE = """
 [common]

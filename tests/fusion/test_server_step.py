@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedfusion_flwr.federation.bounds import UpdateBound
 from fedfusion_flwr.fusion import ServedAverage, ServerStep, fuse_state_dicts
 from fedfusion_flwr.fusion.state_dicts import is_parameter
-from fedfusion_flwr.fusion.updates import UpdateBound
 from fedfusion_flwr.models import build_model
 
 many = settings(deadline=None, max_examples=60)

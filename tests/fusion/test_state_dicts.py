@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfusion_flwr.federation.bounds import UpdateBound, nonfinite, square_sums
 from fedfusion_flwr.fusion import fuse_state_dicts
 from fedfusion_flwr.fusion.state_dicts import BLOCK
-from fedfusion_flwr.fusion.updates import UpdateBound, nonfinite, square_sums
 
 SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
 

@@ -24,7 +24,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.strategies.replies import ClientReply, ReplyJudge
+from fedfusion_flwr.federation.replies import ClientReply, ReplyJudge
 from tests.fuzz.mutations import SPOIL
 from tests.fuzz.test_replies import EXAMPLES, REASONS, fuzzing
 from tests.support import (

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedfusion_flwr.app.training import evaluate, train
 from fedfusion_flwr.computation import place_model
 from fedfusion_flwr.fusion import NormalizationStatistics, fuse_state_dicts
 from fedfusion_flwr.models import BiLSTM, ModelError, build_model
 from fedfusion_flwr.randomness import torch_generator
-from fedfusion_flwr.training import evaluate, train
 
 WORDS = 30
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from fedfusion_flwr import protocol
+from fedfusion_flwr.app.training import evaluate, train
 from fedfusion_flwr.computation import place_model
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
 from fedfusion_flwr.models import MODELS, build_model
 from fedfusion_flwr.models.normalization import Normalization
 from fedfusion_flwr.randomness import torch_generator
-from fedfusion_flwr.training import evaluate, train
 from tests.support import assert_identical
 
 CHANNELS = {

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedfusion_flwr.app.training import evaluate, train
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import data_for
 from fedfusion_flwr.models import ModelError, build_model, convert_normalization, model_for
 from fedfusion_flwr.models.normalization import Normalization
 from fedfusion_flwr.randomness import torch_generator
-from fedfusion_flwr.training import evaluate, train
 
 NETWORKS = ["lenet", "resnet18", "mobilenetv2", "densenet121"]
 SHAPE = (3, 16, 16)

@@ -15,13 +15,13 @@ from flwr.app import Context, RecordDict
 from safetensors.torch import save_file
 
 from client_app import app
+from fedfusion_flwr.app.server import run
+from fedfusion_flwr.app.training import evaluate, train
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import central_test_data, data_for
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.models import model_for
-from fedfusion_flwr.server import run
-from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.tracking import state_digest
-from fedfusion_flwr.training import evaluate, train
 
 Row = dict[str, Any]
 

@@ -12,8 +12,8 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.rounds import State
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.strategies import BaseStrategy
 from tests.support import Outcome, Recorder
 

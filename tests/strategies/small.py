@@ -14,9 +14,9 @@ from fedfusion_flwr import RunConfig, protocol
 from fedfusion_flwr.data import data_for
 from fedfusion_flwr.data.dataset import FederatedData
 from fedfusion_flwr.data.sources import SOURCES
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.models import MODELS, ModelEntry, model_for
-from fedfusion_flwr.rounds import State
-from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import BaseStrategy, build_strategy
 from tests.support import Outcome, Recorder
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.strategies import FedClusterCycling
 from tests.strategies.planted import (
     QUIET,

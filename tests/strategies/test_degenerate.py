@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from client_app import app
 from fedfusion_flwr import protocol
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.strategies import FedAvg, FedGroup
 from tests.strategies.small import initial_model, small, small_config, train_for_real
 from tests.support import Outcome, assert_identical

@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from torch import nn
 
 from fedfusion_flwr import FedFusion
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 
 app = ClientApp()
 

@@ -9,7 +9,7 @@ import torch
 from flwr.app import Context, Message
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.rounds import State
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.strategies import FedBN
 from tests.support import COUNTER, FakeClient, Outcome, honest_state, run_federation, tiny_model
 

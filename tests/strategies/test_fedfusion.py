@@ -10,6 +10,7 @@ import torch
 from flwr.app import Context, Message
 
 from fedfusion_flwr import FedFusion, protocol
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.fusion import (
     DistributionInference,
     FusionPosterior,
@@ -17,7 +18,6 @@ from fedfusion_flwr.fusion import (
     StatisticsError,
     fuse_state_dicts,
 )
-from fedfusion_flwr.simulation import InProcessGrid
 from tests.support import (
     FakeClient,
     Outcome,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedfusion_flwr.training import add_proximal_gradient
+from fedfusion_flwr.app.training import add_proximal_gradient
 from tests.strategies.planted import QUIET, PlantedClients, run_planted
 from tests.strategies.small import initial_model, small, small_config, train_for_real
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from client_app import app
 from fedfusion_flwr import FedFusion, RunConfig, protocol
+from fedfusion_flwr.app.server import run
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.fusion import NormalizationStatistics
 from fedfusion_flwr.models import DataShape, ModelError, build_model
-from fedfusion_flwr.server import run
-from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import check_fits
 from tests.support import Recorder
 

@@ -11,8 +11,8 @@ import torch
 from flwr.app import Message
 
 from fedfusion_flwr import FedFusionError, protocol
-from fedfusion_flwr.rounds import State
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.strategies import IFCA
 from tests.strategies.planted import (
     QUIET,

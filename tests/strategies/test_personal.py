@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fedfusion_flwr import protocol
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.fusion import DistributionInference, FusionPosterior
-from fedfusion_flwr.rounds import State
-from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.strategies import (
     IFCA,
     BaseStrategy,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.replies import ClientReply
 from fedfusion_flwr.strategies import FedCluster, FedGroup, FeSEM, MultiModelStrategy
-from fedfusion_flwr.strategies.replies import ClientReply
 from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, same_partition
 from tests.support import assert_identical
 

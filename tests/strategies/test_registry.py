@@ -19,7 +19,7 @@ from fedfusion_flwr.strategies import (
     SingleModelStrategy,
     build_strategy,
 )
-from tests.strategies.matched import NETWORK
+from tests.strategies.fedma.matched import NETWORK
 from tests.support import untrained_state
 
 # A value of every particular key that is not its default.

@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.federation.round import ClientRow, FusionSnapshot, RoundReport
 from fedfusion_flwr.fusion import FusionPosterior
-from fedfusion_flwr.rounds import ClientRow, FusionSnapshot, RoundReport
 from fedfusion_flwr.tracking import (
     BestModel,
     FusionArchive,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from fedfusion_flwr.federation.round import FusionSnapshot, RoundReport
 from fedfusion_flwr.fusion import FusionPosterior
-from fedfusion_flwr.rounds import FusionSnapshot, RoundReport
 from fedfusion_flwr.tracking import ConsoleLine
 from tests.support import FakeClient, run_federation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedfusion_flwr.rounds import ClientRow, RoundReport
+from fedfusion_flwr.federation.round import ClientRow, RoundReport
 from fedfusion_flwr.tracking import IdleCores
 
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from fedfusion_flwr.rounds import ClientRow, RoundReport
+from fedfusion_flwr.federation.round import ClientRow, RoundReport
 from fedfusion_flwr.tracking import ComponentRecovery
 
 ARI = "adjusted-rand-index"

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from client_app import app
 from fedfusion_flwr import protocol
-from fedfusion_flwr.rounds import RoundReport
-from fedfusion_flwr.server import run
-from fedfusion_flwr.simulation import InProcessGrid
+from fedfusion_flwr.app.server import run
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.round import RoundReport
 from fedfusion_flwr.tracking import RunSummary
 from tests.strategies.small import small, small_config
 

@@ -11,11 +11,11 @@ import torch
 from flwr.app import Context, RecordDict
 
 from client_app import app
+from fedfusion_flwr.app.server import run
 from fedfusion_flwr.config import ConfigError
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.round import FusionSnapshot, RoundReport
 from fedfusion_flwr.fusion import FusionPosterior
-from fedfusion_flwr.rounds import FusionSnapshot, RoundReport
-from fedfusion_flwr.server import run
-from fedfusion_flwr.simulation import InProcessGrid
 from fedfusion_flwr.tracking import TensorBoardLog
 
 TINY = {

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts, clocks and means of one round, apart from what the round computes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from logging import WARNING
+
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.common.logger import log
+
+from fedfusion_flwr import protocol
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import ClientRow, RoundReport
+
+COSTS = {
+    protocol.GRADIENT_STEPS: "client-steps",
+    protocol.FORWARD_EXAMPLES: "extra-forward-examples",
+}
+"""What clients report of their work: summed over them, not averaged."""
+
+MetricsMean = Callable[[list[RecordDict], str], MetricRecord]
+
+
+class Stopwatch:
+    """Writes the seconds since the last lap into a report; laps of one name add up."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def restart(self) -> None:
+        """Forget what passed since the last lap."""
+        self._since = time.monotonic()
+
+    def lap(self, report: RoundReport, name: str) -> None:
+        """Book the time since the last lap under ``name``."""
+        now = time.monotonic()
+        report.seconds[name] = report.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+def add(report: RoundReport, name: str, amount: float) -> None:
+    """Add to one of the round's metrics."""
+    report.metrics[name] = report.metrics.get(name, 0.0) + amount
+
+
+def add_costs_down(report: RoundReport, messages: Iterable[Message]) -> None:
+    """Count the bytes of the models on their way to clients."""
+    add(report, "bytes-down", sum(_num_bytes(message) for message in messages))
+
+
+def add_costs_up(
+    report: RoundReport, replies: Iterable[Message], good: Iterable[ClientReply]
+) -> None:
+    """Count the bytes of all replies, and the work that the good ones say they did."""
+    add(report, "bytes-up", sum(_num_bytes(reply) for reply in replies if reply.has_content()))
+    for reply in good:
+        for key, name in COSTS.items():
+            add(report, name, reply.metrics.get(key, 0.0))
+
+
+def _num_bytes(message: Message) -> int:
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
+
+
+def book_replies(report: RoundReport, good: list[ClientReply], bad: list[ClientRow]) -> None:
+    """Count good and bad replies and log why each bad one was dropped."""
+    report.clients = report.clients + bad
+    add(report, "replies-valid", len(good))
+    add(report, "replies-dropped", len(bad))
+    for row in bad:
+        add(report, f"dropped-{row.dropped}", 1)
+    log_dropped(report.server_round, "reply", bad)
+
+
+def log_dropped(server_round: int, what: str, bad: list[ClientRow]) -> None:
+    """One warning for every dropped reply, with its client, node and reason."""
+    for row in bad:
+        log(
+            WARNING,
+            "round %d: %s of client %s (node %d) dropped (%s): %s",
+            *(server_round, what, row.client, row.node, row.dropped, row.detail),
+        )
+
+
+def mean_metrics(good: list[ClientReply], mean: MetricsMean) -> dict[str, float]:
+    """Average the metrics that all replies share, by Flower's or the user's function."""
+    if not good:
+        return {}
+    # Flower's own averaging insists on equal keys.
+    shared = set.intersection(*(set(reply.metrics) for reply in good))
+    shared -= {protocol.TRAIN_STARTED, protocol.CLUSTER, *COSTS}
+    records: list[RecordDict] = []
+    for reply in good:
+        metrics = MetricRecord({key: reply.metrics[key] for key in sorted(shared)})
+        metrics[protocol.NUM_EXAMPLES] = reply.num_examples
+        records.append(RecordDict({protocol.METRICS: metrics}))
+    averaged = mean(records, protocol.NUM_EXAMPLES)
+    return {key: float(v) for key, v in averaged.items() if isinstance(v, int | float)}
+
+
+def split_train_time(report: RoundReport, good: list[ClientReply]) -> None:
+    """Divide the wait for replies into time in which some client trained, and transfer.
+
+    Clients that do not say when they trained count as training all the time.
+    """
+    intervals = sorted(
+        (reply.metrics[protocol.TRAIN_STARTED], reply.metrics[protocol.TRAIN_SECONDS])
+        for reply in good
+        if {protocol.TRAIN_STARTED, protocol.TRAIN_SECONDS} <= reply.metrics.keys()
+    )
+    if not intervals:
+        return
+    busy, until = 0.0, 0.0
+    for begin, seconds in intervals:
+        busy += max(0.0, begin + seconds - max(begin, until))
+        until = max(until, begin + seconds)
+    waited = report.seconds["train"]
+    report.seconds["train"] = min(busy, waited)
+    report.seconds["transfer"] = max(0.0, waited - busy)

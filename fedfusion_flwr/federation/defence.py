@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a reply may do that is well formed in itself: judged against the round's other replies.
+
+In this order: clients whose normalization statistics lie far out are dropped, example counts far
+above the median are cut, and long updates are shortened. Every drop, cut and clip is logged, is
+counted in the round's metrics, and stands in the client's row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+from flwr.common.logger import log
+from torch import Tensor
+
+from fedfusion_flwr.federation.bookkeeping import add
+from fedfusion_flwr.federation.bounds import squared_distance
+from fedfusion_flwr.federation.outliers import (
+    Moments,
+    cap_counts,
+    clip_update,
+    moments_of,
+    next_bound,
+    outlier_scores,
+)
+from fedfusion_flwr.federation.replies import ClientReply, Expected
+from fedfusion_flwr.federation.round import ClientRow, RoundReport
+
+OUTLIER = "outlier"
+OUTLIER_SCORE = "outlier-score"
+UPDATE_NORM = "update-norm"
+CLIP_BOUND = "clip-bound"
+FEWEST_TO_JUDGE = 4
+"""With fewer clients nobody is dropped: of two or three, who is the outlier?"""
+
+MAX_CLIENT_WEIGHT = 0.2
+"""What the preset takes for ``max-client-weight`` where that says nothing."""
+
+SentTo = Callable[[ClientReply], Mapping[str, Tensor]]
+
+
+class Defence:
+    """The ``robust`` preset; works for every strategy here.
+
+    Parameters
+    ----------
+    outlier_threshold : float
+        A client whose statistics of some layer score more than this (`outlier_scores`) is dropped;
+        0 never drops. Clients are compared with those who trained from the same model only.
+    clip_quantile : float
+        In (0, 1]: updates are shortened to a bound that follows this quantile of their norms; 1
+        never shortens.
+    max_examples_ratio : float
+        No client counts more examples than this times the round's median; 0 sets no limit.
+    """
+
+    STATE = ("bounds",)
+
+    def __init__(
+        self,
+        *,
+        outlier_threshold: float = 20.0,
+        clip_quantile: float = 0.5,
+        max_examples_ratio: float = 3.0,
+    ) -> None:
+        self.outlier_threshold = outlier_threshold
+        self.clip_quantile = clip_quantile
+        self.max_examples_ratio = max_examples_ratio
+        self.bounds: dict[str, float] = {}
+
+    def __str__(self) -> str:
+        return (
+            f"outlier threshold {self.outlier_threshold:g}, clip quantile {self.clip_quantile:g}, "
+            f"examples at most {self.max_examples_ratio:g} times the median"
+        )
+
+    def screen(
+        self,
+        replies: list[ClientReply],
+        expected: Expected | None,
+        report: RoundReport,
+        phase: str,
+    ) -> tuple[list[ClientReply], list[ClientRow]]:
+        """The replies that count, as far as they count, and rows of those that do not.
+
+        Parameters
+        ----------
+        replies : list[ClientReply]
+            Good ones, sorted by client.
+        expected : Callable[[int, Mapping[str, float]], Mapping[str, Tensor]] or None
+            As of `ReplyJudge`: the model that a client trained from. None in an evaluation, where
+            only counts are cut.
+        report : RoundReport
+            Where it is counted.
+        phase : str
+            Kind of training: updates of different kinds have bounds of their own.
+        """
+        if expected is None:
+            return self._cap_examples(replies, report), []
+
+        def sent_to(reply: ClientReply) -> Mapping[str, Tensor]:
+            return expected(reply.client, reply.metrics)
+
+        replies, dropped = self._drop_outliers(replies, sent_to, report)
+        replies = self._clip(self._cap_examples(replies, report), sent_to, report, phase)
+        return replies, dropped
+
+    def _cap_examples(self, replies: list[ClientReply], report: RoundReport) -> list[ClientReply]:
+        if not replies or not self.max_examples_ratio:
+            return replies
+        counts = [reply.num_examples for reply in replies]
+        capped: list[ClientReply] = []
+        for reply, count in zip(replies, cap_counts(counts, self.max_examples_ratio), strict=True):
+            if count < reply.num_examples:
+                note = f"{reply.num_examples} examples count as {count}"
+                _log(WARNING, report, reply, note)
+                reply = _noted(reply, note, num_examples=count)
+                add(report, "examples-capped", 1)
+            capped.append(reply)
+        return capped
+
+    def _drop_outliers(
+        self, replies: list[ClientReply], sent_to: SentTo, report: RoundReport
+    ) -> tuple[list[ClientReply], list[ClientRow]]:
+        if not self.outlier_threshold:
+            return replies, []
+        kept: list[ClientReply] = []
+        dropped: list[ClientRow] = []
+        scores = _worst_scores(replies, sent_to)
+        for reply in replies:
+            judged, score = scores.get(reply.client, (False, 0.0))
+            note = (
+                f"its normalization statistics score {score:.3g}, outlier-threshold is "
+                f"{self.outlier_threshold:g}"
+            )
+            if judged and score > self.outlier_threshold:
+                dropped.append(dataclasses.replace(reply.row(), dropped=OUTLIER, detail=note))
+                continue
+            reply = _with_metric(reply, OUTLIER_SCORE, score)
+            if score > self.outlier_threshold:
+                note = f"kept, because fewer than {FEWEST_TO_JUDGE} can be compared, but {note}"
+                _log(WARNING, report, reply, note)
+                reply = _noted(reply, note)
+                add(report, "outliers-kept", 1)
+            kept.append(reply)
+        return kept, dropped
+
+    def _clip(
+        self, replies: list[ClientReply], sent_to: SentTo, report: RoundReport, phase: str
+    ) -> list[ClientReply]:
+        if not replies or self.clip_quantile == 1:
+            return replies
+        norms = [squared_distance(reply.state, sent_to(reply)) ** 0.5 for reply in replies]
+        bound = self.bounds.get(phase) or float(np.quantile(norms, self.clip_quantile))
+        if not bound:
+            return replies
+        self.bounds[phase] = next_bound(bound, norms, self.clip_quantile)
+        report.metrics[CLIP_BOUND] = bound
+        clipped: list[ClientReply] = []
+        for reply, norm in zip(replies, norms, strict=True):
+            reply = _with_metric(reply, UPDATE_NORM, norm)
+            if norm > bound:
+                note = f"update of norm {norm:.3g} clipped to {bound:.3g}"
+                _log(INFO, report, reply, note)
+                shorter = clip_update(reply.state, sent_to(reply), norm, bound)
+                reply = _noted(reply, note, state=shorter)
+            clipped.append(reply)
+        add(report, "updates-clipped", sum(norm > bound for norm in norms))
+        return clipped
+
+
+def _worst_scores(replies: list[ClientReply], sent_to: SentTo) -> dict[int, tuple[bool, float]]:
+    """By client: whether there were enough to judge it among, and its highest score there.
+
+    Of the running statistics, which are fused, and of the record, which inference reads: a client
+    may lie in one and not in the other.
+    """
+    worst: dict[int, tuple[bool, float]] = {}
+    for read in (_running_statistics, _record):
+        groups: dict[tuple[int, int], list[tuple[int, Moments]]] = {}
+        for reply in replies:
+            moments = read(reply)
+            if moments:
+                comparable = id(sent_to(reply)), len(moments[0][0])
+                groups.setdefault(comparable, []).append((reply.client, moments))
+        for group in groups.values():
+            scores = outlier_scores([moments for _, moments in group]).max(1).values.tolist()
+            judged = len(group) >= FEWEST_TO_JUDGE
+            for (client, _), score in zip(group, scores, strict=True):
+                worst[client] = max(worst.get(client, (False, 0.0)), (judged, score))
+    return worst
+
+
+def _running_statistics(reply: ClientReply) -> Moments:
+    return moments_of(reply.state)
+
+
+def _record(reply: ClientReply) -> Moments:
+    told = reply.statistics
+    return [] if told is None else [(told.mean, told.std.square())]
+
+
+def _with_metric(reply: ClientReply, name: str, value: float) -> ClientReply:
+    """What the server measured, in place of what the client may have said under that name."""
+    return dataclasses.replace(reply, metrics={**reply.metrics, name: value})
+
+
+def _noted(reply: ClientReply, note: str, **changes: Any) -> ClientReply:
+    detail = f"{reply.detail}; {note}" if reply.detail else note
+    return dataclasses.replace(reply, detail=detail, **changes)
+
+
+def _log(level: int, report: RoundReport, reply: ClientReply, note: str) -> None:
+    log(
+        level,
+        "round %d: client %d (node %d): %s",
+        *(report.server_round, reply.client, reply.node, note),
+    )

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ClientApp, called directly."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from client_app import app
+from fedfusion_flwr import RunConfig, protocol
+from fedfusion_flwr.app.training import evaluate
+from fedfusion_flwr.data import LocalData, load_data, local_data
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.fusion import NormalizationStatistics
+from fedfusion_flwr.models import build_model
+
+BASE: dict[str, Any] = {"partition": "components"}
+
+
+def initial(model: str = "lenet") -> ArrayRecord:
+    return protocol.record_from_state(build_model(model, (1, 28, 28), 10, seed=0).state_dict())
+
+
+def ask(
+    kind: str,
+    *,
+    partition: int = 0,
+    server_round: int = 1,
+    arrays: ArrayRecord | None = None,
+    node: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    **config: Any,
+) -> Message:
+    """One message to one client of ten."""
+    grid = InProcessGrid(app, 10, {**BASE, **config})
+    node_id = list(grid.nodes)[partition]
+    if node is not None:
+        grid.contexts[node_id].node_config = node
+    content = RecordDict(
+        {
+            "arrays": arrays or initial(),
+            "config": ConfigRecord({"server-round": server_round, **(settings or {})}),
+        }
+    )
+    (reply,) = grid.send_and_receive([Message(content, node_id, kind)])
+    return reply
+
+
+def _loss(state: dict[str, torch.Tensor], data: LocalData) -> float:
+    model = build_model("lenet", (1, 28, 28), 10, seed=0)
+    model.load_state_dict(state)
+    return evaluate(model, data.x, data.y)[0]
+
+
+def test_train_returns_model_statistics_and_metrics() -> None:
+    reply = ask("train")
+    state = protocol.state_from_record(reply.content.array_records["arrays"])
+    sent = protocol.state_from_record(initial())
+    assert state.keys() == sent.keys()
+    assert not torch.equal(state["head.0.weight"], sent["head.0.weight"])
+    config = RunConfig.from_run_config(BASE)
+    metrics = reply.content.metric_records["metrics"]
+    data = local_data(config, 0)
+    assert metrics["num-examples"] == len(data.x)
+    assert _loss(state, data) < _loss(sent, data)
+    assert metrics["train-seconds"] > 0  # type: ignore[operator]
+    assert dict(reply.content.config_records["client"]) == {"server-round": 1, "partition-id": 0}
+
+
+def test_local_statistics_are_those_of_the_trained_model() -> None:
+    reply = ask("train", **{"statistics-source": "local"})
+    sent = protocol.statistics_from_record(reply.content.array_records["normalization"])
+    state = protocol.state_from_record(reply.content.array_records["arrays"])
+    read = NormalizationStatistics.from_state_dict(state)
+    assert torch.equal(sent.vector(), read.vector())
+
+
+def test_probe_statistics_are_moments_under_the_received_model() -> None:
+    """Train and query agree, and both equal the moments of the first convolution's outputs."""
+    trained = ask("train", partition=2, **{"statistics-source": "probe"})
+    queried = ask("query", partition=2)
+    probe = protocol.statistics_from_record(queried.content.array_records["normalization"])
+    sent = protocol.statistics_from_record(trained.content.array_records["normalization"])
+    assert torch.equal(probe.vector(), sent.vector())
+
+    model = build_model("lenet", (1, 28, 28), 10, seed=0).eval()
+    x = local_data(RunConfig.from_run_config(BASE), 2).x
+    with torch.no_grad():
+        first = model.features[0][0](x)  # type: ignore[index]
+    torch.testing.assert_close(probe.mean[:16], first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    spread = (first.var((0, 2, 3), correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(probe.std[:16], spread, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_layers_and_class_counts() -> None:
+    sent = protocol.state_from_record(initial())
+    frozen = [key for key in sent if key.startswith("features.")]
+    reply = ask("train", settings={"frozen": frozen, "class-counts": True})
+    state = protocol.state_from_record(reply.content.array_records["arrays"])
+    moved = {key for key in sent if not torch.equal(sent[key], state[key])}
+    assert moved == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
+    labels = local_data(RunConfig.from_run_config(BASE), 0).y.tolist()
+    counts = reply.content.metric_records["metrics"]["class-counts"]
+    assert counts == [labels.count(c) for c in range(10)]
+    assert "class-counts" not in ask("train").content.metric_records["metrics"]
+
+
+def test_a_model_of_other_widths_is_trained_at_those() -> None:
+    sent = protocol.state_from_record(initial())
+    narrow = {**sent, "head.0.weight": sent["head.0.weight"][:7], "head.0.bias": torch.zeros(7)}
+    narrow["head.2.weight"] = sent["head.2.weight"][:, :7]
+    reply = ask("train", arrays=protocol.record_from_state(narrow))
+    state = protocol.state_from_record(reply.content.array_records["arrays"])
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in narrow.items()}
+    # The process's own model is not narrow now.
+    assert not ask("train").has_error()
+
+
+def test_evaluate_uses_the_validation_part() -> None:
+    metrics = ask("evaluate").content.metric_records["metrics"]
+    held_out = local_data(RunConfig.from_run_config(BASE), 0).x_validation
+    assert metrics["num-examples"] == len(held_out)
+    assert 0 <= metrics["personalized-accuracy"] <= 1  # type: ignore[operator]
+
+
+def test_reply_depends_on_seed_partition_and_round_alone() -> None:
+    def arrays(**settings: Any) -> bytes:
+        record = ask("train", **settings).content.array_records["arrays"]
+        return b"".join(array.data for array in record.values())
+
+    first = arrays(partition=1)
+    arrays(partition=3)  # another client in between changes nothing
+    assert arrays(partition=1) == first
+    assert arrays(partition=1, server_round=2) != first
+    assert arrays(partition=1, seed=1) != first
+
+
+def test_fused_normalization_measures_its_own_statistics() -> None:
+    """From the given round on, running statistics are the moments of the client's own data."""
+    before = ask("train", server_round=2, **{"local-normalization": "fused"})
+    after = ask("train", server_round=5, **{"local-normalization": "fused"})
+    key = "features.0.1.num_batches_tracked"
+    counters = [
+        int(protocol.state_from_record(r.content.array_records["arrays"])[key])
+        for r in (before, after)
+    ]
+    assert counters[0] > 0
+    assert counters[1] == 0
+    state = protocol.state_from_record(after.content.array_records["arrays"])
+    model = build_model("lenet", (1, 28, 28), 10, seed=0)
+    model.load_state_dict(state)
+    model.eval()
+    x = local_data(RunConfig.from_run_config(BASE), 0).x
+    with torch.no_grad():
+        first = model.features[0][0](x)  # type: ignore[index]
+    torch.testing.assert_close(
+        state["features.0.1.running_mean"], first.mean((0, 2, 3)), rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(
+        state["features.0.1.running_var"], first.var((0, 2, 3)), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"learning-rate": 1e6}, "lower learning-rate"),
+        ({"node": {"partition-id": "0"}}, "partition-id = '0' is not allowed"),
+        ({"node": {"data-root": 3}}, "data-root = 3 is not allowed"),
+        ({"node": {"partition-id": 0, "num-partitions": 2}}, "num-clients = 10"),
+        ({"node": {"partition-id": 12, "num-partitions": 10}}, "from 0 to 9"),
+        ({"learning_rate": 0.1}, "did you mean 'learning-rate'"),
+    ],
+)
+def test_what_a_user_can_mend_is_an_error_reply_of_one_sentence(
+    settings: dict[str, Any], sentence: str
+) -> None:
+    reply = ask("train", **settings)
+    assert reply.has_error()
+    assert sentence in reply.error.reason
+    assert "\n" not in reply.error.reason
+
+
+def test_compilation_without_a_compiler_is_an_error_reply() -> None:
+    from torch._inductor import config
+
+    missing = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with config.patch(missing):
+        reply = ask("train", compile=True)
+    assert re.search(
+        r"compile = true, but .*; install .* or use compile = false", reply.error.reason
+    )
+    assert not ask("evaluate", compile=True).has_error()
+    torch.compiler.reset()
+
+
+def test_evaluate_without_validation_part_says_so() -> None:
+    reply = ask("evaluate", **{"validation-fraction": 0.0, "fraction-evaluate": 0.0})
+    assert "raise validation-fraction" in reply.error.reason
+
+
+def test_resnet18_trains_and_reports_its_4800_channels() -> None:
+    # One class pair of one client, few examples: about a second.
+    data = load_data("mnist-5k")
+    assert data.input_shape == (1, 28, 28)
+    reply = ask("query", arrays=initial("resnet18"), **{"model": "resnet18", "num-clients": 10})
+    sent = protocol.statistics_from_record(reply.content.array_records["normalization"])
+    assert sent.mean.shape == (4800,)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every strategy ends with, frozen: a change that means to change no number changes none.
+
+``digests.json`` holds, by kind of processor, the digests of the served models, and a sketch of each
+for processors that round otherwise. After a change that means to change them:
+``python -m tests.app.test_digests`` writes the table of this processor anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedfusion_flwr.strategies import REGISTRY
+from tests.runs import Killed, assert_same_artifacts, go_dying
+
+TABLE = Path(__file__).with_name("digests.json")
+TOLERANCE = 0.01
+"""Of a model's norm: what rounding makes of the same run within six rounds stays below half."""
+
+CLIENTS = 6
+CONFIG: dict[str, Any] = {
+    "dataset": "mnist-5k",
+    "train-examples": 600,
+    "test-examples": 200,
+    "num-clients": CLIENTS,
+    "num-server-rounds": 6,
+    "planted-components": 3,
+    "checkpoint-every": 1,
+    "evaluate-every": 2,
+    "num-clusters": 2,
+    "cluster-round": 2,
+    "warmup-rounds": 1,
+    "pretrain-steps": 3,
+    "pretrain-clients": 3,
+    "num-components": 4,
+}
+COHORTS = {"all": 1.0, "some": 0.5}
+QUICK = ("fedfusion", "fesem", "fedma")
+"""The three with the most state; the others are asked for by -m slow."""
+
+
+def kind() -> str:
+    """What of a processor decides how torch rounds."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    amx = vectors == "AVX512" and torch.cpu._is_amx_tile_supported()
+    return f"{vectors} with AMX" if amx else vectors
+
+
+def sketch(folder: Path) -> list[float]:
+    """The model along twelve random directions, in units of its norm, and that norm."""
+    state = load_file(folder / "final_model.safetensors")
+    flat = np.concatenate([state[key].double().flatten().numpy() for key in sorted(state)])
+    norm = float(np.linalg.norm(flat))
+    directions = np.random.default_rng(0).standard_normal((12, flat.size))
+    return [norm, *(directions @ flat / norm).tolist()]
+
+
+def runs_of(strategy: str, folder: Path) -> Iterator[tuple[str, Path, str]]:
+    """Run with all clients and with some; one of them also killed in round 4 and gone on with."""
+    for name, fraction in COHORTS.items():
+        config = CONFIG | {"strategy": strategy, "fraction-train": fraction}
+        outcome = go_dying(folder / name, **config)
+        yield name, folder / name, outcome.digest
+    with pytest.raises(Killed):
+        go_dying(folder / "cut", dies_at=8, **config)
+    # Its nodes have other ids, and its replies come in another order.
+    resumed = go_dying(folder / "cut", seed=1, **config, **{"resume-from": str(folder / "cut")})
+    assert resumed.digest == outcome.digest
+    assert resumed.directory == folder / "cut"
+    assert_same_artifacts(folder / "cut", folder / name)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in REGISTRY],
+)
+def test_every_strategy_ends_with_the_frozen_models(strategy: str, tmp_path: Path) -> None:
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    for name, folder, digest in runs_of(strategy, tmp_path):
+        known = {digests[f"{strategy}, {name}"] for digests in table["digests"].values()}
+        if digest in known:
+            continue
+        frozen, found = table["sketches"][f"{strategy}, {name}"], sketch(folder)
+        assert found[0] == pytest.approx(frozen[0], rel=TOLERANCE)
+        np.testing.assert_allclose(found[1:], frozen[1:], atol=3 * TOLERANCE)
+
+
+def freeze() -> None:
+    """Write the digests of this processor, and the sketches where there are none."""
+    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
+    digests: dict[str, str] = {}
+    for strategy in REGISTRY:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, path, digest in runs_of(strategy, Path(folder)):
+                digests[f"{strategy}, {name}"] = digest
+                table.setdefault("sketches", {})[f"{strategy}, {name}"] = [
+                    round(value, 4) for value in sketch(path)
+                ]
+    table.setdefault("digests", {})[kind()] = digests
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(freeze())

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Geometry of updates against its definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedfusion_flwr.federation import bounds
+from fedfusion_flwr.federation.bounds import (
+    count_different,
+    difference,
+    gram_matrix,
+    inner_product,
+    principal_coordinates,
+    squared_distance,
+)
+
+State = dict[str, Tensor]
+FAST = settings(max_examples=60, deadline=None, derandomize=True)
+drawn = st.tuples(st.integers(1, 7), st.integers(0, 10**6), st.sampled_from([1e-4, 1.0, 1e3]))
+
+
+def states_of(case: tuple[int, int, float]) -> tuple[list[State], State]:
+    count, seed, scale = case
+    generator = torch.Generator().manual_seed(seed)
+
+    def state(step: float) -> State:
+        return {
+            "a.weight": torch.randn(3, 4, generator=generator) * step,
+            "n.running_mean": torch.randn(3, generator=generator) * 1e6,
+            "n.num_batches_tracked": torch.tensor(5),
+            "b.bias": torch.randn(2, generator=generator) * step,
+        }
+
+    return [state(scale) for _ in range(count)], state(1.0)
+
+
+def vectors(states: list[State], origin: State) -> Tensor:
+    """Updates as rows, parameters only."""
+    rows = [
+        torch.cat([(s[k].double() - origin[k].double()).flatten() for k in ("a.weight", "b.bias")])
+        for s in states
+    ]
+    return torch.stack(rows)
+
+
+@FAST
+@given(drawn)
+def test_gram_matrix_holds_the_inner_products_of_the_parameters(
+    case: tuple[int, int, float],
+) -> None:
+    states, origin = states_of(case)
+    rows = vectors(states, origin)
+    gram = gram_matrix(states, origin)
+    largest = float(gram.abs().max())
+    torch.testing.assert_close(gram, rows @ rows.T, rtol=1e-9, atol=1e-9 * largest)
+    for i, left in enumerate(states):
+        for j, right in enumerate(states):
+            product = inner_product(difference(left, origin), difference(right, origin))
+            assert product == pytest.approx(float(gram[i, j]), rel=1e-9, abs=1e-9 * largest)
+
+
+def test_gram_matrix_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, origin = states_of((5, 1, 1.0))
+    whole = gram_matrix(states, origin)
+    monkeypatch.setattr(bounds, "_CHUNK", 5)
+    torch.testing.assert_close(gram_matrix(states, origin), whole)
+
+
+@FAST
+@given(drawn)
+def test_principal_coordinates_keep_all_distances(case: tuple[int, int, float]) -> None:
+    states, origin = states_of(case)
+    rows = vectors(states, origin)
+    points = principal_coordinates(gram_matrix(states, origin))
+    assert points.shape == (len(states), len(states))
+    scale = float(rows.norm(dim=1).max())
+    torch.testing.assert_close(
+        torch.cdist(points, points), torch.cdist(rows, rows), rtol=1e-6, atol=1e-5 * scale
+    )
+    for i in range(len(states)):
+        expected = float((rows[0] - rows[i]).square().sum())
+        assert squared_distance(states[0], states[i]) == pytest.approx(expected)
+
+
+@FAST
+@given(drawn)
+def test_principal_coordinates_are_those_of_the_singular_value_decomposition(
+    case: tuple[int, int, float],
+) -> None:
+    """The rows' coordinates along the leading right singular vectors, up to each column's sign."""
+    states, origin = states_of(case)
+    rows = vectors(states, origin)
+    wanted = min(2, len(states))
+    points = principal_coordinates(gram_matrix(states, origin), wanted)
+    _, _, right = torch.linalg.svd(rows, full_matrices=False)
+    expected = rows @ right[:wanted].T
+    torch.testing.assert_close(points.abs(), expected.abs(), rtol=1e-5, atol=1e-6 * rows.norm())
+
+
+def test_directions_of_rounding_are_none() -> None:
+    """Equal updates, and multiples of one: no coordinate but the first."""
+    rows = torch.outer(torch.tensor([1.0, 1.0, 2.0, -1.0]), torch.randn(50)).double()
+    points = principal_coordinates(rows @ rows.T)
+    assert not points[:, 1:].any()
+    torch.testing.assert_close(points[:, 0].abs(), rows.norm(dim=1))
+
+
+def test_only_parameters_count() -> None:
+    states, origin = states_of((2, 4, 1.0))
+    assert set(difference(states[0], origin)) == {"a.weight", "b.bias"}
+    other = states[0] | {"n.running_mean": torch.zeros(3)}
+    assert squared_distance(states[0], other) == 0
+
+
+@pytest.mark.parametrize(
+    ("points", "count"),
+    [
+        ([[1.0, 0.0], [1.0, 0.0], [1.0, 1e-12]], 1),
+        ([[1.0, 0.0], [1.0, 0.01]], 2),
+        ([[1e-9, 0.0], [2e-9, 0.0]], 2),
+        ([[0.0], [0.0]], 1),
+        ([[5.0]], 1),
+    ],
+)
+def test_points_that_differ_by_rounding_are_one(points: list[list[float]], count: int) -> None:
+    assert count_different(torch.tensor(points, dtype=torch.float64)) == count
