@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedfusion_flwr.app.server import RunOutcome, run
-from fedfusion_flwr.strategies import RunStopped
+from fedfusion_flwr.federation.conversation import RunStopped
 from fedfusion_flwr.tracking import (
     CheckpointError,
     RunDirectory,
