@@ -44,7 +44,7 @@ def capture(value: object) -> Tree:
     raise TypeError(f"{type(value).__name__} cannot be part of a state: make it a dataclass")
 
 
-def rebuild(tree: Tree, present: Any) -> Any:
+def rebuild(tree: Tree, present: Any = None) -> Any:
     """Invert `capture` for a state of the type of ``present``, whose objects are restored in place.
 
     Raises

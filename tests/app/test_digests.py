@@ -72,7 +72,7 @@ def runs_of(strategy: str, folder: Path) -> Iterator[tuple[str, Path, str]]:
         outcome = go_dying(folder / name, **config)
         yield name, folder / name, outcome.digest
     with pytest.raises(Killed):
-        go_dying(folder / "cut", dies_at=8, **config)
+        go_dying(folder / "cut", dies_in=4, **config)
     # Its nodes have other ids, and its replies come in another order.
     resumed = go_dying(folder / "cut", seed=1, **config, **{"resume-from": str(folder / "cut")})
     assert resumed.digest == outcome.digest
