@@ -17,8 +17,8 @@ from PIL import Image
 
 from fedfusion_flwr import RunConfig
 from fedfusion_flwr.data import data_for, partition_for
+from fedfusion_flwr.data.overview import PartitionOverview
 from fedfusion_flwr.data.partition.__main__ import main
-from fedfusion_flwr.data.partition.overview import PartitionOverview
 from tests.data.partitions import made
 
 OVERRIDES = 'partition="dirichlet" num-clients=20 dirichlet-alpha=0.3 seed=4'

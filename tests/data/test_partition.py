@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfusion_flwr.data import components
 from fedfusion_flwr.data.partition import (
     PartitionError,
     PartitionSpec,
+    components,
     make_partition,
 )
 from tests.data.partitions import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedfusion_flwr.command_line import parse_overrides
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data.partition.overview import PartitionOverview
+from fedfusion_flwr.data.overview import PartitionOverview
 from fedfusion_flwr.errors import FedFusionError
 
 _FIGURES = (".svg", ".png")

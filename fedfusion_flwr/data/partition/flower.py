@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of partition that Flower's partitioners draw.
-
-Requests are checked in `fedfusion_flwr.data.partition`.
-"""
+"""The kinds of partition that Flower's partitioners draw."""
 
 from __future__ import annotations
 
@@ -11,36 +8,41 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedfusion_flwr.data.components import PartitionError, seeded
+from fedfusion_flwr.data.partition.spec import (
+    Partition,
+    PartitionError,
+    PartitionSpec,
+    require,
+    seeded,
+)
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-    from fedfusion_flwr.data.partition import PartitionSpec
 
-
-def draw_with_flower(labels: np.ndarray, spec: PartitionSpec) -> tuple[np.ndarray, ...]:
-    """For each client the sorted indices of its examples, of all kinds but the two of our own.
+def draw_with_flower(labels: np.ndarray, spec: PartitionSpec) -> Partition:
+    """A partition of kind ``iid``, ``dirichlet``, ``pathological`` or ``shards``.
 
     Raises
     ------
     PartitionError
-        If no draw gives every client what it must have.
+        If the data has too few examples or classes, or no draw gives every client enough.
     """
-    # Here and not above: the imports take seconds, and planted components do without.
+    _check(labels, spec)
+    # Here and not above: the imports take seconds, and the other kinds do without.
     from datasets import Dataset
 
     rng = seeded(spec.seed, f"partition-{spec.kind}")
     # The partitioners take rows in order, and data sets come sorted by class.
     order = rng.permutation(len(labels))
-    # In a seeded order of the classes, so that no two classes always come together.
+    # Classes in a seeded order too, so that no two of them always come together.
     relabelled = rng.permutation(int(labels.max()) + 1)[labels[order]]
     seed = int(rng.integers(2**31))
     partitioner, pieces = _partitioner(spec, len(np.unique(labels)), seed)
     partitioner.dataset = Dataset.from_dict({"index": order, "label": relabelled})
     try:
         with warnings.catch_warnings():
-            # Of every redraw, and of the classes that more clients would be needed for.
+            # Flower warns of every redraw, and of classes for which there are too few clients.
             warnings.simplefilter("ignore")
             drawn = [
                 np.asarray(partitioner.load_partition(piece)["index"][:], dtype=np.int64)
@@ -48,8 +50,28 @@ def draw_with_flower(labels: np.ndarray, spec: PartitionSpec) -> tuple[np.ndarra
             ]
     except ValueError as error:
         raise PartitionError(_advice(spec, len(labels))) from error
-    grouped = (drawn[k * pieces : (k + 1) * pieces] for k in range(spec.num_clients))
-    return tuple(np.sort(np.concatenate(group)) for group in grouped)
+    starts = range(0, len(drawn), pieces)
+    return Partition(tuple(np.sort(np.concatenate(drawn[k : k + pieces])) for k in starts))
+
+
+def _check(labels: np.ndarray, spec: PartitionSpec) -> None:
+    total = len(labels)
+    if spec.kind == "pathological":
+        classes, most = spec.classes_per_client, len(np.unique(labels))
+        allowed = f"at most {most}, the classes that the training data has"
+        require(classes <= most, "classes-per-client", classes, allowed)
+    elif spec.kind != "iid":
+        key, count = (
+            ("min-partition-size", spec.min_partition_size)
+            if spec.kind == "dirichlet"
+            else ("shards-per-client", spec.shards_per_client)
+        )
+        most = total // spec.num_clients
+        allowed = (
+            f"at most {most} with `num-clients` {spec.num_clients}, because the training data has "
+            f"{total} examples"
+        )
+        require(count <= most, key, count, allowed)
 
 
 def _partitioner(spec: PartitionSpec, num_classes: int, seed: int) -> tuple[Partitioner, int]:
@@ -72,13 +94,13 @@ def _partitioner(spec: PartitionSpec, num_classes: int, seed: int) -> tuple[Part
         return flower.ShardPartitioner(
             clients, "label", num_shards_per_partition=spec.shards_per_client, seed=seed
         ), 1
-    # Every class is used where clients times classes allow it: with enough clients by their first
-    # class, with fewer by dealing out the classes in turn, one piece of one class after the other.
+    # Every class is used where there is room. With as many clients as classes, each client's first
+    # class is dealt in turn; with fewer, all of their classes are, one piece of one class each.
+    pieces = spec.classes_per_client
     if clients >= num_classes:
         return flower.PathologicalPartitioner(
-            clients, "label", spec.classes_per_client, "first-deterministic", seed=seed
+            clients, "label", pieces, "first-deterministic", seed=seed
         ), 1
-    pieces = spec.classes_per_client
     return flower.PathologicalPartitioner(
         clients * pieces, "label", 1, "deterministic", seed=seed
     ), pieces
