@@ -44,26 +44,10 @@ def plant(labels: np.ndarray, num_classes: int, spec: PartitionSpec) -> Partitio
 
 
 def central_components(labels: np.ndarray, num_classes: int, spec: PartitionSpec) -> np.ndarray:
-    """The planted component under which each central test example is shown.
+    """The planted component under which each central test example is shown, (N,), int64.
 
-    Parameters
-    ----------
-    labels : np.ndarray
-        Labels of the test examples, shape (N,).
-    num_classes : int
-        C.
-    spec : PartitionSpec
-        Of kind ``components``.
-
-    Returns
-    -------
-    np.ndarray
-        Shape (N,), int64: uniform over the components that have the example's class.
-
-    Raises
-    ------
-    PartitionError
-        If the spec is of another kind.
+    Uniform over the components that have the example's class; ``labels`` (N,) are those of the test
+    examples, and `PartitionError` is raised for a spec of another kind.
     """
     if spec.kind != "components":
         raise PartitionError(f"`partition` is {spec.kind!r}; only 'components' has any planted.")
@@ -99,34 +83,25 @@ def transform_component(
     Parameters
     ----------
     x : Tensor
-        Images, shape (N, C, H, W).
+        Images, shape (N, C, H, W), square if they are to be rotated.
     component : np.ndarray
         Component of each image, shape (N,), integers in [0, ``num_components``).
     num_components : int
         M.
     kind : ComponentTransform
         ``rotate`` turns the images of component m counterclockwise by m * 360 / M degrees, exactly
-        where that is a multiple of 90; uncovered corners get the image's darkest value. ``none``
-        changes nothing.
-
-    Returns
-    -------
-    Tensor
-        A new tensor of the same shape, or ``x`` itself for ``none``.
-
-    Raises
-    ------
-    PartitionError
-        If images to be rotated are not square.
+        if that is a multiple of 90; uncovered corners get the image's darkest value. ``none``
+        returns ``x`` itself.
     """
     if component.shape != (len(x),):
         raise ValueError(f"component must have shape ({len(x)},), got {component.shape}")
     if kind == "none":
         return x
-    if x.shape[2] != x.shape[3]:
+    height, width = x.shape[2:]
+    if height != width:
         raise PartitionError(
             f"`component-transform` is 'rotate', which needs square images; these are "
-            f"{x.shape[2]}x{x.shape[3]}."
+            f"{height}x{width}."
         )
     result = x.clone()
     for m in range(1, num_components):

@@ -60,18 +60,16 @@ def _check(labels: np.ndarray, spec: PartitionSpec) -> None:
         classes, most = spec.classes_per_client, len(np.unique(labels))
         allowed = f"at most {most}, the classes that the training data has"
         require(classes <= most, "classes-per-client", classes, allowed)
-    elif spec.kind != "iid":
-        key, count = (
-            ("min-partition-size", spec.min_partition_size)
-            if spec.kind == "dirichlet"
-            else ("shards-per-client", spec.shards_per_client)
-        )
-        most = total // spec.num_clients
-        allowed = (
-            f"at most {most} with `num-clients` {spec.num_clients}, because the training data has "
-            f"{total} examples"
-        )
-        require(count <= most, key, count, allowed)
+        return
+    most = total // spec.num_clients
+    have = f"because the training data has {total} examples"
+    allowed = f"at most {most} with `num-clients` {spec.num_clients}, {have}"
+    if spec.kind == "dirichlet":
+        size = spec.min_partition_size
+        require(size <= most, "min-partition-size", size, allowed)
+    elif spec.kind == "shards":
+        shards = spec.shards_per_client
+        require(shards <= most, "shards-per-client", shards, allowed)
 
 
 def _partitioner(spec: PartitionSpec, num_classes: int, seed: int) -> tuple[Partitioner, int]:
@@ -82,28 +80,16 @@ def _partitioner(spec: PartitionSpec, num_classes: int, seed: int) -> tuple[Part
     if spec.kind == "iid":
         return flower.IidPartitioner(clients), 1
     if spec.kind == "dirichlet":
-        return flower.DirichletPartitioner(
-            clients,
-            "label",
-            spec.dirichlet_alpha,
-            min_partition_size=spec.min_partition_size,
-            self_balancing=False,
-            seed=seed,
-        ), 1
+        alpha, least = spec.dirichlet_alpha, spec.min_partition_size
+        return flower.DirichletPartitioner(clients, "label", alpha, least, seed=seed), 1
     if spec.kind == "shards":
-        return flower.ShardPartitioner(
-            clients, "label", num_shards_per_partition=spec.shards_per_client, seed=seed
-        ), 1
+        return flower.ShardPartitioner(clients, "label", spec.shards_per_client, seed=seed), 1
     # Every class is used where there is room. With as many clients as classes, each client's first
     # class is dealt in turn; with fewer, all of their classes are, one piece of one class each.
-    pieces = spec.classes_per_client
+    pieces, draw = spec.classes_per_client, flower.PathologicalPartitioner
     if clients >= num_classes:
-        return flower.PathologicalPartitioner(
-            clients, "label", pieces, "first-deterministic", seed=seed
-        ), 1
-    return flower.PathologicalPartitioner(
-        clients * pieces, "label", 1, "deterministic", seed=seed
-    ), pieces
+        return draw(clients, "label", pieces, "first-deterministic", seed=seed), 1
+    return draw(clients * pieces, "label", 1, "deterministic", seed=seed), pieces
 
 
 def _advice(spec: PartitionSpec, total: int) -> str:
