@@ -97,7 +97,7 @@ def transform_component(
         raise ValueError(f"component must have shape ({len(x)},), got {component.shape}")
     if kind == "none":
         return x
-    height, width = x.shape[2:]
+    height, width = x.shape[2], x.shape[3]
     if height != width:
         raise PartitionError(
             f"`component-transform` is 'rotate', which needs square images; these are "
