@@ -31,7 +31,7 @@ def tweet(target: str, text: str, user: str = "") -> Row:
 
 
 def toy_rows(count: int, users: int = 0) -> list[Row]:
-    """Sorted by label, as the official file is; one word of mood among fillers tells the label."""
+    """Sorted by label, as the official file is; one word of mood among fillers gives the label."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(count):

@@ -182,8 +182,8 @@ def _whole_counts(shares: np.ndarray, size: int, available: np.ndarray) -> np.nd
     counts = np.zeros((num_clients, num_components * num_classes), dtype=np.int64)
     taken = np.zeros(num_classes)
     for client in range(num_clients):
-        # Equal remainders go to the class of which the least is taken: otherwise all clients would
-        # round the same class up, and exhaust it.
+        # Equal remainders go to the class least used so far: otherwise all clients would round the
+        # same class up, and exhaust it.
         used = np.tile(taken / np.maximum(available, 1), num_components)
         counts[client] = _largest_remainder(size * shares[client].ravel(), size, used)
         taken += counts[client].reshape(num_components, num_classes).sum(0)

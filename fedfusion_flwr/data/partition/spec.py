@@ -58,7 +58,7 @@ class PartitionSpec:
     Raises
     ------
     PartitionError
-        If a value is wrong whatever the data is.
+        If a value is wrong for any data.
     """
 
     kind: PartitionKind

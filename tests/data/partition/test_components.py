@@ -91,7 +91,7 @@ def test_all_examples_are_used_where_they_divide() -> None:
 def test_the_scarcest_class_limits_everyone() -> None:
     labels = np.array([0] * 100 + [1] * 6)
     spec = PartitionSpec("components", 4, 0, planted_components=2)
-    # Two clients have class 1 only, of which there are 6.
+    # Two clients have class 1 only, with 6 examples.
     assert sizes(make_partition(labels, 2, spec)) == [3] * 4
 
 
