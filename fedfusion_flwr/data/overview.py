@@ -80,13 +80,11 @@ class PartitionOverview:
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, for `json.dump`."""
-        rows: list[dict[str, Any]] = [
-            {"client": k, "examples": int(counts.sum()), "counts": counts.tolist()}
-            for k, counts in enumerate(self.counts)
-        ]
-        if self.components is not None:
-            for row, component in zip(rows, self.components.tolist(), strict=True):
-                row["component"] = component
+        rows: list[dict[str, Any]] = []
+        for k, counts in enumerate(self.counts):
+            rows.append({"client": k, "examples": int(counts.sum()), "counts": counts.tolist()})
+            if self.components is not None:
+                rows[k]["component"] = int(self.components[k])
         return {
             "config": self.config.to_run_config(),
             "classes": list(self.classes),
