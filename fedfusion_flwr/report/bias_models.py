@@ -58,7 +58,7 @@ class Measured:
     @cached_property
     def model(self) -> torch.nn.Module:
         """The model, its weights loaded; on a GPU where there is one."""
-        model = model_for(self.config, data_for(self.config), seed=0)
+        model = model_for(self.config, data_for(self.config))
         model = fit_to_state(model, self.state)
         model.load_state_dict(self.state)
         return model.eval().to(choose_device("auto"))

@@ -43,7 +43,7 @@ def test_local_differential_privacy_makes_an_error_of_every_reply() -> None:
         return mod(message, context, app)
 
     config = RunConfig()
-    model = model_for(config, data_for(config), seed=0)
+    model = model_for(config, data_for(config))
     content = RecordDict(
         {
             protocol.ARRAYS: protocol.record_from_state(model.state_dict()),

@@ -189,7 +189,7 @@ def run_suite(folder: Path, images: Path) -> Path:
 def _train(folder: Path, config: Row, batch_seed: int) -> Row:
     checked = RunConfig.from_run_config(config)
     data = data_for(checked)
-    model = model_for(checked, data, checked.seed)
+    model = model_for(checked, data)
     result = train(
         model,
         data.inputs(data.x_train),

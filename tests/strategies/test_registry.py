@@ -13,6 +13,7 @@ import pytest
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.federation.strategy import FederatedStrategy
+from fedfusion_flwr.randomness import derived_seed
 from fedfusion_flwr.strategies import (
     FedClusterCycling,
     FedFusion,
@@ -171,7 +172,7 @@ def test_the_inferences_keys_belong_to_fedfusion(caplog: pytest.LogCaptureFixtur
     assert not caplog.records
     inference = strategy.state.inference
     assert (inference.steps, inference.refit_steps, inference.learning_rate) == (7, 3, 0.5)
-    assert inference.seed == 3
+    assert inference.seed == derived_seed(3, "inference")
 
 
 @pytest.mark.parametrize("name", registry())
