@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +14,7 @@ from fedfusion_flwr.fusion.folding import ROWS, Folding
 from fedfusion_flwr.fusion.initialization import agreement, starting_partition
 from fedfusion_flwr.fusion.standardizer import Standardizer
 from fedfusion_flwr.fusion.threads import one_thread, side_by_side
-
-if TYPE_CHECKING:
-    from fedfusion_flwr.fusion.vae import FusionVAE
+from fedfusion_flwr.fusion.vae import FusionVAE
 
 _GRADIENT_NORM = 10.0
 _PARTITION_STEPS = 100
@@ -217,15 +214,11 @@ class DistributionInference:
             steps = self.refit_steps
         # Forgotten until the fit succeeds, so that a diverged network is never a warm start.
         self._vae = None
-        with np.errstate(all="ignore"):  # a loss that overflows is an InferenceError, no warning
-            elbo = self._ascend(vae, optimizer, x, weights, steps, generator)
+        elbo = self._ascend(vae, optimizer, x, weights, steps, generator)
         self._vae, self._optimizer, self._fitted_width = vae, optimizer, x.shape[1]
         return vae, elbo
 
     def _new_vae(self, num_features: int) -> tuple[FusionVAE, torch.optim.Adam]:
-        # Here and not above: clients import this package too, and its scipy takes them 0.2 s.
-        from fedfusion_flwr.fusion.vae import FusionVAE
-
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reseed the accelerators too.
             torch.default_generator.manual_seed(self.seed)
@@ -236,7 +229,6 @@ class DistributionInference:
                 latent=self.latent,
                 alpha=self.stick_concentration,
                 noise_variance=self.noise_variance,
-                latent_kl_weight=self.latent_kl_weight,
             )
         sticks = [vae.log_a, vae.log_c]
         rest = [p for p in vae.parameters() if all(p is not s for s in sticks)]
@@ -265,9 +257,12 @@ class DistributionInference:
             temperature = hot * (cold / hot) ** (step / max(steps - 1, 1))
             rows = self._batch(len(x), generator)
             terms = vae.elbo(x[rows], weights[rows], temperature, generator, len(x))
-            elbo = terms.total(self.latent_kl_weight)
+            loss = -terms.total(self.latent_kl_weight)
+            elbo = -loss.item()
             if not math.isfinite(elbo):
                 raise InferenceError(f"the loss is not finite at step {step + 1} of {steps}")
+            optimizer.zero_grad()
+            loss.backward()
             nn.utils.clip_grad_norm_(vae.parameters(), _GRADIENT_NORM)
             optimizer.step()
         return elbo
@@ -285,7 +280,8 @@ class DistributionInference:
         centers = torch.stack([x[labels == m].mean(0) for m in range(groups)])
         for _ in range(_PARTITION_STEPS):
             rows = self._batch(len(x), generator)
-            vae.partition_gradient(x[rows], labels[rows], centers)
+            optimizer.zero_grad()
+            vae.partition_loss(x[rows], labels[rows], centers).backward()
             optimizer.step()
 
     def _batch(self, clients: int, generator: torch.Generator) -> Tensor | slice:

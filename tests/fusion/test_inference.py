@@ -293,7 +293,7 @@ def test_a_diverged_fit_is_reported_and_never_a_warm_start(
         inference.fit(easy.x, examples(24))
 
     def diverged(*_: object) -> ElboTerms:
-        return ElboTerms(*[float("nan")] * 4)
+        return ElboTerms(*torch.full((4,), float("nan")))
 
     with monkeypatch.context() as patch:
         patch.setattr(FusionVAE, "elbo", diverged)
