@@ -201,12 +201,7 @@ class DistributionInference:
         generator = torch.Generator().manual_seed(self.seed + self.num_fits)
         labels = starting_partition(x, self.num_components)
         vae, optimizer = self._vae, self._optimizer
-        stale = vae is None or x.shape[1] != self._fitted_width
-        if vae is not None and not stale:
-            with torch.no_grad():
-                current = vae.assignments(x).argmax(1)
-            stale = agreement(labels, current) < _WARM_AGREEMENT
-        if stale or vae is None or optimizer is None:
+        if vae is None or optimizer is None or not self._still_fits(vae, x, labels):
             vae, optimizer = self._new_vae(x.shape[1])
             self._fit_partition(vae, optimizer, x, labels, generator)
             steps = self.steps
@@ -217,6 +212,14 @@ class DistributionInference:
         elbo = self._ascend(vae, optimizer, x, weights, steps, generator)
         self._vae, self._optimizer, self._fitted_width = vae, optimizer, x.shape[1]
         return vae, elbo
+
+    def _still_fits(self, vae: FusionVAE, x: Tensor, labels: Tensor) -> bool:
+        """Whether the last network agrees with a fresh partition of the clients."""
+        if x.shape[1] != self._fitted_width:
+            return False
+        with torch.no_grad():
+            current = vae.assignments(x).argmax(1)
+        return agreement(labels, current) >= _WARM_AGREEMENT
 
     def _new_vae(self, num_features: int) -> tuple[FusionVAE, torch.optim.Adam]:
         with torch.random.fork_rng(devices=[]):
@@ -242,31 +245,6 @@ class DistributionInference:
         )
         return vae, optimizer
 
-    def _ascend(
-        self,
-        vae: FusionVAE,
-        optimizer: torch.optim.Adam,
-        x: Tensor,
-        weights: Tensor,
-        steps: int,
-        generator: torch.Generator,
-    ) -> float:
-        hot, cold = self.temperature
-        elbo = 0.0
-        for step in range(steps):
-            temperature = hot * (cold / hot) ** (step / max(steps - 1, 1))
-            rows = self._batch(len(x), generator)
-            terms = vae.elbo(x[rows], weights[rows], temperature, generator, len(x))
-            loss = -terms.total(self.latent_kl_weight)
-            elbo = -loss.item()
-            if not math.isfinite(elbo):
-                raise InferenceError(f"the loss is not finite at step {step + 1} of {steps}")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(vae.parameters(), _GRADIENT_NORM)
-            optimizer.step()
-        return elbo
-
     def _fit_partition(
         self,
         vae: FusionVAE,
@@ -281,8 +259,35 @@ class DistributionInference:
         for _ in range(_PARTITION_STEPS):
             rows = self._batch(len(x), generator)
             optimizer.zero_grad()
-            vae.partition_loss(x[rows], labels[rows], centers).backward()
+            loss = vae.partition_loss(x[rows], labels[rows], centers)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+
+    def _ascend(
+        self,
+        vae: FusionVAE,
+        optimizer: torch.optim.Adam,
+        x: Tensor,
+        weights: Tensor,
+        steps: int,
+        generator: torch.Generator,
+    ) -> float:
+        """Maximize the ELBO, and return that of the last step."""
+        hot, cold = self.temperature
+        elbo = 0.0
+        for step in range(steps):
+            temperature = hot * (cold / hot) ** (step / max(steps - 1, 1))
+            rows = self._batch(len(x), generator)
+            terms = vae.elbo(x[rows], weights[rows], temperature, generator, len(x))
+            loss = -terms.total(self.latent_kl_weight)
+            elbo = -loss.item()
+            if not math.isfinite(elbo):
+                raise InferenceError(f"the loss is not finite at step {step + 1} of {steps}")
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(vae.parameters(), _GRADIENT_NORM)
+            optimizer.step()
+        return elbo
 
     def _batch(self, clients: int, generator: torch.Generator) -> Tensor | slice:
         """The rows of one Adam step."""
