@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from fedfusion_flwr.fusion.vae import FusionVAE
 _GRADIENT_NORM = 10.0
 _PARTITION_STEPS = 100
 _WARM_AGREEMENT = 0.9
+_ALL_FITS = 0
 
 
 class InferenceError(RuntimeError):
@@ -60,7 +62,7 @@ class DistributionInference:
     num_components : int
         M, at least 1. More than the data needs is harmless: spare components stay empty.
     seed : int
-        Seed of initialization and noise; equal seeds and inputs give equal posteriors.
+        Non-negative; equal seeds and inputs give equal posteriors.
     hidden : tuple[int, ...]
         Encoder widths; the decoder mirrors them. The published setting is (1024, 512).
     latent : int
@@ -103,6 +105,8 @@ class DistributionInference:
     ) -> None:
         if num_components < 1:
             raise ValueError(f"num_components must be at least 1, got {num_components}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         self.num_components = num_components
         self.seed = seed
         self.hidden = hidden
@@ -170,7 +174,7 @@ class DistributionInference:
         scaler = Standardizer.of(x)
         if self.num_components == 1 or not scaler.informative.any():
             return self._one_component(x)
-        folding = Folding(x.shape[1], self.max_features, self.seed)
+        folding = Folding(x.shape[1], self.max_features, self._seeds(_ALL_FITS)[1])
         features = folding.features(scaler, x)
         vae, elbo = self._fit_vae(features, (n / n.mean()).float())
         with torch.no_grad():
@@ -198,7 +202,7 @@ class DistributionInference:
         return FusionPosterior(assignments, assignments[0].clone(), components, 0.0)
 
     def _fit_vae(self, x: Tensor, weights: Tensor) -> tuple[FusionVAE, float]:
-        generator = torch.Generator().manual_seed(self.seed + self.num_fits)
+        generator = torch.Generator().manual_seed(self._seeds(self.num_fits)[0])
         labels = starting_partition(x, self.num_components)
         vae, optimizer = self._vae, self._optimizer
         if vae is None or optimizer is None or not self._still_fits(vae, x, labels):
@@ -224,7 +228,7 @@ class DistributionInference:
     def _new_vae(self, num_features: int) -> tuple[FusionVAE, torch.optim.Adam]:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reseed the accelerators too.
-            torch.default_generator.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self._seeds(_ALL_FITS)[0])
             vae = FusionVAE(
                 num_features,
                 self.num_components,
@@ -288,6 +292,13 @@ class DistributionInference:
             nn.utils.clip_grad_norm_(vae.parameters(), _GRADIENT_NORM)
             optimizer.step()
         return elbo
+
+    def _seeds(self, fit: int) -> list[int]:
+        """Two seeds for one fit, counted from 1, or for what all fits share.
+
+        From (seed, fit), because a sum of the two gives neighbouring seeds the same noise.
+        """
+        return [int(s) for s in np.random.SeedSequence((self.seed, fit)).generate_state(2)]
 
     def _batch(self, clients: int, generator: torch.Generator) -> Tensor | slice:
         """The rows of one Adam step."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +19,8 @@ from fedfusion_flwr.fusion import (
     client_weights,
     example_weights,
 )
+from fedfusion_flwr.fusion import inference as inference_module
+from fedfusion_flwr.fusion.folding import Folding
 from fedfusion_flwr.fusion.initialization import starting_partition
 from fedfusion_flwr.fusion.vae import ElboTerms, FusionVAE
 
@@ -147,6 +149,35 @@ def test_equal_seeds_give_equal_posteriors_and_other_seeds_do_not(easy: Planted)
     fits = [small(seed=seed).fit(easy.x, examples(24)) for seed in (7, 7, 8)]
     assert same(fits[0], fits[1])
     assert not same(fits[0], fits[2])
+
+
+def test_seeds_and_fits_share_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the network's start or the folding of wide statistics."""
+    x, noise, shared = planted(0, clients=8, width=40, groups=2).x, [], []
+    elbo, folding, default = FusionVAE.elbo, Folding.__init__, torch.default_generator
+
+    def watched_elbo(vae: FusionVAE, *arguments: Any) -> ElboTerms:
+        noise.append(arguments[3].initial_seed())
+        return elbo(vae, *arguments)
+
+    def watched_folding(self: Folding, width: int, max_width: int, seed: int) -> None:
+        shared.append(seed)
+        folding(self, width, max_width, seed)
+
+    def watched_vae(*arguments: Any, **options: Any) -> FusionVAE:
+        shared.append(default.initial_seed())
+        return FusionVAE(*arguments, **options)
+
+    monkeypatch.setattr(FusionVAE, "elbo", watched_elbo)
+    monkeypatch.setattr(Folding, "__init__", watched_folding)
+    monkeypatch.setattr(inference_module, "FusionVAE", watched_vae)
+    for seed in range(3):
+        inference = small(3, seed, steps=1, refit_steps=1, max_features=16)
+        for _ in range(3):
+            inference.fit(x, examples(8))
+    assert len(set(noise)) == 9
+    assert len(set(shared)) == 6
+    assert not set(noise) & set(shared)
 
 
 def test_global_random_states_are_neither_read_nor_written(easy: Planted) -> None:
@@ -282,6 +313,13 @@ def test_statistics_that_are_not_finite_are_refused(value: float) -> None:
 def test_input_that_does_not_fit_is_refused(x: Tensor, n: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small().fit(x, n)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_components must be at least 1, got 0"):
+        DistributionInference(0)
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        DistributionInference(3, -1)
 
 
 @pytest.mark.parametrize("warm", [False, True])
