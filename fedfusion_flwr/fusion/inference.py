@@ -18,7 +18,7 @@ from fedfusion_flwr.fusion.threads import one_thread, side_by_side
 from fedfusion_flwr.fusion.vae import FusionVAE
 
 _GRADIENT_NORM = 10.0
-_PARTITION_STEPS = 100
+_PARTITION_STEPS = 50
 _WARM_AGREEMENT = 0.9
 _ALL_FITS = 0
 
@@ -92,8 +92,8 @@ class DistributionInference:
         *,
         hidden: tuple[int, ...] = (128, 64),
         latent: int = 16,
-        steps: int = 150,
-        refit_steps: int = 30,
+        steps: int = 60,
+        refit_steps: int = 5,
         learning_rate: float = 3e-3,
         weight_decay: float = 1e-4,
         stick_concentration: float = 1.0,
