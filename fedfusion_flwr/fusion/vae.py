@@ -124,6 +124,7 @@ class FusionVAE(nn.Module):
         noise_variance: float,
     ) -> None:
         super().__init__()
+        self.num_features = num_features
         self.alpha = alpha
         self.noise_variance = noise_variance
         self.encoder = _perceptron(num_features, *hidden, num_components)
@@ -151,19 +152,10 @@ class FusionVAE(nn.Module):
         return decoded
 
     def partition_loss(self, x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-        """How far the network is from a hard partition of the clients.
+        """How far the network is from a partition of clients x (K, D) into G groups, G at most M.
 
-        Cross entropy of the encoder, mean over clients, plus the mean squared distance of the
-        first components' decoded statistics from the groups' centres.
-
-        Parameters
-        ----------
-        x : Tensor
-            Standardized statistics (K, D).
-        labels : Tensor
-            Group of every client, (K,), int64, below G.
-        centers : Tensor
-            Mean of every group's statistics, (G, D), G at most M.
+        Mean cross entropy of the encoder against the clients' labels (K,), plus mean squared
+        distance of the first G components' decoded statistics from the groups' centres (G, D).
         """
         decoded = self.decoder(self.component_mean[: len(centers)])
         return F.cross_entropy(self.encoder(x), labels) + F.mse_loss(decoded, centers)
