@@ -9,7 +9,7 @@ mean is shifted, so the known deviations of its clients are subtracted first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,24 +30,22 @@ class ClientMemory:
     assignment: Tensor | None = None
 
 
+@dataclass
 class StatisticsMemory:
     """Centred statistics and smoothed assignments, keyed by client id.
 
     Parameters
     ----------
-    update_rate : float
-        In (0, 1]: share of the newest deviation in the remembered one; 1 keeps only the newest.
     smoothing : float
         In [0, 1): share of a client's earlier assignment that is kept at each inference, against
         flicker between components. 0 takes the newest posterior as it is.
+    update_rate : float
+        In (0, 1]: share of the newest deviation in the remembered one; 1 keeps only the newest.
     """
 
-    STATE = ("clients",)
-
-    def __init__(self, smoothing: float = 0.0, update_rate: float = 0.5) -> None:
-        self.smoothing = smoothing
-        self.update_rate = update_rate
-        self.clients: dict[int, ClientMemory] = {}
+    smoothing: float = 0.0
+    update_rate: float = 0.5
+    clients: dict[int, ClientMemory] = field(default_factory=dict)
 
     @property
     def ids(self) -> list[int]:

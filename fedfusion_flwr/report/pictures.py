@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from fedfusion_flwr.config import STRATEGIES
+from fedfusion_flwr.strategies import registry
 
 Numbers = list[dict[str, Any]]
 
@@ -73,8 +73,8 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     Strategies that a suite made up take the next ones, in the order of the names.
     """
     names = list(dict.fromkeys(names))
-    made_up = [name for name in names if name not in (*STRATEGIES, CENTRALIZED)]
-    numbers = {name: i for i, name in enumerate((*STRATEGIES, *made_up))}
+    made_up = [name for name in names if name not in (*registry(), CENTRALIZED)]
+    numbers = {name: i for i, name in enumerate((*registry(), *made_up))}
     return {
         name: _CENTRALIZED_LOOK if name == CENTRALIZED else _strategy_look(numbers[name])
         for name in names
