@@ -4,15 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fedfusion_flwr.fusion.absent import AbsentComponents
-
-State = dict[str, Tensor]
-
-
-def f64(*values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+from tests.fusion.tensors import State, f64, values
 
 
 def model(weight: float, mean: float, batches: int = 0) -> State:
@@ -21,10 +15,6 @@ def model(weight: float, mean: float, batches: int = 0) -> State:
         "n.running_mean": torch.tensor([mean]),
         "n.num_batches_tracked": torch.tensor(batches),
     }
-
-
-def values(state: State) -> dict[str, object]:
-    return {key: value.squeeze().item() for key, value in state.items()}
 
 
 def after_one_round() -> AbsentComponents:

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fedfusion_flwr.fusion import FusionPosterior, StatisticsMemory
 from fedfusion_flwr.fusion.memory import align_components
-
-
-def f64(*values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+from tests.fusion.tensors import f64, many
 
 
 def posterior(*rows: object) -> FusionPosterior:
@@ -49,7 +45,7 @@ def test_components_take_the_names_of_the_earlier_ones_they_overlap() -> None:
     assert aligned.elbo == -1.5
 
 
-@settings(deadline=None, max_examples=60)
+@many
 @given(st.permutations(range(5)), st.integers(0, 100))
 def test_a_renamed_posterior_is_renamed_back(order: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -102,7 +98,7 @@ def test_a_lopsided_cohort_does_not_shift_the_deviations() -> None:
     assert memory.num_examples().tolist() == [20, 20, 20, 10, 20, 10, 10, 10]
 
 
-@settings(deadline=None, max_examples=60)
+@many
 @given(
     levels=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=6),
     true=st.lists(st.floats(-5, 5), min_size=4, max_size=8),

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError, pooled_moments
 from fedfusion_flwr.models import build_model
+from tests.fusion.tensors import many
 
 EPS = 1e-5
-many = settings(deadline=None, max_examples=60)
 
 
 def test_two_separated_clients_pool_to_variance_five() -> None:

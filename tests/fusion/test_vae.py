@@ -8,10 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, special, stats
-from torch import Tensor
 
 from fedfusion_flwr.fusion.vae import (
     TINY,
@@ -24,17 +23,9 @@ from fedfusion_flwr.fusion.vae import (
     sample_kumaraswamy,
     stick_breaking,
 )
+from tests.fusion.tensors import f64, generator, many
 
 SERIES_TERMS = 11
-many = settings(deadline=None, max_examples=60)
-
-
-def f64(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # --- assignments ----------------------------------------------------------------------------------
