@@ -139,8 +139,8 @@ class FedFusion(FederatedStrategy):
     absent: Absent = choice(Absent, "drop")
     assignment_smoothing: float = checked(0.5, DECAY)
     vae_step: int = checked(1, at_least(1))
-    vae_steps: int = checked(150, at_least(1))
-    vae_refit_steps: int = checked(30, at_least(1))
+    vae_steps: int = checked(60, at_least(1))
+    vae_refit_steps: int = checked(5, at_least(1))
     vae_learning_rate: float = checked(3e-3, RATE)
     inference: DistributionInference | None = None
     state: FedFusionState = field(init=False)

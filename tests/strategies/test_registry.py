@@ -87,6 +87,9 @@ def test_every_argument_of_its_own_is_a_key(name: str) -> None:
     shared = FederatedStrategy.__dataclass_fields__.keys()
     own = {f.name for f in dataclasses.fields(cls) if f.name not in shared}
     assert own <= {*keys_of(cls), "inference", "initial_state", "network"}
+    keys = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+    for f in dataclasses.fields(cls):
+        assert f.name not in own & keys.keys() or f.default == keys[f.name], f.name
 
 
 @pytest.mark.parametrize("name", registry())
