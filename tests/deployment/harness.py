@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.local_federation import APP, LocalFederation, Value, is_accepted
-from scripts.processes import FederationError
+from scripts.programs import FederationError
 
 PATIENCE = 600.0
 """Seconds for what takes seconds on an idle machine; not a measurement."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.local_federation import APP
-from scripts.processes import stop
+from scripts.programs import stop
 from tests.deployment.harness import PATIENCE, Deployment
 
 pytestmark = [

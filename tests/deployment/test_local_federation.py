@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from scripts.local_federation import LocalFederation
-from scripts.processes import HOST, MARK, FederationError, Program, kill_marked, marked, stop
+from scripts.programs import HOST, MARK, FederationError, Program, kill_marked, marked, stop
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "local-federation"
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
@@ -98,7 +98,7 @@ def test_early_death_is_one_message_with_the_end_of_the_log(
     with pytest.raises(FederationError) as caught, federation:
         pytest.fail("the federation started on a port that is taken")
     text = str(caught.value)
-    assert "superlink ended unasked with exit code" in text
+    assert "superlink ended unexpectedly with exit code" in text
     assert str(tmp_path / "superlink.log") in text
     assert "address already in use" in text
     assert marked(str(tmp_path)) == []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scripts.local_federation import START_TIMEOUT, LocalFederation
-from scripts.processes import HOST, Program, free_port, stop
+from scripts.programs import HOST, Program, free_port, stop
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 
