@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.cli.app import app as flwr
-from typer.testing import CliRunner
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -109,11 +106,9 @@ class Engine:
         return EngineRun(status, details, log, Path(str(overrides["output-dir"])))
 
     def _status(self, run_id: str) -> tuple[str, str]:
-        # In this process: a `flwr` of its own would take seconds to import what is here already.
-        runner = CliRunner(env=self.environment)
         for _ in range(60):
-            listed = runner.invoke(flwr, ["list", "--run-id", run_id, "--format", "json"])
-            run = json.loads(listed.stdout)["runs"][0]
+            answer = json.loads(self._flwr("list", "--run-id", run_id, "--format", "json"))
+            run = answer["runs"][0]
             if run["status"].startswith("finished"):
                 return run["status"], run["status-details"]
             time.sleep(0.5)
