@@ -22,7 +22,12 @@ from tests.engine.harness import ROOT, Engine, EngineRun
 pytestmark = pytest.mark.engine
 
 ROUNDS = 5
-CONFIG: dict[str, Any] = {"num-server-rounds": ROUNDS, "partition": "components"}
+CONFIG: dict[str, Any] = {
+    "num-server-rounds": ROUNDS,
+    "partition": "components",
+    "train-examples": 2000,
+    "test-examples": 500,
+}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ CONFIG: dict[str, Any] = {
     "dataset": "my_data:stripes",
     "model": "my_nets:shallow",
     "batch-size": 8,
-    "learning-rate": 0.1,
     "average-decay": 0.0,
 }
 MODULES = {
@@ -40,7 +39,7 @@ def stripes(options):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(1000, 1, 8, 8, generator=generator)
     y = torch.arange(1000) % 2
-    x[y == 1, :, ::2] += 0.4
+    x[y == 1, :, ::2] += 1
     return FederatedData("stripes", x, y, x[:400], y[:400], num_classes=2, classes=("no", "yes"))
 """,
     "my_nets": """
