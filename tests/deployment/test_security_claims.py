@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/security.md says about Flower's privacy tools is so."""
+"""Statements in docs/security.md about Flower's privacy tools hold."""
 
 from __future__ import annotations
 
