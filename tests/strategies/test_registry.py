@@ -184,7 +184,7 @@ def test_settings_are_logged_at_the_start(name: str, caplog: pytest.LogCaptureFi
         "fedfusion": "Fusion: 8 components, mixture balanced (exponent 0.5), sampling random",
         "fedavgm": "Server step: learning rate 1, momentum 0.5",
         "fedprox": "FedProx: mu 0.01",
-        "fedbn": "FedBN: BatchNorm layers of each client's own",
+        "fedbn": "FedBN: each client's own BatchNorm layers",
         "fesem": "FeSEM: 5 centres, warm start on, centres are means of all their clients",
         "ifca": "IFCA: 5 models, 3 rounds of warm-up",
         "fedcluster": "FedCluster: after round 5, ward linkage, cut at 5 clusters",

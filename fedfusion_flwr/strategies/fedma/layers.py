@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chain of convolutions and fully connected layers, seen as units that can be moved about.
+"""A chain of convolutions and fully connected layers, seen as units that can be reordered.
 
 A layer's units are the rows of its weight; each has its bias and, where a normalization layer
 follows, its scale, shift and running statistics. The next layer's inputs are those units, in blocks
-of one feature or, behind a flattened image, of all pixels of a channel.
+of one feature or, after a flattened image, of all pixels of a channel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Layer:
     normalization : str or None
         Prefix of the keys of the normalization layer that follows, its entries (units,).
     eps : float
-        Of that normalization layer.
+        Epsilon of that normalization layer.
     """
 
     weight: str
@@ -136,9 +136,9 @@ class PlainNetwork:
         Parameters
         ----------
         state : Mapping[str, Tensor]
-            Of any widths.
+            State dict of any widths.
         units : Sequence[NDArray[np.int64]]
-            Of every hidden layer, from below, which of its units, (L_n,).
+            Which units to take from each hidden layer, lowest first, (L_n,).
         """
         taken = dict(state)
         for n, layer in enumerate(self.layers):

@@ -28,10 +28,10 @@ Floats = NDArray[np.float64]
 Units = NDArray[np.int64]
 
 MAX_POPULARITY = 10
-"""Members beyond these make a unit no more attractive."""
+"""More members than this make a unit no more attractive."""
 
 MAX_UNITS = 700
-"""A layer this wide offers a client one new unit only; that of the authors' code."""
+"""A layer this wide offers a client only one new unit; from the authors' code."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def match_units(
 
 
 class _Run:
-    """Member sums (L, D), member counts (L,) and assignments on their way."""
+    """A matching in progress: member sums (L, D), member counts (L,) and assignments."""
 
     def __init__(self, descriptors: Sequence[Floats], gamma: float, grow: bool) -> None:
         self.descriptors = descriptors
@@ -117,7 +117,7 @@ class _Run:
             gains = assignment_gains(
                 rows, self.sums, self.counts, len(self.descriptors), self.gamma, slots
             )
-            # Here and not above: clients import this package too.
+            # Imported here because clients import this package, too.
             from scipy.optimize import linear_sum_assignment
 
             _, units = linear_sum_assignment(gains, maximize=True)
@@ -157,7 +157,7 @@ def assignment_gains(
     rows : NDArray[np.float64]
         w, (L_j, D): the client's units.
     sums, counts : NDArray
-        s (L, D) and c (L,) of the others, every count from 1 to J - 1.
+        s (L, D) and c (L,) of the other clients, every count from 1 to J - 1.
     num_clients : int
         J, the client included.
     gamma : float

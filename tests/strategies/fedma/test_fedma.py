@@ -159,9 +159,9 @@ def test_rounds_that_are_left_over_are_told(caplog: pytest.LogCaptureFixture) ->
             run_fedma(FakeClient(), 2, rounds=4)
     finally:
         logging.getLogger("flwr").removeHandler(caplog.handler)
-    assert "the last 1 of 5 rounds are part of no whole pass" in log
+    assert "the last 1 of 5 rounds do not complete a pass" in log
     assert "fixed width: a deviation from the paper" in log
-    assert "no whole pass" not in caplog.text
+    assert "do not complete a pass" not in caplog.text
     assert "variable width, gamma 0.001" in caplog.text
 
 

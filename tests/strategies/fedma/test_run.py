@@ -98,6 +98,6 @@ def test_a_wide_model_is_evaluated_saved_and_trained_on(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="model 'resnet18' is none: Conv2d"):
+    with pytest.raises(ModelError, match="model 'resnet18' is not one: Conv2d"):
         run_here(tmp_path / "run", model="resnet18")
     assert not (tmp_path / "run").exists()
