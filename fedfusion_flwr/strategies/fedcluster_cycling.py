@@ -84,7 +84,7 @@ class FedClusterCycling(FederatedStrategy):
         return dataclasses.replace(update, metrics={**place, **update.metrics})
 
     def evaluates(self, server_round: int) -> bool:
-        """At the end of a learning round, when every cluster had its turn; and in the last round."""
+        """After the last cycle of a learning round, and in the last round of the run."""
         whole, rest = divmod(server_round, max(len(self.state.clusters), 1))
         due = rest == 0 and whole % self.evaluate_every == 0
         return self.fraction_evaluate > 0 and (due or server_round == self.num_rounds)
