@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 
-from client_app import app
 from fedfusion_flwr import protocol
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.fusion import NormalizationStatistics
-from tests.strategies.small import initial_model, small, small_config
+from tests.runs import ask_client
+from tests.strategies.small import initial_model, small_config
 from tests.support import assert_identical
-
-assert small  # a fixture, used by name below
 
 
 def statistics(channels: int) -> NormalizationStatistics:
@@ -52,15 +49,9 @@ def test_the_amount_is_a_factor_of_one_draw() -> None:
 
 def train(partition: int, server_round: int = 1, kind: str = "train", **settings: Any) -> Message:
     config = small_config(**settings)
-    grid = InProcessGrid(app, config.num_clients, config.to_run_config())
-    content = RecordDict(
-        {
-            "arrays": protocol.record_from_state(initial_model(config)),
-            "config": ConfigRecord({"server-round": server_round}),
-        }
-    )
-    (reply,) = grid.send_and_receive([Message(content, list(grid.nodes)[partition], kind)])
-    return reply
+    node = {"partition-id": partition, "num-partitions": config.num_clients}
+    arrays = protocol.record_from_state(initial_model(config))
+    return ask_client(config.to_run_config(), node, arrays, kind, {"server-round": server_round})
 
 
 def uploaded(reply: Message) -> NormalizationStatistics:
@@ -78,9 +69,9 @@ def test_only_the_record_is_blurred(source: str) -> None:
     distance = ((blurred.mean - exact.mean) / exact.std).abs()
     assert 0 < float(distance.min()) <= float(distance.max()) < 0.5 * 5
     if source == "local":
-        # What the record hides, the model beside it still says.
-        told = NormalizationStatistics.from_state_dict(models[1])
-        torch.testing.assert_close(told.vector(), exact.vector())
+        # What the record hides, the model sent with it still shows.
+        shown = NormalizationStatistics.from_state_dict(models[1])
+        torch.testing.assert_close(shown.vector(), exact.vector())
 
 
 @pytest.mark.usefixtures("small")

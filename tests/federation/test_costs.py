@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
+from fedfusion_flwr import protocol
 from fedfusion_flwr.data import local_data
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.strategies import (
@@ -24,10 +25,8 @@ from fedfusion_flwr.strategies import (
 from fedfusion_flwr.tracking import RunSummary
 from fedfusion_flwr.tracking.summary import COSTS
 from tests.strategies.planted import QUIET, PlantedClients, run_planted, start_state
-from tests.strategies.small import small, small_config, train_for_real
+from tests.strategies.small import small_config, train_for_real
 from tests.support import FakeClient, initial_arrays, run_federation
-
-assert small  # a fixture, used by name below
 
 CLIENTS = 6
 # Every model is 24 + 16 float32 in two arrays with a header of 128 bytes each; every training
@@ -95,13 +94,11 @@ def test_costs_by_hand(row: str) -> None:
         summary.on_round_end(report)
     assert summary.summary()["costs"] == totals
     assert any(kind == "evaluate" for kind, *_ in clients.sent)
-    exchanges = [told for kind, *_, told in clients.sent if kind == "train" and "phase" in told]
+    exchanges = [row for row in clients.sent if row[0] == "train" and "phase" in row[-1]]
     assert any("exchange" in report.seconds for report in outcome.reports) == bool(exchanges)
 
 
 def test_a_model_is_as_large_as_its_arrays() -> None:
-    from fedfusion_flwr import protocol
-
     record = protocol.record_from_state(start_state())
     assert sum(len(array.data) for array in record.values()) == MODEL
 

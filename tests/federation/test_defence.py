@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the robust preset does to well-formed replies, through every strategy."""
+"""What the robust preset does to well-formed replies, with every strategy."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,7 +79,7 @@ def test_outlying_statistics_lose_their_client_and_change_nothing(name: str, row
 
 
 def test_an_outlier_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="flwr"):
+    with caplog.at_level("WARNING", logger="flwr"):
         run("fedavg", FakeClient(OUTLIERS["running mean"], hostile=(HONEST,)), rounds=1)
     (line,) = [line for line in caplog.messages if "outlier-threshold" in line]
     assert line.startswith(f"round 1: reply of client {HONEST} (node ")
@@ -92,7 +90,7 @@ def test_among_fewer_than_four_nobody_is_dropped_but_everybody_warned(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     hostile = FakeClient(OUTLIERS["running mean"], hostile=(2,))
-    with caplog.at_level(logging.WARNING, logger="flwr"):
+    with caplog.at_level("WARNING", logger="flwr"):
         outcome = run("fedavg", hostile, 3, rounds=1)
     report = outcome.reports[1]
     assert not report.dropped
@@ -112,15 +110,15 @@ def test_honest_clients_keep_their_replies(name: str) -> None:
         assert 0 < report.metrics["updates-clipped"] < report.metrics["replies-valid"]
 
 
-def test_scores_of_each_client_and_not_what_it_says_of_itself() -> None:
+def test_scores_are_measured_and_not_taken_from_the_client() -> None:
     lying = FakeClient(replace_metric("outlier-score", 0.0), hostile=tuple(range(HONEST)))
     outcome = run("fedavg", lying, HONEST, rounds=1)
     received = protocol.state_from_record(initial_arrays())
     moments = [moments_of(honest_state(received, k)) for k in range(HONEST)]
     expected = outlier_scores(moments).max(1).values
-    told = [row.metrics["outlier-score"] for row in outcome.reports[1].clients]
-    # The record for inference holds std with an epsilon that the moments have not.
-    assert told == pytest.approx(expected.tolist(), abs=1e-3)
+    scores = [row.metrics["outlier-score"] for row in outcome.reports[1].clients]
+    # The record for inference holds std with an epsilon, which the moments do not.
+    assert scores == pytest.approx(expected.tolist(), abs=1e-3)
     assert outcome.reports[1].metrics["outlier-score"] > 0
 
 
@@ -175,19 +173,19 @@ def test_the_first_bound_is_the_quantile_itself() -> None:
 
 
 def test_a_clip_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="flwr"):
+    with caplog.at_level("INFO", logger="flwr"):
         run("fedavg", FakeClient(), defence=Defence(), rounds=1)
     assert sum("update of norm" in line for line in caplog.messages) == 3
     assert any(line.startswith("round 1: client 5 (node ") for line in caplog.messages)
 
 
-def test_extra_trainings_have_bounds_of_their_own() -> None:
+def test_extra_trainings_have_their_own_bounds() -> None:
     outcome = run("fedgroup", FakeClient(), defence=Defence())
     assert set(outcome.strategy.progress.clip_bounds) == {"cold-start", "training"}
 
 
 def test_clients_that_do_not_move_are_left_alone() -> None:
-    """No bound can be made of updates that are all zero, and later ones must not be held to 0."""
+    """Updates that are all zero give no bound, and later ones must not be clipped to 0."""
     defence = Defence()
     still = FakeClient(scale(0), hostile=tuple(range(HONEST)), spoil_rounds=(1,))
     outcome = run("fedavg", still, HONEST, defence=defence)
@@ -210,7 +208,7 @@ def test_an_inflated_count_is_cut_to_a_multiple_of_the_median() -> None:
 
 
 def test_capped_weights_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="flwr"):
+    with caplog.at_level("INFO", logger="flwr"):
         outcome = run("fedavg", FakeClient(), rounds=1, max_client_weight=0.2)
     # 10 ... 60 of 210 examples: two of them are more than a fifth.
     assert outcome.reports[1].metrics["weights-capped"] == 2
@@ -225,13 +223,11 @@ def test_bounds_survive_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("name", ["fedavg", "fedfusion", "ifca"])
 def test_the_order_of_the_replies_changes_nothing(name: str) -> None:
-    def backwards(replies: list[Message]) -> list[Message]:
-        return replies[::-1]
-
-    outcomes = [
-        run(name, FakeClient(), defence=Defence(), tamper=tamper) for tamper in (None, backwards)
-    ]
-    assert_identical(outcomes[0].state, outcomes[1].state)
+    one, other = (
+        run(name, FakeClient(), defence=Defence(), tamper=tamper)
+        for tamper in (None, lambda replies: replies[::-1])
+    )
+    assert_identical(one.state, other.state)
 
 
 def test_fedma_is_clipped_and_capped_but_clients_of_different_models_are_not_compared() -> None:
@@ -281,25 +277,18 @@ def test_the_preset_and_its_keys() -> None:
 def test_its_keys_say_that_they_are_idle_without_it(
     key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger="flwr"):
+    with caplog.at_level("WARNING", logger="flwr"):
         built(**{key: 1.0})
-    told = f"run-config key '{key.replace('_', '-')}' has no effect with defence 'none'"
-    assert told in caplog.messages
-
-
-def without(name: str) -> Callable[[Message], None]:
-    def spoil(reply: Message) -> None:
-        del reply.content[name]
-
-    return spoil
+    warning = f"run-config key '{key.replace('_', '-')}' has no effect with defence 'none'"
+    assert warning in caplog.messages
 
 
 def test_leaving_the_record_out_is_no_way_around() -> None:
-    """The running statistics, which inference then reads, are judged all the same."""
+    """The running statistics, which inference then reads, are still judged."""
 
     def spoil(reply: Message) -> None:
         OUTLIERS["running mean"](reply)
-        without("normalization")(reply)
+        del reply.content["normalization"]
 
     outcome = run("fedfusion", FakeClient(spoil, hostile=(4, 5)), rounds=1)
     assert [row.client for row in outcome.reports[1].dropped] == [4, 5]

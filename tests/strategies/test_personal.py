@@ -25,7 +25,7 @@ from fedfusion_flwr.strategies import (
     FeSEM,
 )
 from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, start_state
-from tests.support import FakeClient, assert_identical, honest_state, initial_arrays
+from tests.support import After, FakeClient, assert_identical, honest_state, initial_arrays
 
 CLIENTS = 6
 
@@ -72,12 +72,8 @@ def test_a_cluster_is_served_its_mean_and_others_the_global_model(strategy: Any)
     clients = PlantedClients(group_of)
     grid = InProcessGrid(clients, CLIENTS)
 
-    class Comings:
-        def on_round_end(self, report: Any) -> None:
-            if report.server_round == 3:
-                strategy.late = grid.add_node({"partition-id": CLIENTS, "num-partitions": 7})
-
-    strategy.callbacks.append(Comings())
+    late = {"partition-id": CLIENTS, "num-partitions": CLIENTS + 1}
+    strategy.callbacks.append(After({3: lambda: grid.add_node(late)}))
     outcome = run_planted(strategy, clients, CLIENTS, rounds=3, grid=grid)
     trained = {
         client: flat(state) + clients.update(client, 3).double()
@@ -161,6 +157,6 @@ def test_evaluation_is_due_every_so_many_rounds_and_in_the_last() -> None:
     clients = PlantedClients(group_of)
     outcome = run_planted(built(FedAvg, evaluate_every=3), clients, 2, rounds=7)
     assert sorted({r for kind, r, *_ in clients.sent if kind == "evaluate"}) == [3, 6, 7]
-    assert sorted(outcome.result.evaluate_metrics_clientapp) == []  # these clients report none
+    assert not outcome.result.evaluate_metrics_clientapp  # these clients report none
     valid = [r.server_round for r in outcome.reports if "evaluate-replies-valid" in r.metrics]
     assert valid == [3, 6, 7]

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every strategy builds from a run config, with its keys and only those."""
+"""Every strategy is built from a run config, with its keys and only those."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from fedfusion_flwr.strategies import (
 from tests.strategies.fedma.matched import NETWORK
 from tests.support import untrained_state
 
-# A value of every particular key that is not its default.
+# Another value than the default, for every key that not all strategies read.
 CHANGED: dict[str, Any] = {
     "server_learning_rate": 0.5,
     "server_momentum": 0.25,
@@ -81,7 +80,7 @@ def test_builds_with_its_keys(name: str) -> None:
 
 @pytest.mark.parametrize("name", registry())
 def test_every_argument_of_its_own_is_a_key(name: str) -> None:
-    """What a strategy adds to the arguments of all can be set from a run config."""
+    """Every argument that a strategy adds can be set from a run config."""
     cls = registry()[name]
     shared = FederatedStrategy.__dataclass_fields__.keys()
     own = {f.name for f in dataclasses.fields(cls) if f.name not in shared}
@@ -146,13 +145,11 @@ def test_every_particular_key_is_a_key_of_the_run_config() -> None:
 
 @pytest.mark.parametrize("name", registry())
 def test_keys_that_do_nothing_are_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("flwr").propagate = True
-    caplog.set_level(logging.WARNING)
+    caplog.set_level("WARNING", logger="flwr")
     read = set(keys_of(registry()[name]))
     idle = {key: value for key, value in CHANGED.items() if key not in read}
     built(name, **CHANGED)
-    said = {record.getMessage() for record in caplog.records}
-    assert said == {
+    assert {*caplog.messages} == {
         f"run-config key '{key.replace('_', '-')}' has no effect with strategy '{name}'"
         for key in idle
     }
@@ -162,7 +159,6 @@ def test_keys_that_do_nothing_are_named(name: str, caplog: pytest.LogCaptureFixt
 
 
 def test_the_inferences_keys_belong_to_fedfusion(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("flwr").propagate = True
     built("fedavg", vae_steps=7)
     assert "'vae-steps' has no effect with strategy 'fedavg'" in caplog.text
     caplog.clear()
@@ -176,8 +172,7 @@ def test_the_inferences_keys_belong_to_fedfusion(caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.parametrize("name", registry())
 def test_settings_are_logged_at_the_start(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("flwr").propagate = True
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", logger="flwr")
     built(name).summary()
     assert "Valid replies: at least 1, give up after 3 failed rounds" in caplog.text
     own = {
