@@ -12,11 +12,14 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from benchmarks.in_process import write_pictures
 from client_app import app as client_app
+from fedfusion_flwr import protocol
 from fedfusion_flwr.app.server import RunOutcome, run
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.fusion import NormalizationStatistics
 from tests.support import assert_identical
 
 __all__ = [
@@ -27,6 +30,8 @@ __all__ = [
     "assert_same_artifacts",
     "rows",
     "run_in_process",
+    "state_of",
+    "statistics_of",
     "write_pictures",
 ]
 
@@ -75,6 +80,16 @@ def ask_client(
     content = RecordDict({"arrays": arrays, "config": ConfigRecord(sent)})
     (reply,) = grid.send_and_receive([Message(content, grid.add_node(node), kind)])
     return reply
+
+
+def state_of(reply: Message) -> dict[str, Tensor]:
+    """The model in a train reply."""
+    return protocol.state_from_record(reply.content.array_records["arrays"])
+
+
+def statistics_of(reply: Message) -> NormalizationStatistics:
+    """The normalization record in a reply."""
+    return protocol.statistics_from_record(reply.content.array_records["normalization"])
 
 
 class Killed(BaseException):

@@ -241,9 +241,6 @@ def assert_identical(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -
         assert torch.equal(value, other[key]), key
 
 
-# --- ways to spoil a reply ------------------------------------------------------------------------
-
-
 def arrays_of(reply: Message) -> ArrayRecord:
     return reply.content.array_records["arrays"]
 

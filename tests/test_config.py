@@ -13,14 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfusion_flwr.config import (
-    DATASETS,
-    MODELS,
-    ConfigError,
-    RunConfig,
-    Value,
-    cohort_size,
-)
+from fedfusion_flwr.config import DATASETS, MODELS, ConfigError, RunConfig, Value, cohort_size
 from fedfusion_flwr.errors import FedFusionError
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -184,10 +177,7 @@ def test_unknown_key_suggests_the_close_one(key: str, close: str) -> None:
 TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"num_clients": 4}, r"planted-components = 5 .* num-clients, which is 4$"),
     ({"validation_fraction": 0.0}, "validation-fraction = 0.0 .* fraction-evaluate = 0.0"),
-    (
-        {"strategy": "fedma", "compile": True},
-        "compile = True does not go with .* compile = False",
-    ),
+    ({"strategy": "fedma", "compile": True}, "compile = True does not go with .* compile = False"),
     (
         {"min_available_clients": 11},
         "min-available-clients = 11 can never be met: .* num-clients, which is 10",

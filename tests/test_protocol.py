@@ -172,9 +172,6 @@ def test_lying_header_allocates_nothing(shape: list[int]) -> None:
     assert array.data is data
 
 
-# --- normalization record -------------------------------------------------------------------------
-
-
 def statistics() -> NormalizationStatistics:
     return NormalizationStatistics.from_state_dict(tiny_model().state_dict())
 

@@ -51,9 +51,9 @@ class Participation(Options):
     node_timeout : float
         Longest time to wait, in seconds.
     evaluate_every : int
-        Clients evaluate in every such round, and in the last.
+        Rounds from one evaluation by clients to the next; they also evaluate in the last round.
     central_evaluate_every : int
-        The server evaluates in every such round, and in the first and the last.
+        The same for the server, which also evaluates before the first round and in the last.
     """
 
     fraction_train: float = checked(1.0, between(0, 1))
@@ -68,7 +68,7 @@ class Participation(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Plausibility(Options):
-    """Which replies and models are believed, and when a run gives up.
+    """Which replies and models are accepted, and when a run gives up.
 
     Attributes
     ----------

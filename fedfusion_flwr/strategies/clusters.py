@@ -64,7 +64,7 @@ class Clusters:
         Parameters
         ----------
         strategy : FederatedStrategy
-            Fuses, and knows the round.
+            Fuses the models.
         replies : Sequence[ClientReply]
             This round's; once there are clusters, every client has one.
         pool : Iterable[ClientReply] or None

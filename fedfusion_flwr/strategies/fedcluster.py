@@ -70,7 +70,7 @@ class FedCluster(FederatedStrategy):
 
     @classmethod
     def rounds_of_equal_steps(cls, config: RunConfig) -> int:
-        """Minus the cost of the training before the clustering."""
+        """``num-server-rounds`` minus the cost of the training before the clustering."""
         return config.rounds_after_one_of_all()
 
     def initial(self) -> FedClusterState:

@@ -62,12 +62,12 @@ class FedClusterCycling(FederatedStrategy):
 
     @property
     def learning_round(self) -> int:
-        """The learning round that the round in progress belongs to, from 0."""
+        """The current learning round, from 0."""
         return (self.server_round - 1) // max(len(self.state.clusters), 1)
 
     @property
     def cycle(self) -> int:
-        """The cycle of its learning round that the round in progress is, from 0."""
+        """The current cycle of the learning round, from 0."""
         return (self.server_round - 1) % max(len(self.state.clusters), 1)
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:

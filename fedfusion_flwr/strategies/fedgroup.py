@@ -73,7 +73,7 @@ class FedGroup(FederatedStrategy):
 
     @classmethod
     def rounds_of_equal_steps(cls, config: RunConfig) -> int:
-        """Minus the cost of the cold start."""
+        """``num-server-rounds`` minus the cost of the cold start."""
         return config.rounds_after_one_of_all()
 
     def initial(self) -> FedGroupState:
@@ -123,7 +123,7 @@ class FedGroup(FederatedStrategy):
                 clusters.of |= placed
         update = clusters.advance(self, replies, seconds={"infer": timer.seconds})
         if self.inter_group_rate > 0 and len(clusters.models) > 1:
-            clusters.models = self._mixed_groups()
+            clusters.models = self.mixed_groups()
             return dataclasses.replace(update, model=mean_of(self, clusters.models))
         return update
 
@@ -134,6 +134,18 @@ class FedGroup(FederatedStrategy):
     def models(self) -> dict[str, State]:
         """The groups' models, ``c0``, ``c1``, ..."""
         return self.state.clusters.named()
+
+    def mixed_groups(self) -> list[State]:
+        """The groups' models after the aggregation between groups."""
+        with one_thread():
+            norms = [inner_product(model, model) ** 0.5 for model in self.state.clusters.models]
+        rates = [self.inter_group_rate / max(norm, 1e-300) for norm in norms]
+        mixed = []
+        for group in range(len(rates)):
+            parts = torch.tensor(rates, dtype=torch.float64)
+            parts[group] = 1.0
+            mixed.append(self.fuse(self.state.clusters.models, parts / parts.sum()))
+        return mixed
 
     def _pretrain(self, clients: list[int], exchange: Exchange) -> list[ClientReply]:
         settings: dict[str, Setting] = {
@@ -155,17 +167,6 @@ class FedGroup(FederatedStrategy):
             for direction in self.state.directions
         ]
         return cosines.index(max(cosines))
-
-    def _mixed_groups(self) -> list[State]:
-        with one_thread():
-            norms = [inner_product(model, model) ** 0.5 for model in self.state.clusters.models]
-        rates = [self.inter_group_rate / max(norm, 1e-300) for norm in norms]
-        mixed = []
-        for group in range(len(rates)):
-            parts = torch.tensor(rates, dtype=torch.float64)
-            parts[group] = 1.0
-            mixed.append(self.fuse(self.state.clusters.models, parts / parts.sum()))
-        return mixed
 
     def settings(self) -> Iterable[str]:
         """Groups and cold start."""

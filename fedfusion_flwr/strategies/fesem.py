@@ -66,7 +66,7 @@ class FeSEM(FederatedStrategy):
 
     @classmethod
     def rounds_of_equal_steps(cls, config: RunConfig) -> int:
-        """Minus the cost of the warm start."""
+        """``num-server-rounds`` minus the cost of the warm start, if there is one."""
         return config.rounds_after_one_of_all() if config.warm_start else config.num_server_rounds
 
     def initial(self) -> FeSEMState:

@@ -80,7 +80,7 @@ class IFCA(FederatedStrategy):
         return self._packed
 
     def expected_from(self, client: int, metrics: Mapping[str, float]) -> State:
-        """The model that the client reports to have chosen; without a valid choice, refuse it."""
+        """The model that the client says it chose; refuses a reply without a valid choice."""
         if self.warms_up:
             return super().expected_from(client, metrics)
         models = self.state.clusters.models

@@ -141,7 +141,7 @@ def check_fits(config: RunConfig, model: nn.Module, examples: Tensor) -> None:
     Parameters
     ----------
     config : RunConfig
-        Says which strategy runs, and how clients normalize.
+        Names the strategy and how clients normalize.
     model : nn.Module
         Not changed.
     examples : Tensor

@@ -15,7 +15,7 @@ from fedfusion_flwr.app.training import evaluate
 from fedfusion_flwr.data import LocalData, local_data
 from fedfusion_flwr.fusion import NormalizationStatistics
 from fedfusion_flwr.models import build_model
-from tests.runs import ask_client
+from tests.runs import ask_client, state_of, statistics_of
 
 BASE: dict[str, Any] = {"partition": "components"}
 
@@ -38,14 +38,6 @@ def ask(
     node = {"partition-id": partition, "num-partitions": 10} if node is None else node
     sent = {"server-round": server_round, **(settings or {})}
     return ask_client({**BASE, **config}, node, arrays or initial(), kind, sent)
-
-
-def state_of(reply: Message) -> dict[str, torch.Tensor]:
-    return protocol.state_from_record(reply.content.array_records["arrays"])
-
-
-def statistics_of(reply: Message) -> NormalizationStatistics:
-    return protocol.statistics_from_record(reply.content.array_records["normalization"])
 
 
 def _loss(state: dict[str, torch.Tensor], data: LocalData) -> float:

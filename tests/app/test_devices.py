@@ -196,9 +196,6 @@ def test_a_run_of_devices(config: dict[str, Any], tmp_path: Path) -> None:
     assert dropped("second", "two", "four") == [None, None]
 
 
-# --- augmentation ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def augmented(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Which batches were augmented, by shape."""

@@ -96,7 +96,7 @@ def test_every_strategy_ends_with_the_frozen_models(strategy: str, tmp_path: Pat
 
 
 def freeze() -> None:
-    """Write the digests of this processor, and the sketches where there are none."""
+    """Write the digests of this processor, and sketches where they are missing."""
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
     digests: dict[str, str] = {}
     for strategy in registry():

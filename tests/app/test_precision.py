@@ -59,9 +59,6 @@ def lenet() -> nn.Module:
     return place_model(build_model("lenet", (1, 8, 8), 4, seed=0), torch.device("cpu"))
 
 
-# --- precision ------------------------------------------------------------------------------------
-
-
 def test_bfloat16_is_close_to_float32_and_not_the_same() -> None:
     full, half = lenet(), lenet()
     slow = {"learning_rate": 0.005, "epochs": 1}
@@ -184,9 +181,6 @@ def test_a_comparison_says_beforehand_that_bfloat16_is_emulated(
     assert plan.count("note: precision = 'bf16' is emulated here") == notes
 
 
-# --- layers that draw random numbers --------------------------------------------------------------
-
-
 def test_dropout_draws_from_the_clients_generator() -> None:
     """One seed gives one result, whatever the global random state, which is not changed."""
     states = []
@@ -202,8 +196,6 @@ def test_dropout_draws_from_the_clients_generator() -> None:
     assert_identical(states[0], states[1])
     assert not torch.allclose(states[0]["1.weight"], states[2]["1.weight"], rtol=1e-3)
 
-
-# --- compilation ----------------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,

@@ -78,11 +78,7 @@ def test_fused_statistics_in_local_training(tweets: Path) -> None:
             "`planted-components` is 3; it must be at most 2",
         ),
         (
-            {
-                "partition": "components",
-                "planted-components": 2,
-                "component-transform": "rotate",
-            },
+            {"partition": "components", "planted-components": 2, "component-transform": "rotate"},
             PartitionError,
             "turns images",
         ),

@@ -57,9 +57,6 @@ def blobs(count: int = 40) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-# --- batches --------------------------------------------------------------------------------------
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 100), st.integers(2, 20))
 def test_batches_cover_everything_once(count: int, batch_size: int) -> None:
@@ -82,9 +79,6 @@ def test_epochs_are_shuffled_differently() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.cat(list(shuffled_batches(50, 8, generator))) for _ in range(2))
     assert not torch.equal(first, second)
-
-
-# --- training -------------------------------------------------------------------------------------
 
 
 def test_one_step_by_hand() -> None:
@@ -172,9 +166,6 @@ def test_loss_that_is_not_finite(bad: str) -> None:
         fit(nn.Linear(2, 2), x, y, learning_rate=rate, epochs=3)
 
 
-# --- fused normalization --------------------------------------------------------------------------
-
-
 def one_norm() -> nn.Sequential:
     """BatchNorm as the first layer, with received statistics mean (1, -1), variance (4, 9)."""
     model = nn.Sequential(OrderedDict(norm=nn.BatchNorm1d(2, eps=1e-12), out=nn.Linear(2, 2)))
@@ -252,9 +243,6 @@ def test_measured_statistics_of_images() -> None:
     columns = x.movedim(1, -1).reshape(-1, 3)
     assert torch.allclose(layer.running_mean, columns.mean(0))  # type: ignore[arg-type]
     assert torch.allclose(layer.running_var, columns.var(0))  # type: ignore[arg-type]
-
-
-# --- evaluation and devices -----------------------------------------------------------------------
 
 
 def test_evaluation_by_hand() -> None:

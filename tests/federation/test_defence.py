@@ -251,9 +251,6 @@ def test_a_cut_count_reaches_fedmas_class_weights() -> None:
     assert weights.tolist() == [[20.0, 10.0, 1.0], [10.0, 0.0, 1.0]]
 
 
-# --- the preset in a run config -------------------------------------------------------------------
-
-
 def built(**settings: Any) -> Any:
     values = {key.replace("_", "-"): value for key, value in settings.items()}
     return build_strategy(RunConfig.from_run_config(values))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that come late, vanish or fail, alone and by the cluster, under every strategy."""
+"""Clients that join late, vanish or fail, alone or as a whole cluster, with every strategy."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_clients_that_join_late_and_leave_early(name: str) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_client_that_is_lost_during_a_round_is_missing_there(name: str) -> None:
-    """Client 3's node answers nothing in round 2, whatever it is asked."""
+    """Client 3's node answers no message of round 2."""
 
     def lose(replies: list[Message]) -> list[Message]:
         echoes = [reply.content.config_records["client"] for reply in replies]
@@ -112,7 +112,7 @@ def test_bad_replies_for_three_rounds_stop_the_run(name: str) -> None:
     for report in recorder.reports[3:]:
         assert report.metrics["round-failed"] == 1
         assert report.metrics["dropped-examples"] == 4
-    # What the run was worth is that of the last good round.
+    # The run ends with the models of the last good round.
     good = run_federation(name, FakeClient(), 4, rounds=2)
     for model in (strategy.progress.average.state, *(r.model for r in recorder.reports[3:5])):
         assert_identical(model, good.state)
@@ -140,7 +140,7 @@ def test_a_run_goes_on_after_failed_rounds(name: str) -> None:
 
 
 class Pair(PlantedClients):
-    """Two planted groups, which know their model where they may choose (IFCA)."""
+    """Two planted groups, which choose the model of their number (IFCA)."""
 
     def __init__(self, group_of: Callable[[int], int], silent: tuple[int, ...] = ()) -> None:
         super().__init__(group_of)
@@ -187,7 +187,7 @@ def test_a_cluster_whose_clients_all_vanish_keeps_its_model(name: str) -> None:
         assert "round-failed" not in report.metrics
         assert [row.client for row in report.clients] == [0, 2, 4]
         assert report.metrics["clusters-updated"] == 1
-    # They would be served it, should they return; IFCA's choose anew.
+    # If they returned, they would be served it; IFCA's clients would choose again.
     if name != "ifca":
         assert_identical(strategy.personal_model(1), kept)
 

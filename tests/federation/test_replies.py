@@ -145,9 +145,6 @@ def test_report_lists_every_client() -> None:
     assert sum(rows[0].assignment or []) == pytest.approx(1, abs=1e-5)
 
 
-# --- local evaluation -----------------------------------------------------------------------------
-
-
 def spoil_evaluation(key: str, value: object) -> Any:
     spoil = replace_metric(key, value)
 
@@ -191,9 +188,6 @@ def test_nan_accuracy_never_wins_best_model(tmp_path: Any) -> None:
     strategy = FedAvg(callbacks=[best], fraction_evaluate=0)
     strategy.start(TamperingGrid(FakeClient(), 2), initial_arrays(), 3, evaluate_fn=evaluate)
     assert (best.state.server_round, best.state.value) == (1, 0.3)
-
-
-# --- the judge alone ------------------------------------------------------------------------------
 
 
 def judged(

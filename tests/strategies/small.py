@@ -79,10 +79,7 @@ def initial_model(config: RunConfig, number: int = 0) -> State:
 
 
 def train_for_real(
-    config: RunConfig,
-    *,
-    start: State | None = None,
-    strategy: FederatedStrategy | None = None,
+    config: RunConfig, *, start: State | None = None, strategy: FederatedStrategy | None = None
 ) -> Outcome:
     """A run in this process through the package's ClientApp; replies arrive in random order."""
     recorder = Recorder()

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from fedfusion_flwr.federation.bounds import difference, inner_product, squared_distance
 from fedfusion_flwr.strategies import geometry
-from fedfusion_flwr.strategies.geometry import (
-    count_different,
-    gram_matrix,
-    principal_coordinates,
-)
+from fedfusion_flwr.strategies.geometry import count_different, gram_matrix, principal_coordinates
 
 State = dict[str, Tensor]
 FAST = settings(max_examples=60, deadline=None, derandomize=True)

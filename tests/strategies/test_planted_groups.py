@@ -77,8 +77,9 @@ def test_fedgroups_newcomer_that_goes_the_other_way_does_not_join() -> None:
     for group, direction in enumerate(strategy.state.directions):
         for sign in (1.0, -1.0):
             state = {k: v.double() + sign * direction[k] for k, v in strategy.state.origin.items()}
-            joined = strategy._nearest(ClientReply(99, 99, 10, {}, state))
-            assert (joined == group) == (sign > 0)
+            reply = ClientReply(99, 99, 10, {}, state)
+            strategy.prepare_cohort([99], lambda *_, reply=reply: [reply])
+            assert (strategy.state.clusters.of.pop(99) == group) == (sign > 0)
 
 
 @pytest.mark.parametrize("name", ["fedgroup", "fedcluster"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,6 @@ def snapshot(clients: list[int], first: float = 0.5) -> FusionSnapshot:
     )
     mixture = torch.tensor([first, 1 - first], dtype=torch.float64)
     return FusionSnapshot(clients, posterior, mixture, torch.full((k,), 1 / k).double())
-
-
-# --- rows -----------------------------------------------------------------------------------------
 
 
 def test_rows_of_a_round(directory: RunDirectory) -> None:
@@ -114,14 +112,15 @@ def test_json_keeps_the_order_of_keys(directory: RunDirectory) -> None:
     assert RunConfig.from_run_config(read) == RunConfig()
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 def test_interrupted_writing_leaves_the_old_file(directory: RunDirectory) -> None:
     directory.write_json("x.json", 1)
-    with pytest.raises(KeyboardInterrupt), directory.writing("x.json") as file:  # noqa: PT012
-        file.write(b"half a fi")
+
+    def interrupted() -> Iterator[bytes]:
+        yield b"half a fi"
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), directory.writing("x.json") as file:
+        file.writelines(interrupted())
     assert json.loads((directory.path / "x.json").read_text()) == 1
     assert files(directory) == ["config.json", "x.json"]
 
@@ -179,9 +178,6 @@ def test_state_file(directory: RunDirectory) -> None:
         assert_identical({key: file.get_tensor(key) for key in state}, state)
 
 
-# --- fusion archive -------------------------------------------------------------------------------
-
-
 def test_archive_is_padded_for_late_clients(directory: RunDirectory) -> None:
     archive = FusionArchive(directory)
     archive.on_round_end(RoundReport(0))
@@ -203,9 +199,7 @@ def test_archive_is_padded_for_late_clients(directory: RunDirectory) -> None:
         assert data["components"].shape == (2, 2, 3)
 
 
-def test_archive_keeps_the_newest_statistics_and_what_was_planted(
-    directory: RunDirectory,
-) -> None:
+def test_archive_keeps_the_newest_statistics_and_what_was_planted(directory: RunDirectory) -> None:
     archive = FusionArchive(directory)
     for server_round, value in ((1, 1.0), (2, 2.0)):
         fusion = dataclasses.replace(snapshot([0, 2]), statistics=torch.full((2, 3), value))
@@ -249,9 +243,6 @@ def test_an_archive_that_is_read_back_goes_on(directory: RunDirectory) -> None:
         assert data["rounds"].tolist() == list(range(1, 32))
 
 
-# --- best model -----------------------------------------------------------------------------------
-
-
 def test_best_model_is_the_first_of_the_highest(directory: RunDirectory) -> None:
     best = BestModel(directory)
     best.on_round_end(RoundReport(1))  # without an accuracy
@@ -265,9 +256,6 @@ def test_best_model_is_the_first_of_the_highest(directory: RunDirectory) -> None
     with safe_open(directory.path / "best_model.safetensors", framework="pt") as file:
         assert file.get_tensor("x").item() == 2.0
         assert file.metadata() == {"round": "2", "global-accuracy": "0.5"}
-
-
-# --- digest ---------------------------------------------------------------------------------------
 
 
 def test_equal_states_have_equal_digests() -> None:

@@ -155,9 +155,6 @@ def test_state_of_another_shape_is_refused() -> None:
         capture(object())
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 def test_the_newest_two_stay_and_the_newest_is_found(directory: RunDirectory) -> None:
     for server_round in (1, 2, 10):
         write(directory, server_round, torch.tensor(server_round))

@@ -59,13 +59,13 @@ class FedMAState:
     passes, completed_in : int
         Complete passes, and the round in which the last of them ended.
     layer : int
-        Of the pass in progress: the layer that is matched next, counted from 0.
+        The layer of the pass in progress that is matched next, counted from 0.
     nets : dict[int, State]
-        What each client trains for it.
+        The network that each client trains for it.
     matchings, units : list
-        Of each layer so far, the matching and each client's units.
+        For each layer so far, the matching and each client's units.
     units_of : dict[int, list[Units]]
-        Of the last complete pass: each client's units of every hidden layer.
+        For the last complete pass, each client's units of every hidden layer.
     common_units : list[Units]
         The same for a newcomer.
     """
@@ -96,7 +96,7 @@ class FedMA(FederatedStrategy):
     matching_gamma : float
         The larger, the sooner it does.
     matching_sweeps : int
-        How often every client is matched anew.
+        How often every client is matched again.
 
     Models of different widths have no moving average: ``average_decay`` must stay 0.
     """
@@ -260,7 +260,7 @@ class FedMA(FederatedStrategy):
         self.state.layer, self.state.nets = 0, {}
 
     def num_channels(self) -> int | None:
-        """That of the models sent, which have one size in a round but change between rounds."""
+        """That of the models sent: all clients of a round train one size, which then changes."""
         return self.channels_of(next(iter(self.round.sent.values()), self.current))
 
     @property

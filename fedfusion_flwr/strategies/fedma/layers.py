@@ -131,7 +131,7 @@ class PlainNetwork:
         return [key for layer in self.layers[:depth] for key in layer.entries(state)]
 
     def take(self, state: Mapping[str, Tensor], units: Sequence[Units]) -> State:
-        """The network of some of the hidden units, in the given order.
+        """The network that has only the given hidden units, in the given order.
 
         Parameters
         ----------
@@ -155,8 +155,8 @@ class PlainNetwork:
     def widen_inputs(self, state: Mapping[str, Tensor], n: int, units: Units, width: int) -> State:
         """Layer ``n`` with the inputs of a layer below of ``width`` units.
 
-        Input i moves to ``units[i]``; the columns of the other units are zero, so that what the
-        layer computes of its own units stays the same.
+        Input i moves to ``units[i]``; the columns of the other units are zero, so that the layer
+        still computes the same.
         """
         layer = self.layers[n]
         blocks = _blocks(state[layer.weight], len(units))

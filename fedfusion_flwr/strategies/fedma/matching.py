@@ -11,7 +11,7 @@ s_i = sum of the members' rows, c_i members and precisions p_i = 1 + c_i, the ga
 
 (c_i at most 10 in the logarithm) is maximized over a client's injective assignments by the
 Hungarian method: first client by client, the widest first, then in sweeps in which every client is
-taken out, units that nobody is left in are deleted, and the client is matched anew.
+taken out, units that are left without members are deleted, and the client is matched again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def match_units(
     gamma : float
         Positive; the larger, the sooner a unit becomes a new global one.
     sweeps : int
-        How often every network is matched anew.
+        How often every network is matched again.
     generator : numpy.random.Generator
         Source of the order of the networks in each sweep.
     grow : bool
@@ -143,7 +143,7 @@ class _Run:
 
 
 def new_slots(num_rows: int, width: int) -> int:
-    """How many new units a client of ``num_rows`` may open beside ``width`` global ones."""
+    """How many new units a client of ``num_rows`` units may add to ``width`` global ones."""
     return max(min(num_rows, max(MAX_UNITS - width, 1)), num_rows - width)
 
 
@@ -184,13 +184,13 @@ def merge_units(
     Parameters
     ----------
     parts : Sequence[Tensor]
-        One tensor a network; its first axis are the network's units, (L_j, ...).
+        One tensor per network; the first axis runs over the network's units, (L_j, ...).
     units : Sequence[NDArray[np.int64]]
         The global unit of each of them.
     width : int
         L, number of global units, each with a member.
     weights : Tensor or None
-        What each network counts in each global unit, (J, L); every column sums to more than 0
+        Weight of each network in each global unit, (J, L); every column sums to more than 0
         over the unit's members. None is the plain mean over the members. (The authors' code takes
         the MAP estimate s_i / p_i, which shrinks a unit of c members by c / (c + 1), layer after
         layer; the mean keeps equal networks as they are.)

@@ -21,8 +21,6 @@ from tests.support import (
     tiny_model,
 )
 
-# --- a pass ---------------------------------------------------------------------------------------
-
 
 def test_one_pass_by_hand() -> None:
     """Aligned clients: layer 1 is their plain mean, layer 2 weighs by examples of each class."""
@@ -136,9 +134,6 @@ def test_common_units_are_those_of_most_members() -> None:
     members = np.bincount(np.concatenate([units[0] for units in strategy.state.units_of.values()]))
     assert sorted(members.tolist()) == [1, 1, 2, 2]
     assert members[strategy.state.common_units[0]].tolist() == [2, 2]
-
-
-# --- errors and warnings --------------------------------------------------------------------------
 
 
 def test_a_run_without_a_whole_pass_is_refused() -> None:

@@ -120,9 +120,6 @@ def test_other_models_are_refused(name: str) -> None:
     assert "\n" not in sentence
 
 
-# --- other widths ---------------------------------------------------------------------------------
-
-
 def test_equal_shapes_give_the_model_itself() -> None:
     model = small_cnn("batchnorm")
     assert fit_to_state(model, model.state_dict()) is model
