@@ -110,6 +110,7 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "float64 weights": (edit_value(WEIGHT, lambda a: a.astype("f8")), "dtype"),
     "int weights": (edit_value(WEIGHT, lambda a: a.astype("i4")), "dtype"),
     "big-endian weights": (edit_value(WEIGHT, lambda a: a.astype(">f4")), "dtype"),
+    "a leap": (edit_value(WEIGHT, lambda a: a + np.float32(1e30)), "update"),
     "key missing": (drop_array(WEIGHT), "structure"),
     "key extra": (replace_value("backdoor", [1.0]), "structure"),
     "no model": (drop_record("arrays"), "structure"),

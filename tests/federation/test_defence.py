@@ -17,7 +17,6 @@ from fedfusion_flwr.federation.outliers import moments_of, next_bound, outlier_s
 from fedfusion_flwr.federation.replies import ClientReply
 from fedfusion_flwr.strategies import build_strategy
 from fedfusion_flwr.strategies.fedma import class_weights
-from fedfusion_flwr.tracking.snapshot import capture, rebuild
 from tests.strategies.fedma.matched import other_state, run_fedma
 from tests.support import (
     MEAN,
@@ -30,7 +29,6 @@ from tests.support import (
     edit_value,
     honest_state,
     initial_arrays,
-    make_strategy,
     replace_metric,
     run_federation,
     tiny_model,
@@ -213,12 +211,6 @@ def test_capped_weights_are_counted_and_logged(caplog: pytest.LogCaptureFixture)
     # 10 ... 60 of 210 examples: two of them are more than a fifth.
     assert outcome.reports[1].metrics["weights-capped"] == 2
     assert any("weight 0.286 capped to 0.2" in line for line in caplog.messages)
-
-
-def test_bounds_survive_a_checkpoint() -> None:
-    progress = run("fedavg", FakeClient(), defence=Defence()).strategy.progress
-    restored = rebuild(capture(progress), make_strategy("fedavg").progress)
-    assert restored.clip_bounds == progress.clip_bounds != {}
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedfusion", "ifca"])

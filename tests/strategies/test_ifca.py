@@ -193,5 +193,6 @@ def test_a_leap_is_measured_from_the_chosen_model() -> None:
     clients.choose = lambda models, client: client % 2  # type: ignore[method-assign]
     strategy = ifca(num_clusters=2, initial_state=lambda _: small)
     outcome = run_planted(strategy, clients, 2, rounds=1)
-    dropped = {row.client: row.dropped for row in outcome.reports[1].clients}
-    assert dropped == {0: None, 1: "update"}
+    rows = {row.client: row for row in outcome.reports[1].clients}
+    assert (rows[0].dropped, rows[1].dropped) == (None, "update")
+    assert "times the model's norm" in str(rows[1].detail)

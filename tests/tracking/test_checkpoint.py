@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,21 +100,6 @@ def test_a_tensor_that_occurs_twice_is_stored_once(directory: RunDirectory) -> N
     big = torch.zeros(10_000)
     path = write(directory, 1, {"a": big, "b": [big]})
     assert path.stat().st_size < 1.5 * big.nbytes
-
-
-def test_states_come_back_and_go_on(directory: RunDirectory) -> None:
-    """A momentum step and an average go on as if they had not been stored."""
-    step, average = ServerStep(1.0, 0.9), ServedAverage(0.5)
-    models = [{"w": torch.tensor([float(i)])} for i in range(4)]
-    for before, after in itertools.pairwise(models[:3]):
-        average.update(step(before, after))
-    fresh = ServerStep(1.0, 0.9), ServedAverage(0.5)
-    copies = [
-        through_file(directory, original, new)
-        for original, new in zip((step, average), fresh, strict=True)
-    ]
-    expected = average.update(step(models[2], models[3]))
-    assert torch.equal(copies[1].update(copies[0](models[2], models[3]))["w"], expected["w"])
 
 
 def test_inference_goes_on_as_it_would_have(directory: RunDirectory) -> None:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedfusion_flwr import RunConfig
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.strategies import FedMA, build_strategy
+from fedfusion_flwr.strategies import FedMA
 from tests.strategies.fedma.matched import NETWORK, OUT, Listener, other_state, run_fedma, trained
 from tests.support import (
     COUNTER,
@@ -158,13 +157,3 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         FedMA()
     with pytest.raises(FedFusionError, match=r"average_decay = 0.5 must be 0"):
         FedMA(network=NETWORK, average_decay=0.5)
-
-
-def test_registry_builds_it() -> None:
-    config = RunConfig(strategy="fedma", matching_width="fixed", matching_gamma=2.0)
-    strategy = build_strategy(config, initial_state=other_state, network=lambda: NETWORK)
-    assert isinstance(strategy, FedMA)
-    assert strategy.network is NETWORK
-    assert strategy.initial_state is other_state
-    chosen = strategy.matching_width, strategy.matching_gamma, strategy.matching_sweeps
-    assert chosen == ("fixed", 2.0, 5)
