@@ -152,7 +152,7 @@ def test_numbers_that_are_not_finite(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["dirichlet-alpha", "learning-rate", "round-timeout"])
-def test_whole_numbers_do_for_numbers(key: str) -> None:
+def test_whole_numbers_are_accepted_as_numbers(key: str) -> None:
     value = getattr(RunConfig.from_run_config({key: 2}), key.replace("-", "_"))
     assert value == 2.0
     assert type(value) is float

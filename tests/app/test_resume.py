@@ -159,4 +159,4 @@ def test_failed_rounds_leave_the_last_good_checkpoint(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert names == ["checkpoint-000003.safetensors", "checkpoint-000004.safetensors"]
     whole = go(tmp_path / "whole", strategy="fedavg", **{"num-server-rounds": 2})
-    assert whole.digest  # the first two rounds were good, and the two failed ones kept their model
+    assert whole.digest  # the first two rounds were good, and the two failed ones kept the model

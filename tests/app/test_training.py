@@ -134,7 +134,7 @@ def test_deterministic(fused: bool) -> None:
     assert not torch.equal(states[0]["fc.weight"], states[2]["fc.weight"])
 
 
-def test_data_and_global_generator_are_left_alone() -> None:
+def test_data_and_global_generator_are_not_changed() -> None:
     x, y = blobs()
     copies = x.clone(), y.clone()
     model, state = tiny_model(), torch.get_rng_state()
@@ -254,7 +254,7 @@ def test_evaluation_by_hand() -> None:
     assert accuracy == pytest.approx(2 / 3)
 
 
-def test_evaluation_in_parts_and_without_traces() -> None:
+def test_evaluation_in_parts_and_without_side_effects() -> None:
     model = tiny_model().train()
     before = copied(model)
     x, y = blobs(1100)

@@ -53,19 +53,19 @@ ROWS: dict[str, tuple[FederatedStrategy, list[Round]]] = {
     "fedavg, a third": (built(FedAvg, fraction_train=1 / 3), [(2, 2, 2, 0)] * 2),
     "fedprox": (built(FedProx), [PLAIN, PLAIN]),
     "fedbn": (built(FedBN), [PLAIN, PLAIN]),
-    "fesem: the warm start is everybody's": (
+    "fesem: all clients in the warm start": (
         three(FeSEM, fraction_train=0.5),
         [(6 + 3, 6 + 3, 6 + 3, 0), (3, 3, 3, 0)],
     ),
     "fesem without warm start": (three(FeSEM, warm_start=False), [PLAIN, PLAIN]),
     "ifca: three models down": (three(IFCA, warmup_rounds=0), [(18, 6, 6, 3)] * 2),
     "ifca in its warm-up": (three(IFCA, warmup_rounds=1), [PLAIN, (18, 6, 6, 3)]),
-    "fedcluster: everybody in the clustering": (
+    "fedcluster: all clients in the clustering": (
         three(FedCluster, cluster_round=1),
         [PLAIN, (12, 12, 12, 0), PLAIN],
     ),
     "fedcluster-cycling": (built(FedClusterCycling, num_clusters=3), [(2, 2, 2, 0)] * 3),
-    "fedgroup: everybody in the cold start": (three(FedGroup), [(12, 12, 12, 0), PLAIN]),
+    "fedgroup: all clients in the cold start": (three(FedGroup), [(12, 12, 12, 0), PLAIN]),
     "fedgroup: newcomers later": (
         three(FedGroup, pretrain_clients=1),  # three clients, then the other three
         [(3 + 3 + 6, 3 + 3 + 6, 3 + 3 + 6, 0), PLAIN],
@@ -75,7 +75,7 @@ ROWS: dict[str, tuple[FederatedStrategy, list[Round]]] = {
 
 @pytest.mark.parametrize("row", ROWS)
 def test_costs_by_hand(row: str) -> None:
-    """Clients evaluate in every round too, which is not counted."""
+    """Clients also evaluate in every round, which is not counted."""
     strategy, expected = ROWS[row]
     clients = PlantedClients(lambda client: client % 3)
     outcome = run_planted(strategy, clients, CLIENTS, rounds=len(expected))
@@ -115,7 +115,7 @@ def test_a_bad_reply_costs_its_bytes_and_no_work() -> None:
     metrics = outcome.reports[1].metrics
     model = sum(len(array.data) for array in initial_arrays().values())
     assert metrics["bytes-down"] == 5 * model
-    # The good three and client 3 sent normalization records beside: 4 arrays of 2 numbers each.
+    # The good three and client 3 also sent normalization records: 4 arrays of 2 numbers each.
     assert metrics["bytes-up"] == 4 * (model + 4 * (128 + 2 * 4))
     assert metrics["client-steps"] == 3 * 7
 
@@ -145,7 +145,7 @@ def test_our_client_reports_its_steps_and_its_extra_forward_passes(source: str) 
         statistics_source=source,
     )
     sizes = [len(local_data(config, k).x) for k in range(config.num_clients)]
-    # A last batch of one example joins the one before.
+    # A last batch of one example joins the previous one.
     batches = [n // 8 + (n % 8 > 1) for n in sizes]
     reports = train_for_real(config).reports
     probed = sum(sizes) if source == "probe" else 0

@@ -84,7 +84,7 @@ def test_an_outlier_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> Non
     assert "dropped (outlier): its normalization statistics score" in line
 
 
-def test_among_fewer_than_four_nobody_is_dropped_but_everybody_warned(
+def test_among_fewer_than_four_an_outlier_is_kept_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     hostile = FakeClient(OUTLIERS["running mean"], hostile=(2,))
@@ -223,7 +223,7 @@ def test_the_order_of_the_replies_changes_nothing(name: str) -> None:
 
 
 def test_fedma_is_clipped_and_capped_but_clients_of_different_models_are_not_compared() -> None:
-    """Every client starts from a network of its own, so that only round 2 sees common layers."""
+    """Every client starts from its own network, so only round 2 has common layers."""
     far = FakeClient(OUTLIERS["running mean"], hostile=(2,), spoil_rounds=(1,))
     outcome = run_fedma(far, HONEST, initial_state=other_state, defence=Defence())
     for report in outcome.reports[1:]:
@@ -263,7 +263,7 @@ def test_the_preset_and_its_keys() -> None:
 
 
 @pytest.mark.parametrize("key", ["outlier_threshold", "clip_quantile", "max_examples_ratio"])
-def test_its_keys_say_that_they_are_idle_without_it(
+def test_its_keys_warn_that_they_are_idle_without_it(
     key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("WARNING", logger="flwr"):
@@ -272,7 +272,7 @@ def test_its_keys_say_that_they_are_idle_without_it(
     assert warning in caplog.messages
 
 
-def test_leaving_the_record_out_is_no_way_around() -> None:
+def test_leaving_out_the_record_does_not_help() -> None:
     """The running statistics, which inference then reads, are still judged."""
 
     def spoil(reply: Message) -> None:

@@ -29,7 +29,7 @@ from tests.support import (
 HONEST = 5
 STRATEGIES = ("fedfusion", *TINY)
 WHOLE_TABLE = ("fedavg", "fedfusion", "fedgroup")
-"""All rows; the other strategies, which share the checks of these, see `TYPICAL` rows."""
+"""These go through all rows; the others, which share their checks, through `TYPICAL` rows."""
 TYPICAL = (
     "one NaN",
     "NaN running mean",

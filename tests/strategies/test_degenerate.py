@@ -73,7 +73,7 @@ def test_equals_fedavg_bit_for_bit(row: str) -> None:
 
 
 def test_fedgroup_with_one_group_is_fedavg_from_the_mean_of_the_pretrained() -> None:
-    """eta_G = 0; the cohort is everybody, as nobody is a newcomer after the cold start."""
+    """eta_G = 0; the cohort is all clients, and there are no newcomers after the cold start."""
     grouped = train_for_real(small_config(strategy="fedgroup", num_clusters=1, pretrain_steps=3))
 
     class ColdStart(FedGroup):

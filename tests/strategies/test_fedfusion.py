@@ -118,7 +118,7 @@ def test_a_cohort_is_weighted_to_the_population() -> None:
     assert sizes == {4}
 
 
-def test_stratified_sampling_meets_everybody_then_keeps_proportions() -> None:
+def test_stratified_sampling_meets_all_clients_then_keeps_proportions() -> None:
     outcome = fuse_groups(9, rounds=8, fraction_train=1 / 3, sampling="stratified")
     cohorts = [sorted(row.client or 0 for row in r.clients) for r in outcome.reports[1:]]
     assert sorted(c for cohort in cohorts[:3] for c in cohort) == list(range(9))

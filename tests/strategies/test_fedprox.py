@@ -48,7 +48,7 @@ def test_gradient_is_that_of_one_squared_norm_over_all_tensors() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_larger_mu_the_nearer_clients_stay() -> None:
-    """Full-batch steps from one model; its running statistics are no part of the distance."""
+    """Full-batch steps from one model; running statistics are not part of the distance."""
     distances = []
     for mu in (0.0, 0.01, 0.1, 1.0, 10.0):
         config = small_config(

@@ -39,7 +39,7 @@ def built(strategy: type[FederatedStrategy], **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("strategy", [FedAvg, FedProx, FedClusterCycling])
-def test_one_model_serves_everybody(strategy: type[FederatedStrategy]) -> None:
+def test_one_model_serves_all_clients(strategy: type[FederatedStrategy]) -> None:
     clients = PlantedClients(group_of)
     own = {"num_clusters": 1} if strategy is FedClusterCycling else {}
     outcome = run_planted(built(strategy, **own), clients, CLIENTS, rounds=2)
@@ -97,7 +97,7 @@ def test_fedcluster_serves_the_global_model_before_its_clusters() -> None:
         assert_identical(state, outcome.reports[2].model)
 
 
-def test_ifca_sends_the_models_of_after_the_round() -> None:
+def test_ifca_sends_the_updated_models() -> None:
     clients = PlantedClients(group_of)
     strategy = built(IFCA, num_clusters=3, initial_state=start_state)
     run_planted(strategy, clients, CLIENTS, rounds=4)
@@ -153,7 +153,7 @@ def test_fedfusion_serves_the_clients_mixture_of_component_models_by_hand() -> N
     assert_identical(strategy.personal_model(77), served)
 
 
-def test_evaluation_is_due_every_so_many_rounds_and_in_the_last() -> None:
+def test_evaluation_is_due_periodically_and_in_the_last_round() -> None:
     clients = PlantedClients(group_of)
     outcome = run_planted(built(FedAvg, evaluate_every=3), clients, 2, rounds=7)
     assert sorted({r for kind, r, *_ in clients.sent if kind == "evaluate"}) == [3, 6, 7]

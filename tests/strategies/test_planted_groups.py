@@ -164,7 +164,7 @@ def test_a_failed_first_exchange_is_repeated(name: str) -> None:
 
 
 def test_fedcluster_samples_within_each_cluster() -> None:
-    """Half of each cluster of 6, 4 and 2 clients, at least one; before that, half of everybody."""
+    """Half of each cluster of 6, 4 and 2 clients, at least one; before that, half of them all."""
     strategy = finder("fedcluster", fraction_train=0.5)
     outcome = run_planted(strategy, PlantedClients(group_of), CLIENTS, rounds=6)
     cohorts = [[row.client for row in report.clients] for report in outcome.reports[1:]]
