@@ -217,31 +217,29 @@ def test_a_refit_keeps_the_assignments_and_goes_on_from_the_last_network(easy: P
     assert torch.equal(main(first), main(second))
 
 
-def test_changed_groups_start_a_new_fit(easy: Planted) -> None:
-    inference, other = small(), planted(8, clients=24, width=24, groups=3)
-    inference.fit(other.x, examples(24))
-    network = inference._vae
-    fit = inference.fit(easy.x, examples(24))
-    assert inference._vae is not network
-    assert easy.agreement(fit) == 1.0
-
-
-@pytest.mark.parametrize("newcomers", [1, 12])
-def test_new_clients_join_the_fit_that_is_there(easy: Planted, newcomers: int) -> None:
+@pytest.mark.parametrize(
+    ("before", "warm"),
+    [
+        ("all but one", True),
+        ("all but twelve", True),
+        ("all but one group", False),
+        ("other groups", False),
+    ],
+)
+def test_the_last_fit_goes_on_unless_the_groups_have_changed(
+    easy: Planted, before: str, warm: bool
+) -> None:
+    known = {
+        "all but one": easy.x[:-1],
+        "all but twelve": easy.x[:-12],
+        "all but one group": easy.x[easy.labels != easy.labels.max()],
+        "other groups": planted(8, clients=24, width=24, groups=3).x,
+    }[before]
     inference = small()
-    inference.fit(easy.x[:-newcomers], examples(24)[:-newcomers])
+    inference.fit(known, examples(len(known)))
     network = inference._vae
     fit = inference.fit(easy.x, examples(24))
-    assert inference._vae is network
-    assert easy.agreement(fit) == 1.0
-
-
-def test_a_group_that_only_newcomers_are_in_starts_a_new_fit(easy: Planted) -> None:
-    inference, last = small(), easy.labels == easy.labels.max()
-    inference.fit(easy.x[~last], examples(24)[~last])
-    network = inference._vae
-    fit = inference.fit(easy.x, examples(24))
-    assert inference._vae is not network
+    assert (inference._vae is network) == warm
     assert easy.agreement(fit) == 1.0
 
 
