@@ -47,14 +47,14 @@ def populations(draw: st.DrawFn) -> Population:
         (f64([1, 0], [1, 0], [0, 1]), f64(1 / 2, 1 / 2), f64(100, 300, 100), [1 / 8, 3 / 8, 1 / 2]),
         # soft, B = (7/2, 1/2): p_1 = 3/4 (1/2) / (7/2) + 1/4 (1/2) / (1/2), p_2 = 3/4 * 6/7
         (f64([0.5, 0.5], [1, 0]), f64(3 / 4, 1 / 4), f64(1, 3), [5 / 14, 9 / 14]),
-        # nobody in the last component: pi is renormalized to (2/3, 1/3), the first split 1:3
+        # no client in the last component: pi is renormalized to (2/3, 1/3), the first split 1:3
         (
             f64([1, 0, 0], [0, 1, 0], [1, 0, 0]),
             f64(1 / 2, 1 / 4, 1 / 4),
             f64(10, 70, 30),
             [1 / 6, 1 / 3, 1 / 2],
         ),
-        # pi is all on a component that nobody is in: examples decide
+        # pi is all on an empty component: examples decide
         (f64([1, 0], [1, 0]), f64(0, 1), f64(1, 3), [1 / 4, 3 / 4]),
         # a client of one example among thousands is alone in its component, and stays
         (f64([1, 0], [0, 1]), f64(1 / 2, 1 / 2), f64(9999, 1), [1 / 2, 1 / 2]),
@@ -110,9 +110,7 @@ def test_scaling_all_example_counts_changes_nothing(population: Population, fact
 
 @many
 @given(populations(), st.integers(0, 1000))
-def test_renaming_clients_or_components_renames_the_weights(
-    population: Population, seed: int
-) -> None:
+def test_order_of_clients_and_components_is_free(population: Population, seed: int) -> None:
     b, pi, n = population
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(b.shape[0], generator=generator)
@@ -139,7 +137,7 @@ def test_a_cohort_is_weighted_to_the_mixture(labels: list[int], pi: list[float])
 
 
 def test_traces_do_not_make_a_component_inhabited() -> None:
-    """Column sums 2.9, 0.4 and 0.7: the second is below half a client and nobody's main one."""
+    """Column sums 2.9, 0.4 and 0.7: the second is below half a client and no client's main one."""
     b = f64([0.9, 0.1, 0], [0.9, 0.1, 0], [0.9, 0.1, 0], [0.2, 0.1, 0.7])
     assert inhabited(b).tolist() == [True, False, True]
     assert inhabited(f64([1, 0], [0, 1])).tolist() == [True, True]
@@ -190,7 +188,7 @@ def test_bad_arguments_are_named(b: Tensor, pi: Tensor, n: Tensor, message: str)
         ([0.6, 0.3, 0.1], 0.35, [0.35, 0.35, 0.3]),
         # .75 -> .5; the free half goes 3:2 to .15 and .10
         ([0.75, 0.15, 0.10], 0.5, [0.5, 0.3, 0.2]),
-        # nobody else has any weight: what is cut goes to all others alike
+        # no other client has any weight: the excess goes to all others equally
         ([1.0, 0.0, 0.0], 0.5, [0.5, 0.25, 0.25]),
         # three clients cannot stay below 1/4 each: all alike
         ([0.7, 0.2, 0.1], 0.25, [1 / 3, 1 / 3, 1 / 3]),
@@ -247,9 +245,7 @@ def test_balanced_mixture_by_hand(rho: float, expected: list[float]) -> None:
 
 @many
 @given(populations(), st.floats(0, 1))
-def test_balancing_never_turns_the_order_of_components_around(
-    population: Population, rho: float
-) -> None:
+def test_balancing_keeps_the_order_of_components(population: Population, rho: float) -> None:
     b, _, n = population
     mass = n @ b
     pi = balanced_mixture(mass, rho)
@@ -259,8 +255,8 @@ def test_balancing_never_turns_the_order_of_components_around(
     assert float(pi.max()) <= float(mass.max() / mass.sum()) + 1e-5
 
 
-def test_components_that_nobody_lives_in_are_emptied() -> None:
-    """Column sums 2.1, .4, .5: the second is nobody's main one and below half a client."""
+def test_uninhabited_components_are_emptied() -> None:
+    """Column sums 2.1, .4, .5: the second is no client's main one and below half a client."""
     pruned = prune_assignments(f64([0.6, 0.2, 0.2], [0.8, 0.1, 0.1], [0.7, 0.1, 0.2]))
     expected = f64([3 / 4, 0, 1 / 4], [8 / 9, 0, 1 / 9], [7 / 9, 0, 2 / 9])
     torch.testing.assert_close(pruned, expected)
