@@ -6,22 +6,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from fedfusion_flwr.experiments.overrides import Overrides
+from fedfusion_flwr.experiments.results import rounds_table
 from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.experiments.suite import Tuning
+from fedfusion_flwr.experiments.work import Overrides
 
 LAST_ROUNDS = 5
-"""The tuning judges by the mean of so many last values of its metric: one is too noisy."""
+"""The tuning judges by the mean of this many last values of its metric: one is too noisy."""
 
 
 def score(row: Row, metric: str) -> float:
     """Mean of the metric's last values after round 0, at most `LAST_ROUNDS`; a loss is negated."""
-    values: list[float] = [
-        r[metric] for r in row["metrics"] if r["round"] and r.get(metric) is not None
-    ]
-    if not values:
+    rounds = rounds_table([row["metrics"]])
+    values = rounds.loc[rounds["round"] > 0, metric].dropna()
+    if values.empty:
         return float("-inf")
-    mean = statistics.mean(values[-LAST_ROUNDS:])
+    mean = float(values.iloc[-LAST_ROUNDS:].mean())
     return -mean if metric.endswith("loss") else mean
 
 
@@ -29,20 +29,23 @@ def scores(tuning: Tuning, rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     """Strategy -> candidate -> mean score over its cells; only candidates with all their cells."""
     grid = tuning.grid
     needed = len(grid.datasets) * len(grid.models) * len(grid.partitions) * len(grid.seeds)
-    result: dict[str, dict[int, float]] = {}
-    for strategy, candidates in tuning.candidates.items():
-        found: dict[int, float] = {}
-        for number in range(len(candidates)):
-            of = [r for r in rows if (r["strategy"], r["candidate"]) == (strategy, number)]
-            if len(of) == needed:
-                metric = tuning.metrics[strategy]
-                found[number] = statistics.mean(score(row, metric) for row in of)
-        result[strategy] = found
-    return result
+    found: dict[str, dict[int, list[float]]] = {strategy: {} for strategy in tuning.candidates}
+    for row in rows:
+        strategy = row["strategy"]
+        value = score(row, tuning.metrics[strategy])
+        found[strategy].setdefault(row["candidate"], []).append(value)
+    return {
+        strategy: {
+            number: statistics.mean(values)
+            for number, values in sorted(candidates.items())
+            if len(values) == needed
+        }
+        for strategy, candidates in found.items()
+    }
 
 
 def winners(tuning: Tuning, rows: Sequence[Row]) -> dict[str, Overrides]:
-    """The best candidate of every strategy that has one; of equals the first."""
+    """The best candidate of every strategy that has one; the first of equals."""
     return {
         strategy: tuning.candidates[strategy][max(found, key=lambda n: found[n])]
         for strategy, found in scores(tuning, rows).items()
