@@ -153,10 +153,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _centralized(options: argparse.Namespace) -> int:
-    from fedfusion_flwr.overrides import parse_overrides
     from fedfusion_flwr.experiments.centralized import train_centralized
     from fedfusion_flwr.experiments.rows import put_row
     from fedfusion_flwr.experiments.work import Machine, Reference
+    from fedfusion_flwr.overrides import parse_overrides
 
     config = {
         **parse_overrides(options.run_config),

@@ -85,7 +85,7 @@ def write_tables(folder: Path, rows: Sequence[Row], tuning: Sequence[Row] = ()) 
 
 
 def exact_mean(values: Series) -> float:
-    """The mean of what is not NaN, rounded once: equal sums give equal means, and so equal ranks."""
+    """The mean of what is not NaN, rounded once: equal sums have equal means and equal ranks."""
     told = [float(value) for value in values.dropna()]
     return float(statistics.mean(told)) if told else math.nan
 
@@ -111,7 +111,9 @@ def ranks(runs: DataFrame) -> DataFrame:
     tables = []
     for (group, metric), of in _by_group_and_accuracy(runs):
         strategies = of["strategy"].unique()
-        means = of.groupby(_RUN, sort=False)[metric].agg(exact_mean).unstack()[[*strategies]].dropna()
+        means = (
+            of.groupby(_RUN, sort=False)[metric].agg(exact_mean).unstack()[[*strategies]].dropna()
+        )
         if means.empty:
             continue
         rank = means.rank(axis=1, ascending=False)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures and the numbers in them; how strategies look in all of them."""
+"""What figures share: how strategies look, pictures with their numbers, the parts of a page."""
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import re
@@ -18,14 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from pandas import DataFrame
 
 from fedfusion_flwr.config import STRATEGIES
-
-Numbers = list[dict[str, Any]]
+from fedfusion_flwr.experiments.results import CENTRALIZED
 
 WIDTH = 4.2
 """Inches of every picture: its letters can still be read on a telephone's width."""
-CENTRALIZED = "centralized"
 _LEGEND_ROW = 0.18
 _SHORT_NAME = 12
 _LOG_STEPS: tuple[tuple[float, tuple[float, ...]], ...] = (
@@ -33,7 +31,7 @@ _LOG_STEPS: tuple[tuple[float, tuple[float, ...]], ...] = (
     (5.0, (1, 2, 5)),
     (0.0, (1, 1.5, 2, 3, 4, 5, 7)),
 )
-"""What multiples of powers of ten have room on an axis whose ends have at least this ratio."""
+"""The multiples of powers of ten that fit on an axis whose ends have at least this ratio."""
 _COORDINATES = re.compile(r' (?:d|x|y|transform)="[^"]*"')
 _RC: Any = {
     # The same numbers give the same file, and letters stay letters.
@@ -68,9 +66,9 @@ _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "|||", "---", "//..
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """The looks of strategies: those of the app have the same in every report.
+    """The looks of strategies; those of the app look the same in every report.
 
-    Strategies that a suite made up take the next ones, in the order of the names.
+    Names that a suite made up take the next looks, in their order.
     """
     names = list(dict.fromkeys(names))
     made_up = [name for name in names if name not in (*STRATEGIES, CENTRALIZED)]
@@ -104,20 +102,20 @@ def numbered_look(number: int) -> Look:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its numbers and what is to be said of it.
+    """A figure with its numbers and its texts.
 
     Attributes
     ----------
     name : str
         Of its files, without suffix.
     title, caption : str
-        Above and below it; the caption says in plain words what is seen and how it was measured.
+        Above and below it; the caption says in plain words what it shows and how it was measured.
     alt : str
         What it shows, for those who cannot see it.
     figure : Figure
         Drawn, not saved.
-    numbers : Numbers
-        One dict a row, equal keys.
+    numbers : DataFrame
+        What is drawn.
     """
 
     name: str
@@ -125,7 +123,7 @@ class Picture:
     caption: str
     alt: str
     figure: Figure
-    numbers: Numbers
+    numbers: DataFrame
 
     def write(self, folder: Path) -> None:
         """Write ``<name>.svg``, ``.png`` and ``.csv``."""
@@ -136,10 +134,10 @@ class Picture:
             self.figure.set_layout_engine("none")
             self.figure.savefig(folder / f"{self.name}.png", dpi=150)
         (folder / f"{self.name}.svg").write_text(_shortened(buffer.getvalue()), encoding="utf-8")
-        write_csv(folder / f"{self.name}.csv", self.numbers)
+        _write_csv(folder / f"{self.name}.csv", self.numbers)
 
     def data_uri(self, folder: Path) -> str:
-        """The written SVG, to stand in a page."""
+        """The written SVG, to embed in a page."""
         text = (folder / f"{self.name}.svg").read_text(encoding="utf-8")
         # Not base64: coordinates stay as short as they are.
         return "data:image/svg+xml," + quote(text, safe=" /:;=,.()-")
@@ -159,11 +157,11 @@ class Table:
     caption: str
     header: list[str]
     rows: list[list[str]]
-    numbers: Numbers
+    numbers: DataFrame
 
     def write(self, folder: Path) -> None:
         """Write ``<name>.csv``."""
-        write_csv(folder / f"{self.name}.csv", self.numbers)
+        _write_csv(folder / f"{self.name}.csv", self.numbers)
 
 
 @dataclass
@@ -177,7 +175,7 @@ class Part:
 
 @dataclass
 class Section:
-    """One question of the report: what is asked, its parts, and what could not be drawn."""
+    """One question of the report: its text, its parts, and what could not be drawn."""
 
     anchor: str
     title: str
@@ -261,7 +259,7 @@ def name_rows(ax: Axes, names: Sequence[str]) -> None:
 
 
 def plain_log(ax: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis, whose numbers are written out; call it when all is drawn."""
+    """A logarithmic axis with plain numbers; call it when all is drawn."""
     ax.set(**{f"{which}scale": "log"})
     axis = ax.xaxis if which == "x" else ax.yaxis
     low, high = axis.get_view_interval()
@@ -271,14 +269,8 @@ def plain_log(ax: Axes, which: Literal["x", "y"]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def write_csv(path: Path, numbers: Numbers) -> None:
-    """Write rows as CSV; what is None or NaN stays empty."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(numbers[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in numbers:
-        writer.writerow({key: "" if value != value else value for key, value in row.items()})
-    path.write_text(buffer.getvalue(), encoding="utf-8")
+def _write_csv(path: Path, numbers: DataFrame) -> None:
+    numbers.to_csv(path, index=False, lineterminator="\n")
 
 
 def in_words(pairs: Iterable[tuple[str, float]], digits: int = 3) -> str:
@@ -287,5 +279,5 @@ def in_words(pairs: Iterable[tuple[str, float]], digits: int = 3) -> str:
 
 
 def _shortened(svg: str) -> str:
-    """Coordinates to a hundredth of a point: half the file, and nothing that an eye could see."""
+    """Coordinates to a hundredth of a point: half the file, and no visible difference."""
     return _COORDINATES.sub(lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)

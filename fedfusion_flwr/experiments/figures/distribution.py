@@ -7,18 +7,11 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from pandas import DataFrame, Series
 
-from fedfusion_flwr.report.evidence import Cell, Evidence, Setting
-from fedfusion_flwr.report.inferred import (
-    KINDS,
-    LEAST_CLIENTS,
-    Inferred,
-    matched,
-    true_components,
-)
-from fedfusion_flwr.report.inferred_store import first_inference, strangers
-from fedfusion_flwr.report.pictures import (
-    Numbers,
+from fedfusion_flwr.experiments.figures.curves import recovery_picture
+from fedfusion_flwr.experiments.figures.style import (
     Part,
     Picture,
     Section,
@@ -27,57 +20,64 @@ from fedfusion_flwr.report.pictures import (
     legend_above,
     numbered_look,
 )
-from fedfusion_flwr.report.recovery import recovery_picture
+from fedfusion_flwr.experiments.inferred import (
+    KINDS,
+    LEAST_CLIENTS,
+    Inferred,
+    first_inference,
+    matched,
+    strangers,
+    true_components,
+)
+from fedfusion_flwr.experiments.results import Results, Setting
 
 
-def inferred_section(evidence: Evidence) -> Section:
-    """The first kept FedFusion run of every setting, and the recovery by all strategies.
-
-    What is drawn of a suite's run directories is written to the suite's folder.
-    """
+def inferred_section(results: Results) -> Section:
+    """The first seed's FedFusion run of every setting, and the recovery by all strategies."""
     section = Section(
         "inferred",
         "The inferred distribution",
         "What the server made of the clients from their normalization parameters alone, beside "
-        "what was planted where the partition plants something. Components are numbered as the "
+        "what was planted, if the partition plants something. Components are numbered as the "
         "run numbers them; planted ones have numbers of their own.",
     )
-    for setting, cells in evidence.compared.items():
+    for setting, runs in results.compared.items():
         part = Part(str(setting))
-        recovery = recovery_picture(setting, cells)
+        recovery = recovery_picture(results, setting, runs)
         if recovery is not None:
             part.pictures.append(recovery)
-        found = first_inference(evidence, cells, section.missing)
+        found = first_inference(results, runs, section.missing)
         if found is not None:
-            part.pictures += _run_pictures(setting, *found, section.missing)
-        elif not evidence.is_run and any(cell.algorithm == "fedfusion" for cell in cells):
-            section.missing.append(f"{setting}: no run directory with a fusion.npz was kept.")
-        elif evidence.is_run:
+            index, run = found
+            title = f"{setting}, seed {runs.loc[index, 'seed']}"
+            part.pictures += _run_pictures(setting, title, run, section.missing)
+        elif results.is_run:
             section.missing.append(
                 "The run has no fusion.npz: only fedfusion infers a distribution."
             )
+        elif (runs["algorithm"] == "fedfusion").any():
+            section.missing.append(f"{setting}: no inference of its first seed was kept.")
         if part.pictures:
             section.parts.append(part)
-    section.missing += strangers(evidence)
+    section.missing += strangers(results)
     return section
 
 
-def _run_pictures(setting: Setting, cell: Cell, run: Inferred, missing: list[str]) -> list[Picture]:
-    told = f"{setting}, seed {cell.seed}"
-    drawn = [_assignments(setting, told, run), _mixture(setting, told, run)]
+def _run_pictures(setting: Setting, title: str, run: Inferred, missing: list[str]) -> list[Picture]:
+    drawn = [_assignments(setting, title, run), _mixture(setting, title, run)]
     if run.statistics is None:
-        missing.append(f"{told}: fusion.npz holds no statistics; runs of this version record them.")
+        missing.append(f"{title}: fusion.npz holds no statistics; new runs record them.")
         return drawn
     if len(run.clients) < LEAST_CLIENTS:
-        missing.append(f"{told}: {len(run.clients)} clients make no map.")
+        missing.append(f"{title}: {len(run.clients)} clients make no map.")
     else:
-        drawn.insert(0, _plane(setting, told, run))
+        drawn.insert(0, _plane(setting, title, run))
     if run.is_planted:
-        drawn.append(_components(setting, told, run, run.statistics))
+        drawn.append(_components(setting, title, run, run.statistics))
     return drawn
 
 
-def _plane(setting: Setting, told: str, run: Inferred) -> Picture:
+def _plane(setting: Setting, title: str, run: Inferred) -> Picture:
     maps = run.maps
     groupings = {"inferred": run.main_components}
     if run.is_planted:
@@ -115,7 +115,7 @@ def _plane(setting: Setting, told: str, run: Inferred) -> Picture:
         "numbers, mean that the data was found out." if run.is_planted else ""  # fmt: skip
     return Picture(
         f"inferred-clients-{setting.slug}",
-        f"Clients in the plane: {told}",
+        f"Clients in the plane: {title}",
         "Each mark is a client, placed by its normalization parameters in the last round "
         f"(standardized, as the inference sees them).{beside} In t-SNE only who is near whom "
         "means something.",
@@ -123,23 +123,22 @@ def _plane(setting: Setting, told: str, run: Inferred) -> Picture:
         "inferred components"
         + (f" beside {len(np.unique(run.planted))} planted ones." if run.is_planted else "."),
         figure,
-        [
+        DataFrame(
             {
-                "client": int(client),
+                "client": run.clients,
                 **{
-                    f"{method.lower()}-{axis}": float(points[k, a])
+                    f"{method.lower()}-{axis}": points[:, a].astype(float).astype(float)
                     for method, points in maps.items()
                     for a, axis in enumerate("xy")
                 },
-                "inferred": int(run.main_components[k]),
-                "planted": int(run.planted[k]) if run.planted[k] >= 0 else None,
+                "inferred": run.main_components,
+                "planted": _planted(run.planted),
             }
-            for k, client in enumerate(run.clients)
-        ],
+        ),
     )
 
 
-def _assignments(setting: Setting, told: str, run: Inferred) -> Picture:
+def _assignments(setting: Setting, title: str, run: Inferred) -> Picture:
     order, shown = run.order(), run.occupied
     columns = 2 if len(shown) > 1 else 1
     rows = math.ceil(len(shown) / columns)
@@ -178,28 +177,33 @@ def _assignments(setting: Setting, told: str, run: Inferred) -> Picture:
     lines = " Dotted lines part the planted groups." if run.is_planted else ""
     return Picture(
         f"inferred-assignments-{setting.slug}",
-        f"Assignments: {told}",
+        f"Assignments: {title}",
         "How much of each client (a row, ordered by planted, then inferred component) belongs to "
         f"each component, round by round. Dark is all of it.{lines} Components that hold less than "
         "one hundredth of the clients throughout are left out.",
         f"Heat maps of assignments by client and round for components {shown}.",
         figure,
-        [
-            {
-                "round": int(number),
-                "client": int(run.clients[k]),
-                "planted": int(run.planted[k]) if run.planted[k] >= 0 else None,
-                "component": m,
-                "assignment": float(run.assignments[r, k, m]),
-            }
-            for r, number in enumerate(run.rounds)
-            for k in order
-            for m in range(run.assignments.shape[2])
-        ],
+        _numbers(run, order),
     )
 
 
-def _mixture(setting: Setting, told: str, run: Inferred) -> Picture:
+def _numbers(run: Inferred, order: np.ndarray) -> DataFrame:
+    """Every assignment, clients in this order."""
+    names = ["round", "client", "component"]
+    components = range(run.assignments.shape[2])
+    index = pd.MultiIndex.from_product([run.rounds, run.clients[order], components], names=names)
+    table = DataFrame({"assignment": run.assignments[:, order].ravel()}, index).reset_index()
+    planted = dict(zip(run.clients, _planted(run.planted), strict=True))
+    table["planted"] = table["client"].map(planted).astype("Int64")
+    return table[["round", "client", "planted", "component", "assignment"]]
+
+
+def _planted(components: np.ndarray) -> Series:
+    """Planted components, missing where they are not known."""
+    return Series(components, dtype="Int64").where(components >= 0)
+
+
+def _mixture(setting: Setting, title: str, run: Inferred) -> Picture:
     kinds = {"used": run.mixture, "inferred": run.inferred_mixture}
     figure, axes = canvas(4.4, 2, sharex=True, sharey=True)
     for ax, (kind, mixture) in zip(axes[:, 0], kinds.items(), strict=True):
@@ -223,52 +227,51 @@ def _mixture(setting: Setting, told: str, run: Inferred) -> Picture:
     last = [(f"component {m}", float(run.mixture[-1, m])) for m in run.occupied]
     return Picture(
         f"inferred-mixture-{setting.slug}",
-        f"Mixture: {told}",
+        f"Mixture: {title}",
         "The share of each component in the fused model. Above: as the run used it, by the rule "
         "of its key mixture; below: the posterior mean of the inference. Last round, as used: "
         f"{in_words(last, 2)}.",
         f"Line charts of the mixture by round. Last round: {in_words(last, 2)}.",
         figure,
-        [
+        DataFrame(
             {
-                "round": int(number),
-                "component": m,
-                "used": float(run.mixture[r, m]),
-                "inferred": float(run.inferred_mixture[r, m]),
+                "round": np.repeat(run.rounds, run.mixture.shape[1]),
+                "component": np.tile(np.arange(run.mixture.shape[1]), len(run.rounds)),
+                "used": run.mixture.ravel(),
+                "inferred": run.inferred_mixture.ravel(),
             }
-            for r, number in enumerate(run.rounds)
-            for m in range(run.mixture.shape[1])
-        ],
+        ),
     )
 
 
-def _components(setting: Setting, told: str, run: Inferred, statistics: np.ndarray) -> Picture:
-    numbers: Numbers = []
+def _components(setting: Setting, title: str, run: Inferred, statistics: np.ndarray) -> Picture:
     true = true_components(statistics, run.planted)
     assert run.channels is not None
-    for planted, component in matched(run.planted, run.assignments[-1]).items():
-        for i, kind in enumerate(KINDS):
-            for at, channel in enumerate(run.channels, i * len(run.channels)):
-                numbers.append(
-                    {
-                        "planted": planted,
-                        "component": component,
-                        "kind": kind,
-                        "channel": int(channel),
-                        "true": float(true[planted][at]),
-                        "reconstructed": float(run.components[-1, component, at]),
-                    }
-                )
+    width = len(run.channels)
+    numbers = pd.concat(
+        DataFrame(
+            {
+                "planted": planted,
+                "component": component,
+                "kind": kind,
+                "channel": run.channels,
+                "true": true[planted][at : at + width].astype(float),
+                "reconstructed": run.components[-1, component, at : at + width].astype(float),
+            }
+        )
+        for planted, component in matched(run.planted, run.assignments[-1]).items()
+        for kind, at in zip(KINDS, range(0, width * len(KINDS), width), strict=True)
+    )
     figure, axes = canvas(4.6, 2, 2)
     correlations = []
     for ax, kind in zip(axes.flat, KINDS, strict=True):
-        rows = [row for row in numbers if row["kind"] == kind]
-        points = np.array([(row["true"], row["reconstructed"]) for row in rows])
-        owners = np.array([row["planted"] for row in rows])
-        for planted in np.unique(owners):
+        of_kind = numbers[numbers["kind"] == kind]
+        points = of_kind[["true", "reconstructed"]].to_numpy()
+        for planted, of in of_kind.groupby("planted"):
             style = numbered_look(int(planted))
             ax.plot(
-                *points[owners == planted].T,
+                of["true"],
+                of["reconstructed"],
                 style.marker,
                 color=style.color,
                 markersize=3.5,
@@ -284,7 +287,7 @@ def _components(setting: Setting, told: str, run: Inferred, statistics: np.ndarr
     legend_above(figure, axes[0, 0])
     return Picture(
         f"inferred-components-{setting.slug}",
-        f"True and reconstructed components: {told}",
+        f"True and reconstructed components: {title}",
         "Each mark is one channel of one planted group: its normalization parameter, averaged over "
         "the group's clients, against what the decoder makes of the component that holds most of "
         "the group. Both are deviations from the cohort. On the line they are equal; flatter than "
