@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pandas import DataFrame
+from pandas import DataFrame, Series
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -162,15 +161,12 @@ def thinned(values: np.ndarray) -> list[float | int | None]:
 
 @dataclass(frozen=True)
 class RunningValues:
-    """What is drawn of a model's running statistics; see `thinned`.
-
-    ``outside`` is the `share_outside` of all values.
-    """
+    """What is drawn of a model's running statistics; see `thinned`."""
 
     channels: int
     outside: float
-    means: list[float]
-    deviations: list[float]
+    means: np.ndarray
+    deviations: np.ndarray
 
     @property
     def shares(self) -> np.ndarray:
@@ -178,6 +174,31 @@ class RunningValues:
         if self.channels > MOST_VALUES:
             return np.linspace(0, 1, MOST_VALUES)
         return (np.arange(self.channels) + 1) / self.channels
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A row's bias: divergences (R,), distances (R, layers) from R references, NaN if unknown."""
+
+    references: list[str]
+    divergence: np.ndarray
+    reverse: np.ndarray
+    distances: np.ndarray
+    gap: float
+    values: RunningValues | None
+
+    @classmethod
+    def read(cls, row: Row) -> _Measured:
+        names = ("divergence", "divergence-reversed", "feature-distances")
+        divergence, reverse, distances = (np.array(row[name], dtype=float) for name in names)
+        if divergence.shape != reverse.shape or divergence.ndim != 1 or distances.ndim == 0:
+            raise ValueError("lists of different lengths")
+        values = None
+        if row.get("running-means"):
+            pair = (np.array(row[f"running-{name}"], float) for name in ("means", "deviations"))
+            values = RunningValues(row["channels"], row["share-outside"], *pair)
+        gap = np.nan if row["statistics-gap"] is None else float(row["statistics-gap"])
+        return cls(list(row["references"]), divergence, reverse, distances, gap, values)
 
 
 @dataclass(frozen=True)
@@ -225,98 +246,78 @@ def read_bias(results: Results, setting: Setting, runs: DataFrame) -> tuple[Sett
     pooled = results.references_for(setting)
     if pooled.empty:
         raise ResultsError("no centralized model of this data and model")
-    known, foreign, complaints = set(pooled["digest"]), [], []
-    found: list[tuple[str, int, Row]] = []
-    for cell, strategy, seed, row in _rows_of(runs, "cell", "strategy", "seed"):
-        if not row["references"] or not known.issuperset(row["references"]):
-            foreign.append(cell)
+    complaints: list[str] = []
+    floor = [measured for _, measured in _read_all(pooled.assign(cell="a reference"), complaints)]
+    known, found, foreign = set(pooled["digest"]), [], []
+    for index, measured in _read_all(runs, complaints):
+        if measured.references and known.issuperset(measured.references):
+            found.append((runs.loc[index, "strategy"], runs.loc[index, "seed"], measured))
         else:
-            found.append((strategy, seed, row))
-    complaints += _reasons(runs)
+            foreign.append(runs.loc[index, "cell"])
     if foreign:
         complaints.append(
             f"{len(foreign)} runs were measured on other centralized models than those of this "
             f"folder ({first_of(foreign)})"
         )
     if not found:
-        raise ResultsError("; ".join(complaints) or "no feature bias in the rows of its runs")
-    of_seeds = [one for one in found if one[1] in set(pooled["seed"])] or found
-    rows = {strategy: [r for s, _, r in of_seeds if s == strategy] for strategy, *_ in of_seeds}
-    floor = [row for _, row in _rows_of(pooled, "seed")]
-    table: list[Row] = [*_measures({CENTRALIZED: floor}, both=True), *_measures(rows)]
-    by_strategy = {CENTRALIZED: floor, **rows}
-    values = {name: drawn for name, of in by_strategy.items() if (drawn := _drawn(of)) is not None}
+        raise ResultsError("; ".join(complaints) or "no run was compared with a centralized model")
+    found = [one for one in found if one[1] in set(pooled["seed"])] or found
+    by_strategy = {CENTRALIZED: floor}
+    for strategy, _, measured in found:
+        by_strategy.setdefault(strategy, []).append(measured)
+    measures = DataFrame(line for name, of in by_strategy.items() for line in _measures(name, of))
     layers = DataFrame(_layers(by_strategy), columns=["strategy", "layer", "feature-distance"])
-    return SettingBias(setting, list(rows), DataFrame(table), layers, values), complaints
+    drawn = {
+        name: values[0]
+        for name, of in by_strategy.items()
+        if (values := [one.values for one in of if one.values is not None])
+    }
+    return SettingBias(setting, [*by_strategy][1:], measures, layers, drawn), complaints
 
 
-def _rows_of(frame: DataFrame, *names: str) -> Iterator[tuple[Any, ...]]:
-    """Some columns of the lines whose bias was measured, and the bias."""
-    if "bias" in frame:
-        for *told, bias in frame[[*names, "bias"]].itertuples(index=False):
-            if isinstance(bias, dict) and "feature-distances" in bias:
-                yield *told, bias
+def _read_all(frame: DataFrame, complaints: list[str]) -> Iterator[tuple[Any, _Measured]]:
+    """The bias of each line, with its index; sentences on those that have none that is usable."""
+    for index, bias in frame.get("bias", Series()).items():
+        if isinstance(bias, dict) and "missing" in bias:
+            if bias["missing"] not in complaints:
+                complaints.append(bias["missing"])
+        elif isinstance(bias, dict):
+            try:
+                yield index, _Measured.read(bias)
+            except (KeyError, TypeError, ValueError) as problem:
+                name = frame.loc[index, "cell"]
+                complaints.append(f"the feature bias of {name} is damaged ({problem})")
 
 
-def _reasons(runs: DataFrame) -> list[str]:
-    told = runs.get("bias", [])
-    return list(dict.fromkeys(b["missing"] for b in told if isinstance(b, dict) and "missing" in b))
-
-
-def _measures(rows: Mapping[str, Sequence[Row]], both: bool = False) -> Iterator[Row]:
+def _measures(strategy: str, rows: Sequence[_Measured]) -> Iterator[Row]:
     """The lines of `SettingBias.measures`: means over the references, or each pair both ways."""
-    for strategy, of in rows.items():
-        columns: dict[str, list[float]] = {
-            "divergence": [],
-            "feature-distance": [],
-            "statistics-gap": [],
-            "divergence-reversed": [],
-        }
-        for row in of:
-            ways = [row["divergence"], row["divergence-reversed"]]
-            pairs = list(zip(*ways, strict=True))
-            if both:
-                columns["divergence"] += [value for pair in pairs for value in pair]
-                columns["divergence-reversed"] += [v for pair in pairs for v in reversed(pair)]
-                columns["feature-distance"] += map(_mean, row["feature-distances"])
-            else:
-                if pairs:
-                    columns["divergence"].append(_mean(ways[0]))
-                    columns["divergence-reversed"].append(_mean(ways[1]))
-                columns["feature-distance"].append(_mean(_mean_layers([row])))
-            columns["statistics-gap"].append(_mean([row["statistics-gap"]]))
-        for measure, values in columns.items():
-            told = [value for value in values if not math.isnan(value)]
-            for i, value in enumerate(told):
-                yield {"measure": measure, "strategy": strategy, "run": i, "value": value}
-
-
-def _layers(rows: Mapping[str, Sequence[Row]]) -> Iterator[Row]:
-    for strategy, of in rows.items():
-        for number, value in enumerate(_mean_layers(of), 1):
-            yield {"strategy": strategy, "layer": number, "feature-distance": value}
-
-
-def _mean_layers(rows: Sequence[Row]) -> list[float]:
-    """The distance of every layer, mean over runs and references; NaN if one does not know it."""
-    lists = [layers for row in rows for layers in row["feature-distances"]]
-    if not lists or not lists[0]:
-        return []
-    return [float(value) for value in np.array(lists, dtype=float).mean(0)]
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    """The mean of the values that are there; NaN of none."""
-    told = [value for value in values if value is not None and not math.isnan(value)]
-    return float(np.mean(told)) if told else math.nan
-
-
-def _drawn(rows: Sequence[Row]) -> RunningValues | None:
+    columns: dict[str, list[float]] = {"divergence": [], "feature-distance": [],
+                                       "statistics-gap": [], "divergence-reversed": []}  # fmt: skip
     for row in rows:
-        if row.get("running-means"):
-            pair = [
-                [math.nan if value is None else float(value) for value in row[name]]
-                for name in ("running-means", "running-deviations")
-            ]
-            return RunningValues(row["channels"], float(row["share-outside"] or 0), *pair)
-    return None
+        columns["statistics-gap"].append(row.gap)
+        pairs = np.stack([row.divergence, row.reverse], 1)
+        if strategy == CENTRALIZED:
+            columns["divergence"] += pairs.ravel().tolist()
+            columns["divergence-reversed"] += pairs[:, ::-1].ravel().tolist()
+            columns["feature-distance"] += map(_mean, row.distances)
+        else:
+            columns["divergence"].append(_mean(row.divergence))
+            columns["divergence-reversed"].append(_mean(row.reverse))
+            columns["feature-distance"].append(_mean(row.distances.mean(0)))
+    for measure, values in columns.items():
+        for number, value in enumerate(value for value in values if not np.isnan(value)):
+            yield {"measure": measure, "strategy": strategy, "run": number, "value": value}
+
+
+def _layers(rows: Mapping[str, Sequence[_Measured]]) -> Iterator[tuple[str, int, float]]:
+    for strategy, of in rows.items():
+        distances = [one.distances for one in of if one.distances.size]
+        if distances:
+            for number, value in enumerate(np.concatenate(distances).mean(0), 1):
+                yield strategy, number, float(value)
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of the values that are there; NaN of none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from fedfusion_flwr.experiments.overrides import Overrides
 from fedfusion_flwr.experiments.progress import Clock, Timed, shown
 from fedfusion_flwr.experiments.suite import Grid, Tuning
 from fedfusion_flwr.experiments.tuning import score, scores, winners
-from tests.experiments.invented import row
+from fedfusion_flwr.experiments.work import Overrides
+from tests.experiments.folders import row
 
 
 def test_expected_seconds() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedfusion_flwr.config import STRATEGIES, RunConfig
-from fedfusion_flwr.experiments.overrides import equal_rounds, slug
-from fedfusion_flwr.experiments.suite import SuiteError
+from fedfusion_flwr.experiments.results import slug
+from fedfusion_flwr.experiments.suite import SuiteError, equal_rounds
 from fedfusion_flwr.experiments.suite_file import load_suite, parse_suite
 
 SMALL = """

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfusion_flwr.report.inferred import (
+from fedfusion_flwr.experiments.inferred import (
     LEAST_CLIENTS,
     MOST_CHANNELS,
     Inferred,

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
-from fedfusion_flwr.fusion import NormalizationStatistics
-from fedfusion_flwr.report.feature_bias import (
+from fedfusion_flwr.experiments.measures import (
     BIN_EDGES,
     feature_distance,
     histogram,
@@ -25,6 +24,7 @@ from fedfusion_flwr.report.feature_bias import (
     share_outside,
     statistics_gap,
 )
+from fedfusion_flwr.fusion import NormalizationStatistics
 
 values = hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(-3, 3))
 seeds = st.integers(0, 2**31 - 1)

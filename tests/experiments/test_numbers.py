@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedfusion_flwr.report import write_report
-from fedfusion_flwr.report.evidence import Cell, Setting
-from fedfusion_flwr.report.variations import differences, usual_config
-from tests.report.folders import cell, metrics, read_csv, reference, write_suite
+from fedfusion_flwr.experiments.figures.variations import differences, usual_config
+from fedfusion_flwr.experiments.page import write_report
+from tests.experiments.folders import cell, metrics, read_csv, reference, write_suite
 
 
 @pytest.fixture(scope="module")
@@ -236,11 +235,13 @@ def test_tables_are_made_for_each_group(tmp_path: Path) -> None:
 
 
 def test_usual_config() -> None:
-    def of(**config: Any) -> Cell:
-        return Cell("", Setting("", "", ""), "fedavg", 0, config, [])
-
-    cells = [of(a=1, b=2), of(a=3, b=2), of(a=1, b=5), of(a=1, b=7)]
-    usual = usual_config(cells)
+    configs: list[dict[str, Any]] = [
+        {"a": 1, "b": 2},
+        {"a": 3, "b": 2},
+        {"a": 1, "b": 5},
+        {"a": 1, "b": 7},
+    ]
+    usual = usual_config(configs)
     assert usual == {"a": 1, "b": 2}
-    assert [differences(cell, usual) for cell in cells] == [{}, {"a": 3}, {"b": 5}, {"b": 7}]
-    assert differences(of(a=1, b=2, seed=4), usual) == {}
+    assert [differences(c, usual) for c in configs] == [{}, {"a": 3}, {"b": 5}, {"b": 7}]
+    assert differences({"a": 1, "b": 2, "seed": 4}, usual) == {}

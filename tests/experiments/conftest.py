@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedfusion_flwr.report import write_report
-from tests.report.folders import run_suite, write_small_images
+from fedfusion_flwr.experiments.page import write_report
+from tests.experiments.folders import run_suite, write_small_images
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fedfusion_flwr.experiments import processes
-from fedfusion_flwr.experiments.processes import Job, interrupted_by_sigterm, run_jobs
+from fedfusion_flwr.experiments import jobs
+from fedfusion_flwr.experiments.jobs import Job, interrupted_by_sigterm, run_jobs
 
 
 def job(folder: Path, name: str, **arguments: Any) -> Job:
@@ -23,13 +23,13 @@ def job(folder: Path, name: str, **arguments: Any) -> Job:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The processes that were started, as they are."""
     found: list[Any] = []
-    start = processes._Running.__init__
+    start = jobs._Running.__init__
 
     def remember(self: Any, job: Job) -> None:
         start(self, job)
         found.append(self.process)
 
-    monkeypatch.setattr(processes._Running, "__init__", remember)
+    monkeypatch.setattr(jobs._Running, "__init__", remember)
     return found
 
 

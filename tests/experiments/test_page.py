@@ -13,17 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedfusion_flwr.cli import main
 from fedfusion_flwr.config import STRATEGIES
-from fedfusion_flwr.report import ReportError, write_report
-from fedfusion_flwr.report.__main__ import main
-from fedfusion_flwr.report.bias import SettingBias
-from fedfusion_flwr.report.bias_pictures import bias_section, layers_picture
-from fedfusion_flwr.report.bias_rows import Bias
-from fedfusion_flwr.report.evidence import Setting, read_evidence
-from fedfusion_flwr.report.pictures import CENTRALIZED, looks
-from tests.report.folders import (
-    REAL_STRATEGIES,
+from fedfusion_flwr.experiments.figures.style import looks
+from fedfusion_flwr.experiments.page import write_report
+from fedfusion_flwr.experiments.results import CENTRALIZED
+from fedfusion_flwr.experiments.rows import ResultsError
+from tests.experiments.folders import (
     cell,
+    cell_name,
     metrics,
     read_csv,
     reference,
@@ -101,7 +99,7 @@ def test_page_needs_nothing_else(real_suite: Path) -> None:
 
 
 def test_inference_is_what_the_run_recorded(real_suite: Path) -> None:
-    with np.load(real_suite / "runs" / "fedfusion-0" / "fusion.npz") as stored:
+    with np.load(real_suite / "runs" / cell_name("fedfusion", 0) / "fusion.npz") as stored:
         told = {name: stored[name] for name in stored.files}
     rows = read_csv(real_suite, "inferred-assignments")
     assert len(rows) == told["assignments"].size
@@ -130,58 +128,6 @@ def test_inference_is_what_the_run_recorded(real_suite: Path) -> None:
     }
 
 
-def test_bias_of_the_kept_models(real_suite: Path) -> None:
-    rows = read_csv(real_suite, "bias-fashion-mnist")
-
-    def values(measure: str, strategy: str) -> list[float]:
-        wanted = (measure, strategy)
-        return [float(r["value"]) for r in rows if (r["measure"], r["strategy"]) == wanted]
-
-    # Two pairs of centralized models, each compared both ways; four models by themselves.
-    assert len(values("divergence", CENTRALIZED)) == 4
-    assert len(values("statistics-gap", CENTRALIZED)) == 4
-    assert len(values("feature-distance", CENTRALIZED)) == 2
-    for strategy in REAL_STRATEGIES:
-        batchnorm = strategy != "fed-gn"
-        assert len(values("divergence", strategy)) == 2 * batchnorm
-        assert len(values("statistics-gap", strategy)) == 2 * batchnorm
-        assert all(0 < value < 1 for value in values("feature-distance", strategy))
-    assert values("divergence-published", "fedavg") == [0.13]
-    forward, backward = values("divergence", "fedavg"), values("divergence-reversed", "fedavg")
-    assert forward != backward
-    assert min(forward + backward) > 0
-
-
-def test_a_damaged_model_is_named(real_suite: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "damaged"
-    shutil.copytree(real_suite, folder, ignore=shutil.ignore_patterns("report"))
-    (folder / "models" / "0-1.safetensors").write_bytes(b"half a model")
-    (sentence,) = bias_section(read_evidence(folder)).missing
-    assert "0-1.safetensors' is damaged" in sentence
-
-
-def test_bias_layer_by_layer(tmp_path: Path) -> None:
-    def bias(strategy: str, distances: list[list[float]]) -> Bias:
-        return Bias(strategy, [], [], distances, [])
-
-    rows = [
-        bias(CENTRALIZED, [[0.0, 0.125, 0.25]]),
-        bias("fedfusion", [[0.25, 0.5, 0.75], [0.5, 0.5, 0.25]]),
-        bias("without normalization", [[], []]),
-    ]
-    picture = layers_picture(SettingBias(Setting("mnist", "resnet18", "iid"), rows, {}))
-    assert picture.numbers == [
-        {"strategy": strategy, "layer": layer, "feature-distance": distance}
-        for strategy, distances in (
-            (CENTRALIZED, (0.0, 0.125, 0.25)),
-            ("fedfusion", (0.375, 0.5, 0.5)),
-        )
-        for layer, distance in enumerate(distances, 1)
-    ]
-    picture.write(tmp_path)
-    assert "centralized (floor)" in (tmp_path / "bias-layers-mnist-resnet18-iid.svg").read_text()
-
-
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     folder = write_suite(
         tmp_path, [cell("fedfusion", 0, metrics([0.1, 0.5]))], [reference(0, 0, [0.9])]
@@ -189,8 +135,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     write_report(folder)
     page = page_of(folder)
     for sentence in (
-        "mnist-5k, lenet, components: no run directory with a fusion.npz was kept.",
-        "mnist-5k, lenet, components: no centralized model of this data and model was kept.",
+        "mnist-5k, lenet, components: no inference of its first seed was kept.",
+        "mnist-5k, lenet, components: no run was compared with a centralized model.",
         "No cells of a group hyper-parameters.",
         "No cells of a group ablation.",
     ):
@@ -200,20 +146,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     write_lines(folder / "failures.jsonl", [{"cell": "main-ifca-0", "reason": "no memory"}])
     write_report(folder)
     assert "no centralized reference of this data and model." in page_of(folder)
+    assert "components: no centralized model of this data and model." in page_of(folder)
     assert "<dt>failed runs</dt><dd>main-ifca-0</dd>" in page_of(folder)
-
-
-def test_data_that_is_gone_is_named(real_suite: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "moved"
-    shutil.copytree(real_suite, folder, ignore=shutil.ignore_patterns("report"))
-    for path in folder.glob("runs/*/config.json"):
-        config = json.loads(path.read_text()) | {"data-root": str(tmp_path / "gone.npz")}
-        path.write_text(json.dumps(config))
-    section = bias_section(read_evidence(folder))
-    assert section.parts == []
-    (sentence,) = section.missing
-    assert sentence.startswith("fashion-mnist, lenet, components: ")
-    assert "gone.npz" in sentence
 
 
 def test_names_are_text_not_markup(tmp_path: Path) -> None:
@@ -229,7 +163,7 @@ def test_names_are_text_not_markup(tmp_path: Path) -> None:
 
 def test_report_of_one_run(real_suite: Path, tmp_path: Path) -> None:
     run = tmp_path / "one-run"
-    shutil.copytree(real_suite / "runs" / "fedfusion-0", run)
+    shutil.copytree(real_suite / "runs" / cell_name("fedfusion", 0), run)
     assert write_report(run) == run / "report" / "index.html"
     page = page_of(run)
     assert "One run of fedfusion on npz, lenet, components: 6 clients, 2 rounds, seed 0." in page
@@ -250,7 +184,7 @@ def test_report_of_one_run(real_suite: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_is_still_going_on(real_suite: Path, tmp_path: Path) -> None:
     run = tmp_path / "one-run"
-    shutil.copytree(real_suite / "runs" / "fedavg-0", run)
+    shutil.copytree(real_suite / "runs" / cell_name("fedavg", 0), run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"round": 3, "global-acc')
     write_report(run)
@@ -274,9 +208,9 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_other_things(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ReportError, match="neither a run directory"):
+    with pytest.raises(ResultsError, match="neither a run directory"):
         write_report(tmp_path)
-    assert main([str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: '{tmp_path}' is neither")
     assert list(tmp_path.iterdir()) == []
 
@@ -293,14 +227,14 @@ def test_a_folder_of_other_things(tmp_path: Path, capsys: pytest.CaptureFixture[
 )
 def test_damaged_records(tmp_path: Path, lines: list[str], complaint: str) -> None:
     (tmp_path / "cells.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    with pytest.raises(ReportError, match=complaint):
+    with pytest.raises(ResultsError, match=complaint):
         write_report(tmp_path)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_suite(tmp_path / "suite", [cell("fedavg", 0, metrics([0.1, 0.5]))])
     output = tmp_path / "elsewhere"
-    assert main([str(folder), "--output", str(output)]) == 0
+    assert main(["report", str(folder), "--output", str(output)]) == 0
     assert capsys.readouterr().out == f"{output / 'index.html'}\n"
     assert not (folder / "report").exists()
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfusion_flwr.experiments.statistics import cluster_bootstrap, spread, t_interval
+from fedfusion_flwr.experiments.intervals import cluster_bootstrap, spread, t_interval
 
 NUMBERS = st.floats(-100, 100)
 
