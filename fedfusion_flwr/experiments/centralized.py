@@ -15,13 +15,7 @@ import numpy as np
 from fedfusion_flwr.app.training import evaluate, train
 from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import RunConfig
-from fedfusion_flwr.data import (
-    NO_AUGMENTATION,
-    augment,
-    central_test_data,
-    data_for,
-    partition_for,
-)
+from fedfusion_flwr.data import NO_AUGMENTATION, augment, central_test_data, data_for, partition_for
 from fedfusion_flwr.data.partition import local_split
 from fedfusion_flwr.experiments.bias import measure_bias
 from fedfusion_flwr.experiments.results import rounded

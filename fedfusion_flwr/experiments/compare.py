@@ -23,7 +23,15 @@ from fedfusion_flwr.experiments.rows import (
 )
 from fedfusion_flwr.experiments.suite import Suite, SuiteError
 from fedfusion_flwr.experiments.tuning import scores, winners
-from fedfusion_flwr.experiments.work import CELLS, TUNE, Machine, Overrides, Reference, Work
+from fedfusion_flwr.experiments.work import (
+    CELLS,
+    TUNE,
+    Machine,
+    Overrides,
+    Reference,
+    Work,
+    is_row_of,
+)
 
 KINDS = (TUNE, CENTRALIZED, CELLS)
 FAILURES, OUTDATED = "failures.jsonl", "outdated.jsonl"
@@ -155,7 +163,7 @@ class Comparison:
         found: dict[tuple[str, str], Row] = {}
         for row in (row for path in files_of(self.folder, kind) for row in read_rows(path)):
             one = of.get(row["cell"])
-            if one is not None and one.is_row(row):
+            if one is not None and is_row_of(row, one):
                 found[one.id, str(row.get("digest")) if kind == CENTRALIZED else ""] = row
         order = {id_: number for number, id_ in enumerate(of)}
         return sorted(found.values(), key=lambda row: order[row["cell"]])

@@ -27,13 +27,7 @@ SETTING = ["group", "dataset", "model", "partition"]
 METRICS = ("global-accuracy", "personalized-accuracy", "global-loss")
 ACCURACIES = METRICS[:2]
 RECOVERY = ("adjusted-rand-index", "normalized-mutual-information")
-COSTS = (
-    "bytes-down",
-    "bytes-up",
-    "client-steps",
-    "extra-forward-examples",
-    "server-aggregations",
-)
+COSTS = ("bytes-down", "bytes-up", "client-steps", "extra-forward-examples", "server-aggregations")
 CENTRALIZED = "centralized"
 VARIATIONS = ("hyper-parameters", "ablation")
 """Groups whose runs differ from each other in their config, not in their strategy alone."""

@@ -189,9 +189,7 @@ def to_target(runs: DataFrame, rounds: DataFrame, share: float = TARGET_SHARE) -
     costs = first[["round", "bytes", "steps"]].set_axis(["rounds", "bytes", "client-steps"], axis=1)
     by = runs.join(costs).groupby(_RUN, sort=False)
     table = by.agg(
-        target=("target", "first"),
-        reached=("rounds", "count"),
-        seeds=("target", "size"),
+        target=("target", "first"), reached=("rounds", "count"), seeds=("target", "size")
     ).join(by[["rounds", "bytes", "client-steps"]].mean())
     return _settings_together(table.reset_index())
 

@@ -100,22 +100,10 @@ class Cell:
 
     def factors(self) -> Row:
         """The first columns of the cell's row."""
-        row: Row = {
-            "cell": self.id,
-            "strategy": self.strategy,
-            "dataset": self.dataset,
-            "model": self.model,
-            "partition": self.partition,
-            "seed": self.seed,
-            "group": self.group,
-        }
-        if self.candidate is not None:
-            row["candidate"] = self.candidate
-        return row | {"config": self.config}
-
-    def is_row(self, row: Row) -> bool:
-        """Whether a stored row is of this cell, with the config that it has now."""
-        return bool(row["cell"] == self.id and row["config"] == self.config)
+        names = ("strategy", "dataset", "model", "partition", "seed", "group")
+        row = {"cell": self.id} | {name: getattr(self, name) for name in names}
+        tried = {} if self.candidate is None else {"candidate": self.candidate}
+        return row | tried | {"config": self.config}
 
     def job(self, machine: Machine, references: Sequence[Row] = ()) -> Job:
         """A run in a directory of its own, without checkpoints: a job starts from the beginning.
@@ -165,18 +153,8 @@ class Reference:
 
     def factors(self) -> Row:
         """The first columns of the row; ``cell`` is the id."""
-        return {
-            "cell": self.id,
-            "dataset": self.dataset,
-            "model": self.model,
-            "seed": self.seed,
-            "batch_seed": self.batch_seed,
-            "config": self.config,
-        }
-
-    def is_row(self, row: Row) -> bool:
-        """Whether a stored row is of this reference, with the config that it has now."""
-        return bool(row["cell"] == self.id and row["config"] == self.config)
+        names = ("dataset", "model", "seed", "batch_seed", "config")
+        return {"cell": self.id} | {name: getattr(self, name) for name in names}
 
     def serves(self, one: Cell | Reference) -> bool:
         """Whether it has the data set and model of other work."""
@@ -205,3 +183,8 @@ class Reference:
 
 Work = Cell | Reference
 """What makes one row."""
+
+
+def is_row_of(row: Row, one: Work) -> bool:
+    """Whether a stored row is of this work, with the config that it has now."""
+    return bool(row["cell"] == one.id and row["config"] == one.config)

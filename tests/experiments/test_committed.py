@@ -17,11 +17,7 @@ from fedfusion_flwr.experiments.suite_file import load_suite
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 SMALL = RESULTS / "small"
-SUITES = {
-    "small": "small",
-    "deep": "deep",
-    "averaging": str(RESULTS / "averaging" / "suite.toml"),
-}
+SUITES = {"small": "small", "deep": "deep", "averaging": str(RESULTS / "averaging" / "suite.toml")}
 """The folder's name, and what the command is told."""
 LARGEST_FILE, LARGEST_FOLDER = 2**20, 5 * 10**6
 SETTING = {"group": "full participation", "dataset": "fashion-mnist", "partition": "components"}

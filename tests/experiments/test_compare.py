@@ -144,7 +144,7 @@ def test_rows_say_where_they_stand(run: Any, tmp_path: Path) -> None:
     run()
     row = read_rows(tmp_path / "cells.jsonl")[0]
     assert list(row)[:8] == [
-        *("cell", "strategy", "dataset", "model", "partition", "seed", "group", "config"),
+        *("cell", "strategy", "dataset", "model", "partition", "seed", "group", "config")
     ]
     # What belongs to this machine is in no row.
     assert {"output-dir", "data-root"}.isdisjoint(row["config"])

@@ -56,9 +56,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row], l
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
-def test_a_killed_comparison_leaves_no_process(
-    killed: tuple[Path, list[Row], list[int]],
-) -> None:
+def test_a_killed_comparison_leaves_no_process(killed: tuple[Path, list[Row], list[int]]) -> None:
     assert killed[2] == []
 
 

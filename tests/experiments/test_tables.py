@@ -144,10 +144,7 @@ def test_costs_of_whole_runs() -> None:
 
 
 def test_groups_are_not_compared_with_each_other() -> None:
-    rows = [
-        row("fedfusion", 0, [0.1, 0.9]),
-        row("fedavg", 0, [0.1, 0.5], group="ablation"),
-    ]
+    rows = [row("fedfusion", 0, [0.1, 0.9]), row("fedavg", 0, [0.1, 0.5], group="ablation")]
     assert made("differences", rows) == []
     assert {r["rank"] for r in made("ranks", rows)} == {1.0}
 

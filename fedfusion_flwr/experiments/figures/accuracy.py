@@ -18,13 +18,7 @@ from fedfusion_flwr.experiments.figures.style import (
     looks,
     name_rows,
 )
-from fedfusion_flwr.experiments.results import (
-    CENTRALIZED,
-    Results,
-    Setting,
-    mean_and_spread,
-    slug,
-)
+from fedfusion_flwr.experiments.results import CENTRALIZED, Results, Setting, mean_and_spread, slug
 
 MEASURES = {"global": "global-accuracy", "personalized": "personalized-accuracy"}
 _MEANING = {

@@ -137,23 +137,13 @@ def recovery_picture(results: Results, setting: Setting, runs: DataFrame) -> Pic
 
 def _draw(ax: Any, strategy: str, style: Look, x: Any, curve: DataFrame) -> None:
     """A strategy's mean as a line over x, and its seeds as a band."""
-    fusion = strategy == "fedfusion"
+    width, zorder = (2.2, 3) if strategy == "fedfusion" else (1.4, 2)
     ax.plot(
-        x,
-        curve["mean"],
-        color=style.color,
-        linestyle=style.line,
-        marker=style.marker,
-        markersize=4,
-        markevery=max(1, len(x) // 6),
-        linewidth=2.2 if fusion else 1.4,
-        label=strategy,
-        zorder=3 if fusion else 2,
+        x, curve["mean"], linewidth=width, label=strategy, zorder=zorder, **style.curve(len(x), 6)
     )
     if curve["seeds"].max() > 1:
-        ax.fill_between(
-            x, curve["least"], curve["greatest"], color=style.color, alpha=0.13, linewidth=0
-        )
+        low, high = curve["least"], curve["greatest"]
+        ax.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0)
 
 
 def _unit(largest: float) -> tuple[float, str]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,30 +86,15 @@ def _plane(setting: Setting, title: str, run: Inferred) -> Picture:
         for ax, (grouping, groups) in zip(row, groupings.items(), strict=True):
             for m in np.unique(groups):
                 style, chosen = numbered_look(int(m)), groups == m
-                ax.scatter(
-                    *points[chosen].T,
-                    s=34,
-                    color=style.color,
-                    marker=style.marker,
-                    edgecolor="black",
-                    linewidth=0.4,
-                    label=f"{m}",
-                )
+                look = {"s": 34, "color": style.color, "marker": style.marker, "label": f"{m}"}
+                ax.scatter(*points[chosen].T, edgecolor="black", linewidth=0.4, **look)
             ax.set_title(f"{method}, {grouping}", fontsize="medium")
             ax.tick_params(labelbottom=False, labelleft=False, length=0)
     for ax, grouping in zip(axes[-1], groupings, strict=True):
-        ax.legend(
-            title=f"{grouping} component",
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.03),
-            ncols=5,
-            frameon=False,
-            fontsize="small",
-            title_fontsize="small",
-            columnspacing=0.6,
-            handletextpad=0.0,
-            borderpad=0.0,
-        )
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.03), "ncols": 5}
+        small = {"fontsize": "small", "title_fontsize": "small", "frameon": False}
+        gaps = {"columnspacing": 0.6, "handletextpad": 0.0, "borderpad": 0.0}
+        ax.legend(title=f"{grouping} component", **place, **small, **gaps)
     beside = " Left by inferred, right by planted component: the same groups, whatever their " \
         "numbers, mean that the data was found out." if run.is_planted else ""  # fmt: skip
     return Picture(
@@ -148,15 +132,8 @@ def _assignments(setting: Setting, title: str, run: Inferred) -> Picture:
     borders = np.flatnonzero(np.diff(run.planted[order])) + 0.5 if run.is_planted else np.array([])
     image = None
     for ax, m in zip(axes.flat, shown, strict=False):
-        image = ax.imshow(
-            run.assignments[:, order, m].T,
-            aspect="auto",
-            cmap="Blues",
-            vmin=0,
-            vmax=1,
-            extent=edges,
-            interpolation="nearest",
-        )
+        look = {"cmap": "Blues", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+        image = ax.imshow(run.assignments[:, order, m].T, aspect="auto", extent=edges, **look)
         ax.set_title(f"component {m}", fontsize="medium")
         ax.grid(visible=False)
         for border in borders:
@@ -208,17 +185,8 @@ def _mixture(setting: Setting, title: str, run: Inferred) -> Picture:
     figure, axes = canvas(4.4, 2, sharex=True, sharey=True)
     for ax, (kind, mixture) in zip(axes[:, 0], kinds.items(), strict=True):
         for m in run.occupied:
-            style = numbered_look(m)
-            ax.plot(
-                run.rounds,
-                mixture[:, m],
-                color=style.color,
-                linestyle=style.line,
-                marker=style.marker,
-                markersize=4,
-                markevery=max(1, len(run.rounds) // 8),
-                label=f"component {m}",
-            )
+            look = numbered_look(m).curve(len(run.rounds))
+            ax.plot(run.rounds, mixture[:, m], label=f"component {m}", **look)
         ax.set_ylabel(f"share pi, as {kind}")
     axes[0, 0].set_ylim(bottom=0)
     axes[1, 0].set_xlabel("round")
@@ -269,16 +237,11 @@ def _components(setting: Setting, title: str, run: Inferred, statistics: np.ndar
         points = of_kind[["true", "reconstructed"]].to_numpy()
         for planted, of in of_kind.groupby("planted"):
             style = numbered_look(int(planted))
-            ax.plot(
-                of["true"],
-                of["reconstructed"],
-                style.marker,
-                color=style.color,
-                markersize=3.5,
-                alpha=0.7,
-                label=f"planted {planted}",
-            )
-        _diagonal(ax, points)
+            look = {"color": style.color, "markersize": 3.5, "alpha": 0.7}
+            label = f"planted {planted}"
+            ax.plot(of["true"], of["reconstructed"], style.marker, label=label, **look)
+        ends = [points.min(), points.max()]
+        ax.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
         ax.set_title(kind, fontsize="medium")
         if points.std(0).min() > 0:
             correlations.append((kind, float(np.corrcoef(points.T)[0, 1])))
@@ -297,8 +260,3 @@ def _components(setting: Setting, title: str, run: Inferred, statistics: np.ndar
         figure,
         numbers,
     )
-
-
-def _diagonal(ax: Any, points: np.ndarray) -> None:
-    ends = [points.min(), points.max()]
-    ax.plot(ends, ends, color="black", linewidth=0.8, zorder=0)

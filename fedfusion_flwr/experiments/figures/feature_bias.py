@@ -33,12 +33,7 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
         "fedavg": 0.13,
     },
     ("mnist", "lenet"): {"fedfusion": 0.021, "fedma": 0.043, "fedprox": 0.08, "fedavg": 0.09},
-    ("cifar10", "resnet18"): {
-        "fedfusion": 0.052,
-        "fedma": 0.26,
-        "fedprox": 0.53,
-        "fedavg": 0.62,
-    },
+    ("cifar10", "resnet18"): {"fedfusion": 0.052, "fedma": 0.26, "fedprox": 0.53, "fedavg": 0.62},
 }
 """Divergences that the authors of FedFusion give; their conventions are not known."""
 _PANELS = {
@@ -88,18 +83,9 @@ def _distributions(found: SettingBias) -> Picture:
         for strategy, kept in found.values.items():
             values = kept.means if name == "running mean" else kept.deviations
             pooled, style = strategy == CENTRALIZED, styles[strategy]
-            ax.step(
-                values,
-                kept.shares,
-                where="post",
-                color=style.color,
-                linestyle="-" if pooled else style.line,
-                linewidth=2.4 if pooled else 1.3,
-                marker=None if pooled else style.marker,
-                markersize=4,
-                markevery=max(1, len(values) // 5),
-                label=strategy,
-            )
+            look = style.curve(len(values), 5) | {"linewidth": 2.4 if pooled else 1.3}
+            look |= {"linestyle": "-", "marker": None} if pooled else {}
+            ax.step(values, kept.shares, where="post", label=strategy, **look)
             drawn = {"statistic": name, "value": values, "share": kept.shares}
             numbers.append(DataFrame({"strategy": strategy, **drawn}))
         ax.set_xlabel(f"{name} of a channel")
@@ -180,18 +166,9 @@ def layers_picture(found: SettingBias) -> Picture:
     ax = axes[0, 0]
     styles = looks([CENTRALIZED, *found.strategies])
     for name, layers in found.layers.groupby("strategy", sort=False):
-        style = styles[str(name)]
-        ax.plot(
-            layers["layer"],
-            layers["feature-distance"],
-            color=style.color,
-            linestyle=style.line,
-            marker=style.marker,
-            markersize=4,
-            markevery=max(1, len(layers) // 8),
-            linewidth=1.4,
-            label=f"{CENTRALIZED} (floor)" if name == CENTRALIZED else name,
-        )
+        look = styles[str(name)].curve(len(layers)) | {"linewidth": 1.4}
+        label = f"{CENTRALIZED} (floor)" if name == CENTRALIZED else name
+        ax.plot(layers["layer"], layers["feature-distance"], label=label, **look)
     ax.set_xlabel("normalization layer, as the model lists them")
     ax.set_ylabel("1 - CKA of its input")
     legend_above(figure, ax)
@@ -207,16 +184,9 @@ def layers_picture(found: SettingBias) -> Picture:
 
 
 def _say_that_there_is_none(ax: Any, y: int) -> None:
-    ax.text(
-        0.01,
-        y,
-        "no running statistics",
-        fontsize="small",
-        color="0.3",
-        va="center",
-        transform=ax.get_yaxis_transform(),
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-    )
+    place = {"va": "center", "transform": ax.get_yaxis_transform()}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+    ax.text(0.01, y, "no running statistics", fontsize="small", color="0.3", bbox=box, **place)
 
 
 def _draw_floor(ax: Any, values: list[float]) -> None:

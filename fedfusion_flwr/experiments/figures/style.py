@@ -51,6 +51,11 @@ class Look(NamedTuple):
     marker: str
     hatch: str
 
+    def curve(self, points: int, marks: int = 8) -> dict[str, Any]:
+        """How a line over so many points is drawn, with at most about so many marks."""
+        every = {"markersize": 4, "markevery": max(1, points // marks)}
+        return {"color": self.color, "linestyle": self.line, "marker": self.marker, **every}
+
 
 # Okabe & Ito's palette for the colour-blind, without its yellow, which fades on white; grey added.
 # Vermilion is FedFusion's alone among the strategies.
@@ -92,12 +97,8 @@ def _strategy_look(number: int) -> Look:
 
 def numbered_look(number: int) -> Look:
     """The look of the number-th of several things."""
-    return Look(
-        _COLORS[number % len(_COLORS)],
-        _LINES[number % len(_LINES)],
-        _MARKERS[number % len(_MARKERS)],
-        _HATCHES[number % len(_HATCHES)],
-    )
+    of: Any = (_COLORS, _LINES, _MARKERS, _HATCHES)
+    return Look(*(looks[number % len(looks)] for looks in of))
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,8 @@ class Picture:
     ----------
     name : str
         Of its files, without suffix.
-    title, caption : str
-        Above and below it; the caption says in plain words what it shows and how it was measured.
-    alt : str
-        What it shows, for those who cannot see it.
+    title, caption, alt : str
+        Above it, below it, and for those who cannot see it.
     figure : Figure
         Drawn, not saved.
     numbers : DataFrame
@@ -134,7 +133,7 @@ class Picture:
             self.figure.set_layout_engine("none")
             self.figure.savefig(folder / f"{self.name}.png", dpi=150)
         (folder / f"{self.name}.svg").write_text(_shortened(buffer.getvalue()), encoding="utf-8")
-        _write_csv(folder / f"{self.name}.csv", self.numbers)
+        self.numbers.to_csv(folder / f"{self.name}.csv", index=False, lineterminator="\n")
 
     def data_uri(self, folder: Path) -> str:
         """The written SVG, to embed in a page."""
@@ -161,7 +160,7 @@ class Table:
 
     def write(self, folder: Path) -> None:
         """Write ``<name>.csv``."""
-        _write_csv(folder / f"{self.name}.csv", self.numbers)
+        self.numbers.to_csv(folder / f"{self.name}.csv", index=False, lineterminator="\n")
 
 
 @dataclass
@@ -203,34 +202,20 @@ def legend_above(figure: Figure, ax: Axes) -> None:
     columns = 3 if max(map(len, labels), default=0) <= _SHORT_NAME else 2
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + _LEGEND_ROW * math.ceil(len(labels) / columns))
+    options: Any = {"frameon": False, "fontsize": "small", "handlelength": 3.2}
     figure.legend(
-        handles,
-        labels,
-        loc="outside upper left",
-        ncols=columns,
-        frameon=False,
-        fontsize="small",
-        handlelength=3.2,
-        columnspacing=1.2,
+        handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.2, **options
     )
 
 
 def bars(ax: Axes, names: Sequence[str], values: Sequence[Sequence[float]]) -> None:
     """Horizontal bars of the strategies' means, first on top, from the least to the greatest."""
     styles = looks(names)
+    bar: Any = {"height": 0.7, "alpha": 0.75, "edgecolor": "white", "linewidth": 0}
     for row, (name, numbers) in enumerate(zip(names, values, strict=True)):
         if numbers:
-            style = styles[name]
-            ax.barh(
-                row,
-                sum(numbers) / len(numbers),
-                height=0.7,
-                color=style.color,
-                alpha=0.75,
-                hatch=style.hatch,
-                edgecolor="white",
-                linewidth=0,
-            )
+            look: Any = {"color": styles[name].color, "hatch": styles[name].hatch}
+            ax.barh(row, sum(numbers) / len(numbers), **bar, **look)
             ax.plot([min(numbers), max(numbers)], [row] * 2, color="black", linewidth=1.5)
     name_rows(ax, names)
 
@@ -242,14 +227,9 @@ def dots(
     if not values:
         return
     ax.plot([min(values), max(values)], [row] * 2, color=style.color, linewidth=2)
-    ax.plot(
-        sum(values) / len(values),
-        row,
-        "D" if hollow else "o",
-        color=style.color,
-        markerfacecolor="white" if hollow else style.color,
-        markersize=6,
-    )
+    shape, face = ("D", "white") if hollow else ("o", style.color)
+    mean = sum(values) / len(values)
+    ax.plot(mean, row, shape, color=style.color, markerfacecolor=face, markersize=6)
 
 
 def name_rows(ax: Axes, names: Sequence[str]) -> None:
@@ -267,10 +247,6 @@ def plain_log(ax: Axes, which: Literal["x", "y"]) -> None:
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def _write_csv(path: Path, numbers: DataFrame) -> None:
-    numbers.to_csv(path, index=False, lineterminator="\n")
 
 
 def in_words(pairs: Iterable[tuple[str, float]], digits: int = 3) -> str:

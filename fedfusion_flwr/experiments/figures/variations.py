@@ -124,17 +124,9 @@ def _sweep_picture(family: tuple[str, str, str], key: str, sweep: DataFrame) -> 
         style = styles[strategy]
         if len(mean) == 1:
             ax.axhline(mean.iat[0], color=style.color, linestyle=style.line, linewidth=1.2)
-        ax.errorbar(
-            [place[v] for v in mean.index],
-            mean,
-            [mean - by.min(), by.max() - mean],
-            color=style.color,
-            linestyle=style.line,
-            marker=style.marker,
-            markersize=6,
-            capsize=3,
-            label=strategy,
-        )
+        x, ends = [place[v] for v in mean.index], [mean - by.min(), by.max() - mean]
+        look = style.curve(1) | {"markersize": 6, "capsize": 3}
+        ax.errorbar(x, mean, ends, label=strategy, **look)
         changes.append((strategy, mean.max() - mean.min()))
     if numeric and min(place.values()) > 0:
         if max(place.values()) >= _LOG_FROM * min(place.values()):
@@ -202,10 +194,8 @@ def _ablation_picture(title: str, runs: DataFrame) -> Picture:
         algorithm = of["algorithm"].iat[0]
         accuracies = list(of[_ACCURACY].dropna())
         dots(ax, row, accuracies, styles[algorithm], hollow=algorithm != "fedfusion")
-        ax.annotate(
-            f"{mean:.3f}", (mean, row), (0, 6), textcoords="offset points", ha="center",
-            fontsize="small",
-        )  # fmt: skip
+        above: Any = {"textcoords": "offset points", "ha": "center", "fontsize": "small"}
+        ax.annotate(f"{mean:.3f}", (mean, row), (0, 6), **above)
         if name == first:
             ax.axvline(mean, color="black", linestyle=":", linewidth=1)
     name_rows(ax, labels)
