@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -85,11 +86,11 @@ class Comparison:
                 print(f"no candidate of '{strategy}' finished: it runs with the suite's own keys")
         work = self._compared()
         self._set_aside_outdated(work)
-        waves: dict[int | None, list[Work]] = {}
+        waves: dict[float, list[Work]] = {}
         for one in self._missing(self._wanted(work)):
-            order = one.batch_seed if isinstance(one, Reference) else None
-            waves.setdefault(order, []).append(one)
-        return failed + self._run(*waves.values())
+            wave = one.batch_seed if isinstance(one, Reference) else math.inf
+            waves.setdefault(wave, []).append(one)
+        return failed + self._run(*(waves[number] for number in sorted(waves)))
 
     def plan(self) -> str:
         """What there is to do, and about how long it takes."""

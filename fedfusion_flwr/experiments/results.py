@@ -305,7 +305,7 @@ def _references(rows: Sequence[Row]) -> DataFrame:
     names = ["dataset", "model", "seed", "batch_seed", "digest", "bias", "accuracy"]
     frame = DataFrame(rows).reindex(columns=names)
     frame["accuracy"] = [values[-1] if values else None for values in frame["accuracy"]]
-    frame["digest"] = frame["digest"].fillna("")
+    frame["digest"] = [row.get("digest") or "" for row in rows]
     return frame
 
 

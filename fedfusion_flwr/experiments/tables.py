@@ -86,8 +86,8 @@ def write_tables(folder: Path, rows: Sequence[Row], tuning: Sequence[Row] = ()) 
 
 def exact_mean(values: Series) -> float:
     """The mean of what is not NaN, rounded once: equal sums have equal means and equal ranks."""
-    told = [float(value) for value in values.dropna()]
-    return float(statistics.mean(told)) if told else math.nan
+    known = [float(value) for value in values.dropna()]
+    return float(statistics.mean(known)) if known else math.nan
 
 
 def accuracy(runs: DataFrame) -> DataFrame:

@@ -111,7 +111,7 @@ def _plane(setting: Setting, title: str, run: Inferred) -> Picture:
             {
                 "client": run.clients,
                 **{
-                    f"{method.lower()}-{axis}": points[:, a].astype(float).astype(float)
+                    f"{method.lower()}-{axis}": points[:, a].astype(float)
                     for method, points in maps.items()
                     for a, axis in enumerate("xy")
                 },
