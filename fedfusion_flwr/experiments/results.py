@@ -252,12 +252,9 @@ def first_of(names: Iterable[str], count: int = 3) -> str:
     return ", ".join(distinct[:count]) + (f" and {more} more" if more > 0 else "")
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """``0.912 ± 0.004``: mean and sample standard deviation; the mean alone of one value."""
-    if len(values) == 0:
-        return "–"
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
+def mean_and_spread(mean: float, spread: float) -> str:
+    """``0.912 ± 0.004``, or the mean alone if there is no spread."""
+    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
 
 
 def _read_run(path: Path) -> Results:

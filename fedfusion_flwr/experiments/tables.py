@@ -18,7 +18,13 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from fedfusion_flwr.experiments.intervals import cluster_bootstrap, t_interval
-from fedfusion_flwr.experiments.results import ACCURACIES, METRICS, SETTING, runs_table
+from fedfusion_flwr.experiments.results import (
+    ACCURACIES,
+    METRICS,
+    SETTING,
+    mean_and_spread,
+    runs_table,
+)
 from fedfusion_flwr.experiments.rows import Row, write_text
 
 FOLDER = "tables"
@@ -217,24 +223,14 @@ def main_table(accuracy: DataFrame) -> str:
 def _crossed(accuracy: DataFrame, metric: str) -> str:
     column = accuracy["model"] + ", " + accuracy["partition"]
     best = accuracy[metric] == accuracy.groupby(column)[metric].transform("max")
-    text = [
-        _with_spread(mean, spread, bold)
-        for mean, spread, bold in zip(
-            accuracy[metric], accuracy[f"{metric}-spread"], best, strict=True
-        )
-    ]
+    means = accuracy[[metric, f"{metric}-spread"]].astype(float).itertuples(index=False)
+    text = ["" if math.isnan(mean) else mean_and_spread(mean, spread) for mean, spread in means]
+    text = [f"**{value}**" if bold else value for value, bold in zip(text, best, strict=True)]
     crossed = accuracy.assign(text=text, column=column).pivot(
         index="strategy", columns="column", values="text"
     )
     crossed = crossed.loc[accuracy["strategy"].unique(), column.unique()]
     return markdown(crossed.fillna("").reset_index())
-
-
-def _with_spread(mean: float, spread: float | None, bold: bool) -> str:
-    if pd.isna(mean):
-        return ""
-    text = f"{mean:.3f}" if pd.isna(spread) else f"{mean:.3f} ± {spread:.3f}"
-    return f"**{text}**" if bold else text
 
 
 def records(table: DataFrame) -> list[Row]:

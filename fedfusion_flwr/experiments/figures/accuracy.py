@@ -90,16 +90,11 @@ def _table(values: dict[Setting, DataFrame], name: str) -> Table | None:
         .set_axis(["accuracy-mean", "accuracy-sd", "runs"], axis=1)
         .reset_index()
     )
-    shown = [
-        [
-            strategy,
-            *(
-                mean_and_spread(list(table.loc[table["strategy"] == strategy, "accuracy"]))
-                for table in of.values()
-            ),
-        ]
-        for strategy in rows
-    ]
+    cells = {
+        (strategy, Setting(group, *of)): mean_and_spread(mean, spread)
+        for *of, group, strategy, mean, spread, _ in numbers.itertuples(index=False)
+    }
+    shown = [[name, *(cells.get((name, setting), "–") for setting in of)] for name in rows]
     return Table(
         slug(f"accuracy-table {name} {next(iter(of)).group}"),
         f"{name.capitalize()} accuracy. {_MEANING[name]}.",
