@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from pandas import DataFrame, Series
 from safetensors import SafetensorError
@@ -160,23 +161,6 @@ def thinned(values: np.ndarray) -> list[float | int | None]:
 
 
 @dataclass(frozen=True)
-class RunningValues:
-    """What is drawn of a model's running statistics; see `thinned`."""
-
-    channels: int
-    outside: float
-    means: np.ndarray
-    deviations: np.ndarray
-
-    @property
-    def shares(self) -> np.ndarray:
-        """The share of the channels below or at each kept value, ascending."""
-        if self.channels > MOST_VALUES:
-            return np.linspace(0, 1, MOST_VALUES)
-        return (np.arange(self.channels) + 1) / self.channels
-
-
-@dataclass(frozen=True)
 class _Measured:
     """A row's bias: divergences (R,), distances (R, layers) from R references, NaN if unknown."""
 
@@ -185,7 +169,8 @@ class _Measured:
     reverse: np.ndarray
     distances: np.ndarray
     gap: float
-    values: RunningValues | None
+    outside: float
+    running: DataFrame
 
     @classmethod
     def read(cls, row: Row) -> _Measured:
@@ -193,12 +178,22 @@ class _Measured:
         divergence, reverse, distances = (np.array(row[name], dtype=float) for name in names)
         if divergence.shape != reverse.shape or divergence.ndim != 1 or distances.ndim == 0:
             raise ValueError("lists of different lengths")
-        values = None
-        if row.get("running-means"):
-            pair = (np.array(row[f"running-{name}"], float) for name in ("means", "deviations"))
-            values = RunningValues(row["channels"], row["share-outside"], *pair)
-        gap = np.nan if row["statistics-gap"] is None else float(row["statistics-gap"])
-        return cls(list(row["references"]), divergence, reverse, distances, gap, values)
+        gap, outside = (np.nan if (v := row.get(name)) is None else float(v)
+                        for name in ("statistics-gap", "share-outside"))  # fmt: skip
+        running = _running_values(row) if row.get("running-means") else DataFrame()
+        return cls(list(row["references"]), divergence, reverse, distances, gap, outside, running)
+
+
+def _running_values(row: Row) -> DataFrame:
+    """``statistic``, ``value`` and ``share``, that of the channels below or at the value."""
+    count, parts = row["channels"], []
+    for kind in ("mean", "deviation"):
+        values = np.array(row[f"running-{kind}s"], dtype=float)
+        shares = np.arange(1, len(values) + 1) / count
+        if count > MOST_VALUES:
+            shares = np.linspace(0, 1, MOST_VALUES)
+        parts.append(DataFrame({"statistic": f"running {kind}", "value": values, "share": shares}))
+    return pd.concat(parts)
 
 
 @dataclass(frozen=True)
@@ -216,15 +211,16 @@ class SettingBias:
         references of one seed that differ in the order of their batches, compared both ways.
     layers : DataFrame
         ``strategy``, ``layer`` (from 1) and ``feature-distance``, mean over runs.
-    values : dict[str, RunningValues]
-        Of the first model of each strategy that has any.
+    running : DataFrame
+        ``strategy``, ``statistic``, ``value`` and ``share`` (of the channels below or at it), of
+        the first model of each strategy that has running statistics.
     """
 
     setting: Setting
     strategies: list[str]
     measures: DataFrame
     layers: DataFrame
-    values: dict[str, RunningValues]
+    running: DataFrame
 
     def of(self, measure: str, strategy: str) -> list[float]:
         """A measure of a strategy, a value a run."""
@@ -267,12 +263,16 @@ def read_bias(results: Results, setting: Setting, runs: DataFrame) -> tuple[Sett
         by_strategy.setdefault(strategy, []).append(measured)
     measures = DataFrame(line for name, of in by_strategy.items() for line in _measures(name, of))
     layers = DataFrame(_layers(by_strategy), columns=["strategy", "layer", "feature-distance"])
-    drawn = {
-        name: values[0]
+    first = {
+        name: drawn[0]
         for name, of in by_strategy.items()
-        if (values := [one.values for one in of if one.values is not None])
+        if (drawn := [one for one in of if not one.running.empty])
     }
-    return SettingBias(setting, [*by_strategy][1:], measures, layers, drawn), complaints
+    parts = [one.running.assign(strategy=name) for name, one in first.items()]
+    outside = DataFrame({"strategy": name, "value": one.outside} for name, one in first.items())
+    measures = pd.concat([measures, outside.assign(measure="share-outside", run=0)])
+    running = pd.concat(parts) if parts else DataFrame()
+    return SettingBias(setting, [*by_strategy][1:], measures, layers, running), complaints
 
 
 def _read_all(frame: DataFrame, complaints: list[str]) -> Iterator[tuple[Any, _Measured]]:

@@ -67,7 +67,7 @@ def bias_section(results: Results) -> Section:
             continue
         section.missing += [f"{setting}: {complaint}." for complaint in complaints]
         part = Part(str(setting), [_measures(found)])
-        if found.values:
+        if not found.running.empty:
             part.pictures.append(_distributions(found))
         if found.layers["layer"].max() > 2:
             part.pictures.append(layers_picture(found))
@@ -77,18 +77,16 @@ def bias_section(results: Results) -> Section:
 
 def _distributions(found: SettingBias) -> Picture:
     figure, axes = canvas(5.8, 2)
-    styles = looks(found.values)
-    numbers: list[DataFrame] = []
-    for ax, name in ((axes[0, 0], "running mean"), (axes[1, 0], "running deviation")):
-        for strategy, kept in found.values.items():
-            values = kept.means if name == "running mean" else kept.deviations
-            pooled, style = strategy == CENTRALIZED, styles[strategy]
-            look = style.curve(len(values), 5) | {"linewidth": 2.4 if pooled else 1.3}
+    styles = looks(found.running["strategy"])
+    for ax, (statistic, of) in zip(
+        axes[:, 0], found.running.groupby("statistic", sort=False), strict=True
+    ):
+        for strategy, curve in of.groupby("strategy", sort=False):
+            pooled = strategy == CENTRALIZED
+            look = styles[strategy].curve(len(curve), 5) | {"linewidth": 2.4 if pooled else 1.3}
             look |= {"linestyle": "-", "marker": None} if pooled else {}
-            ax.step(values, kept.shares, where="post", label=strategy, **look)
-            drawn = {"statistic": name, "value": values, "share": kept.shares}
-            numbers.append(DataFrame({"strategy": strategy, **drawn}))
-        ax.set_xlabel(f"{name} of a channel")
+            ax.step(curve["value"], curve["share"], where="post", label=strategy, **look)
+        ax.set_xlabel(f"{statistic} of a channel")
         ax.set_ylabel("share of channels below")
     legend_above(figure, axes[0, 0])
     return Picture(
@@ -100,7 +98,7 @@ def _distributions(found: SettingBias) -> Picture:
         "Cumulative distributions of running means and deviations, each strategy beside "
         "centralized training.",
         figure,
-        pd.concat(numbers),
+        found.running[["strategy", "statistic", "value", "share"]],
     )
 
 
@@ -129,11 +127,8 @@ def _measures(found: SettingBias) -> Picture:
             shown = [(published[name], y) for y, name in enumerate(names) if name in published]
             ax.plot(*zip(*shown, strict=True), "D", color="black", markerfacecolor="white",
                     markersize=5, label="published")  # fmt: skip
-    others = [
-        *(("share-outside", name, kept.outside) for name, kept in found.values.items()),
-        *(("divergence-published", name, value) for name, value in published.items()),
-    ]
-    more = DataFrame(others, columns=["measure", "strategy", "value"]).assign(run=0)
+    known = DataFrame({"strategy": published.keys(), "value": published.values()})
+    known = known.assign(measure="divergence-published", run=0)
     legend_above(figure, axes[0, 0])
     distances = found.measures[found.measures["measure"] == "feature-distance"]
     distances = distances[distances["strategy"] != CENTRALIZED]
@@ -156,7 +151,7 @@ def _measures(found: SettingBias) -> Picture:
         "is that of a centralized model itself.",
         f"Bar charts of three measures by strategy. Feature distance: {means}.",
         figure,
-        pd.concat([found.measures, more[["measure", "strategy", "run", "value"]]]),
+        pd.concat([found.measures, known])[["measure", "strategy", "run", "value"]],
     )
 
 
