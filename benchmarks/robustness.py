@@ -85,7 +85,7 @@ def run_cell(attack: str, share: float, method: str, seed: int) -> Row:
 
 
 def _run_ours(method: str, config: dict[str, Any], clients: Any, hostile: list[int]) -> Row:
-    from fedfusion_flwr.strategies import RunStopped
+    from fedfusion_flwr.federation.conversation import RunStopped
 
     stopped, digest = None, None
     with tempfile.TemporaryDirectory() as folder:

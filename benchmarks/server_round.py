@@ -22,7 +22,7 @@ reading is the faster of a bare dot product of every tensor with itself and the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,6 +35,8 @@ from benchmarks.measuring import Columns, PeakMemory, command_line, seconds
 from fedfusion_flwr import protocol
 from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import State, Update
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.strategies import FedFusion
 
@@ -42,8 +44,6 @@ RESULTS = Path(__file__).parent / "results" / "server_round.jsonl"
 GROUPS = 5
 ROUNDS = 4
 IMAGES = {"lenet": (1, 28, 28), "resnet18": (3, 32, 32)}
-
-State = dict[str, torch.Tensor]
 
 
 class TakenApart(FedFusion):
@@ -60,15 +60,19 @@ class TakenApart(FedFusion):
         self.parts["rest"] = perf_counter() - started - sum(self.parts.values())
         return result
 
-    def _judge(self, *arguments: Any, **options: Any) -> Any:
-        return self._timed("checks", super()._judge, *arguments, **options)
+    def configure_train(self, *arguments: Any) -> Iterable[Message]:
+        messages = super().configure_train(*arguments)
+        judge = self.round._judge
+        self.round._judge = functools.partial(self._timed, "checks", judge)  # type: ignore[method-assign]
+        return messages
 
-    def client_weights(self, replies: Any) -> torch.Tensor:
-        weights: torch.Tensor = self._timed("inference", super().client_weights, replies)
-        return weights
+    def advance(self, replies: list[ClientReply]) -> Update:
+        update = super().advance(replies)
+        self.parts |= {"inference": update.seconds["infer"]}
+        return update
 
-    def aggregate(self, replies: Any, weights: torch.Tensor) -> State:
-        fused: State = self._timed("fusion", super().aggregate, replies, weights)
+    def fuse(self, states: Iterable[Mapping[str, torch.Tensor]], weights: torch.Tensor) -> State:
+        fused: State = self._timed("fusion", super().fuse, states, weights)
         return fused
 
     def _timed(self, part: str, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

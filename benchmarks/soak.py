@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 
 from benchmarks.in_process import write_pictures
 from benchmarks.measuring import resident_bytes
@@ -76,7 +76,7 @@ class CarelessGrid(InProcessGrid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send to those who answer at all."""
-        answered = []
+        answered, messages = [], list(messages)
         for message in messages:
             partition = self.contexts[message.metadata.dst_node_id].node_config["partition-id"]
             failure = failure_of(self.seed, message, int(partition))
@@ -84,7 +84,8 @@ class CarelessGrid(InProcessGrid):
                 self.planned[message.metadata.message_type, failure] += 1
             if failure != "missing":
                 answered.append(message)
-        self.megabytes.append(resident_bytes() / 2**20)
+        if messages and messages[0].metadata.message_type == MessageType.TRAIN:
+            self.megabytes.append(resident_bytes() / 2**20)
         return super().send_and_receive(answered, timeout=timeout)
 
     def _careless(self, message: Message, context: Context) -> Message:
@@ -129,7 +130,7 @@ def soak(config: dict[str, Any]) -> Row:
         resumed = start(CarelessGrid(longer))
         last = read_rows(resumed.directory / "metrics.jsonl")[-1]["round"]
     # The exchanges of training only, one a round.
-    by_round = grid.megabytes[::2]
+    by_round = grid.megabytes
     return {
         "config": config,
         "accounts": accounts(metrics, grid.planned),

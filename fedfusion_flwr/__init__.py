@@ -3,7 +3,15 @@
 
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.strategies import FedAvg, FedFusion
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "FedAvg", "FedFusion", "FedFusionError", "RunConfig"]
+__all__ = [
+    "ConfigError",
+    "FedAvg",
+    "FedFusion",
+    "FedFusionError",
+    "FederatedStrategy",
+    "RunConfig",
+]

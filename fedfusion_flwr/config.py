@@ -8,19 +8,21 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from fedfusion_flwr.config_rules import (
+    A_NAME,
     ANY,
     DECAY,
     FRACTION,
     RATE,
+    ZERO_OR_RATIO,
     Rule,
     above,
     at_least,
     between,
     checked,
-    one_of,
+    choice,
     one_of_or_function,
 )
 from fedfusion_flwr.errors import FedFusionError
@@ -32,20 +34,6 @@ class ConfigError(FedFusionError, ValueError):
     """A run-config key that is unknown, of the wrong type or out of range."""
 
 
-STRATEGIES = (
-    "fedfusion",
-    "fedavg",
-    "fedavgm",
-    "fedprox",
-    "fed-gn",
-    "fedbn",
-    "fedma",
-    "fesem",
-    "ifca",
-    "fedcluster",
-    "fedcluster-cycling",
-    "fedgroup",
-)
 DATASETS = (
     "mnist-5k",
     "mnist",
@@ -56,13 +44,25 @@ DATASETS = (
     "npz",
 )
 MODELS = ("lenet", "resnet18", "mobilenetv2", "densenet121", "bilstm")
-BEST_METRICS = (
-    "global-accuracy",
-    "global-loss",
-    "personalized-accuracy",
-    "personalized-loss",
-)
-PARTITIONS = ("iid", "dirichlet", "pathological", "shards", "components", "user")
+
+BestMetric = Literal["global-accuracy", "global-loss", "personalized-accuracy", "personalized-loss"]
+PartitionKind = Literal["iid", "dirichlet", "pathological", "shards", "components", "user"]
+BEST_METRICS = get_args(BestMetric)
+ComponentSizes = Literal["balanced", "long-tailed"]
+ComponentTransform = Literal["none", "rotate"]
+Normalization = Literal["batch", "group", "layer", "none"]
+LocalNormalization = Literal["batch", "fused"]
+Precision = Literal["fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
+Sampling = Literal["random", "stratified"]
+Mixture = Literal["inferred", "balanced", "counts"]
+StatisticsSource = Literal["local", "probe"]
+LayerChoice = Literal["all", "ends"]
+Absent = Literal["drop", "remember"]
+Linkage = Literal["ward", "complete", "average"]
+CentreUpdate = Literal["all", "round"]
+MatchingWidth = Literal["variable", "fixed"]
+DefencePreset = Literal["none", "robust"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class RunConfig:
 
     num_server_rounds: int = checked(30, at_least(1))
     seed: int = checked(0, at_least(0))
-    strategy: str = checked("fedfusion", one_of(*STRATEGIES))
+    strategy: str = checked("fedfusion", A_NAME)
     output_dir: str = checked("", ANY)
     checkpoint_every: int = checked(10, at_least(0))
     resume_from: str = checked("", ANY)
-    best_metric: str = checked("global-accuracy", one_of(*BEST_METRICS))
+    best_metric: BestMetric = choice(BestMetric, "global-accuracy")
     patience: int = checked(0, at_least(0))
     tensorboard: bool = checked(False, ANY)
 
@@ -91,46 +91,46 @@ class RunConfig:
     vocabulary_size: int = checked(20_000, at_least(3))
     text_length: int = checked(40, at_least(1))
     num_clients: int = checked(10, at_least(1))
-    partition: str = checked("components", one_of(*PARTITIONS))
+    partition: PartitionKind = choice(PartitionKind, "components")
     dirichlet_alpha: float = checked(0.1, above(0))
     min_partition_size: int = checked(10, at_least(2))
     classes_per_client: int = checked(2, at_least(1))
     shards_per_client: int = checked(2, at_least(1))
     planted_components: int = checked(5, at_least(1))
     component_mixing: float = checked(0.0, at_least(0))
-    component_sizes: str = checked("balanced", one_of("balanced", "long-tailed"))
-    component_transform: str = checked("none", one_of("none", "rotate"))
+    component_sizes: ComponentSizes = choice(ComponentSizes, "balanced")
+    component_transform: ComponentTransform = choice(ComponentTransform, "none")
     validation_fraction: float = checked(0.1, DECAY)
 
     model: str = checked("lenet", one_of_or_function(*MODELS))
-    normalization: str = checked("batch", one_of("batch", "group", "layer", "none"))
+    normalization: Normalization = choice(Normalization, "batch")
     normalization_groups: int = checked(2, at_least(1))
     local_epochs: int = checked(1, at_least(1))
     batch_size: int = checked(32, at_least(2))
     learning_rate: float = checked(0.02, RATE)
     momentum: float = checked(0.9, DECAY)
     weight_decay: float = checked(1e-4, at_least(0))
-    local_normalization: str = checked("batch", one_of("batch", "fused"))
+    local_normalization: LocalNormalization = choice(LocalNormalization, "batch")
     fused_from_round: int = checked(5, at_least(2))
-    precision: str = checked("fp32", one_of("fp32", "bf16"))
+    precision: Precision = choice(Precision, "fp32")
     compile: bool = checked(False, ANY)
-    device: str = checked("auto", one_of("auto", "cpu", "cuda"))
+    device: Device = choice(Device, "auto")
     threads_per_client: int = checked(1, at_least(1))
 
     fraction_train: float = checked(1.0, FRACTION)
     fraction_evaluate: float = checked(1.0, between(0, 1))
     evaluate_every: int = checked(10, at_least(1))
     central_evaluate_every: int = checked(1, at_least(1))
-    sampling: str = checked("random", one_of("random", "stratified"))
+    sampling: Sampling = choice(Sampling, "random")
 
     num_components: int = checked(8, at_least(1))
-    mixture: str = checked("balanced", one_of("inferred", "balanced", "counts"))
+    mixture: Mixture = choice(Mixture, "balanced")
     balance_exponent: float = checked(0.5, between(0, 1))
-    statistics_source: str = checked("local", one_of("local", "probe"))
-    statistics_layers: str = checked("all", one_of("all", "ends"))
+    statistics_source: StatisticsSource = choice(StatisticsSource, "local")
+    statistics_layers: LayerChoice = choice(LayerChoice, "all")
     statistics_noise: float = checked(0.0, between(0, 10))
     assignment_smoothing: float = checked(0.5, DECAY)
-    absent: str = checked("drop", one_of("drop", "remember"))
+    absent: Absent = choice(Absent, "drop")
     vae_step: int = checked(1, at_least(1))
     vae_steps: int = checked(150, at_least(1))
     vae_refit_steps: int = checked(30, at_least(1))
@@ -140,15 +140,15 @@ class RunConfig:
     num_clusters: int = checked(5, at_least(1))
     cluster_round: int = checked(5, at_least(1))
     distance_threshold: float = checked(0.0, at_least(0))
-    linkage: str = checked("ward", one_of("ward", "complete", "average"))
+    linkage: Linkage = choice(Linkage, "ward")
     reshuffle_cycle: bool = checked(True, ANY)
-    centre_update: str = checked("all", one_of("all", "round"))
+    centre_update: CentreUpdate = choice(CentreUpdate, "all")
     warm_start: bool = checked(True, ANY)
     warmup_rounds: int = checked(3, at_least(0))
     pretrain_steps: int = checked(50, at_least(1))
     pretrain_clients: int = checked(20, at_least(1))
     inter_group_rate: float = checked(0.0, at_least(0))
-    matching_width: str = checked("variable", one_of("variable", "fixed"))
+    matching_width: MatchingWidth = choice(MatchingWidth, "variable")
     matching_gamma: float = checked(1e-3, above(0))
     matching_sweeps: int = checked(5, at_least(1))
 
@@ -162,10 +162,10 @@ class RunConfig:
     max_failed_rounds: int = checked(3, at_least(1))
     max_examples: int = checked(10_000_000, at_least(1))
     max_update_ratio: float = checked(10.0, above(0))
-    defence: str = checked("none", one_of("none", "robust"))
+    defence: DefencePreset = choice(DefencePreset, "none")
     outlier_threshold: float = checked(20.0, at_least(0))
     clip_quantile: float = checked(0.5, FRACTION)
-    max_examples_ratio: float = checked(3.0, Rule(lambda v: v == 0 or v >= 1, "0, or at least 1"))
+    max_examples_ratio: float = checked(3.0, ZERO_OR_RATIO)
     round_timeout: float = checked(3600.0, above(0))
     node_timeout: float = checked(60.0, above(0))
     min_available_clients: int = checked(0, at_least(0))
@@ -186,7 +186,7 @@ class RunConfig:
                 close = difflib.get_close_matches(key, fields, n=1)
                 hint = f"did you mean '{close[0]}'?" if close else "see [tool.flwr.app.config]"
                 raise ConfigError(f"unknown run-config key '{key}'; {hint}")
-            values[fields[key].name] = _typed(key, value, str(fields[key].type))
+            values[fields[key].name] = _typed(key, value, type(fields[key].default))
         config = cls(**cast(dict[str, Any], values))
         config._check_together()
         return config
@@ -238,6 +238,10 @@ class RunConfig:
         """How many clients train in a round."""
         return cohort_size(self.num_clients, self.fraction_train)
 
+    def rounds_after_one_of_all(self) -> int:
+        """``num-server-rounds`` less what one training of every client is worth, at least 1."""
+        return max(1, self.num_server_rounds - round(self.num_clients / self.num_train_clients))
+
     @property
     def num_first_clients(self) -> int:
         """Without how many clients round 1 does not begin."""
@@ -264,17 +268,12 @@ def _shown(name: str, value: object) -> str:
     return f"{name.replace('_', '-')} = {value!r}"
 
 
-def _typed(key: str, value: object, type_name: str) -> Value:
-    if type_name == "float" and isinstance(value, int) and not isinstance(value, bool):
+def _typed(key: str, value: object, kind: type) -> Value:
+    if kind is float and type(value) is int:
         value = float(value)
-    if type(value).__name__ != type_name:
-        wanted = {
-            "int": "a whole number",
-            "float": "a number",
-            "bool": "true or false",
-            "str": "a string",
-        }
-        raise ConfigError(f"{_shown(key, value)} is not allowed: it must be {wanted[type_name]}")
+    if type(value) is not kind:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise ConfigError(f"{_shown(key, value)} is not allowed: it must be {wanted[kind]}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{_shown(key, value)} is not allowed: it must be finite")
     return cast(Value, value)

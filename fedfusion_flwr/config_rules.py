@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
+
+from fedfusion_flwr.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,33 @@ class Rule:
     accepts: Callable[[Any], bool]
     allowed: str
 
+    def holds(self, value: object) -> bool:
+        """Whether a value of any type keeps the rule."""
+        try:
+            return bool(self.accepts(value))
+        except TypeError:
+            return False
+
 
 def checked(default: Any, rule: Rule) -> Any:
     """A dataclass field with a rule that its values keep."""
     return field(default=default, metadata={"rule": rule})
+
+
+def choice(names: Any, default: str) -> Any:
+    """A dataclass field that holds one of the names of a ``Literal`` type."""
+    return checked(default, one_of(*get_args(names)))
+
+
+def check_arguments(owner: str, values: Any) -> None:
+    """Raise `ArgumentError` for the first field of a dataclass that breaks its rule."""
+    for item in dataclasses.fields(values):
+        rule = item.metadata.get("rule")
+        if rule is None:
+            continue
+        value = getattr(values, item.name)
+        if not rule.holds(value):
+            raise ArgumentError(f"{owner}: {item.name} = {value!r} is not allowed: {rule.allowed}")
 
 
 def one_of(*names: str) -> Rule:
@@ -53,6 +79,8 @@ def between(low: float, high: float) -> Rule:
 
 
 ANY = Rule(lambda _: True, "")
+A_NAME = Rule(bool, "a name, or your own as 'module:Class'")
 FRACTION = Rule(lambda v: 0 < v <= 1, "greater than 0 and at most 1")
 RATE = Rule(lambda v: 0 < v <= 1e6, "greater than 0 and at most 1000000")
 DECAY = Rule(lambda v: 0 <= v < 1, "at least 0 and less than 1")
+ZERO_OR_RATIO = Rule(lambda v: v == 0 or v >= 1, "0, or at least 1")

@@ -4,3 +4,7 @@
 
 class FedFusionError(Exception):
     """Base of every error this package raises on purpose."""
+
+
+class ArgumentError(FedFusionError, ValueError):
+    """An argument whose value is not allowed; says which, and what is."""

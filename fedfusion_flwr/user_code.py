@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that the user wrote and a run-config key names as ``module:function``."""
+"""The user's own functions, which run-config keys name as ``module:function``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_function(key: str, name: str, error: type[FedFusionError]) -> Callable[
     name : str
         ``package.module:function``.
     error : type[FedFusionError]
-        Raised where there is no such function, or its module cannot be imported.
+        Raised if there is no such function, or its module cannot be imported.
     """
     module_name, _, function_name = name.partition(":")
     try:

@@ -64,30 +64,30 @@ class Killed(BaseException):
 
 
 class DyingGrid(InProcessGrid):
-    """Dies at the given exchange with the clients."""
+    """Dies before the training of the given round."""
 
-    def __init__(self, config: dict[str, Any], dies_at: int | None = None, seed: int = 0) -> None:
+    def __init__(self, config: dict[str, Any], dies_in: int | None = None, seed: int = 0) -> None:
         clients = config["num-clients"]
         super().__init__(client_app, clients, config, seed=seed, shuffle_replies=True)
-        self.left = dies_at
+        self.dies_in = dies_in
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
-                raise Killed
+        messages = list(messages)
+        rounds = {message.content.config_records["config"]["server-round"] for message in messages}
+        if self.dies_in in rounds:
+            raise Killed
         return super().send_and_receive(messages, timeout=timeout)
 
 
 def go_dying(
-    folder: Path, *, dies_at: int | None = None, seed: int = 0, **config: Any
+    folder: Path, *, dies_in: int | None = None, seed: int = 0, **config: Any
 ) -> RunOutcome:
-    """One run, killed at the given exchange; ``resume-from`` goes on with an earlier one."""
+    """One run, killed in the given round; ``resume-from`` goes on with an earlier one."""
     if "resume-from" not in config:
         config["output-dir"] = str(folder)
-    grid = DyingGrid(config, dies_at, seed)
+    grid = DyingGrid(config, dies_in, seed)
     return run(grid, Context(1, 0, {}, RecordDict(), config))
 
 

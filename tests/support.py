@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.round import RoundReport
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion import DistributionInference, NormalizationStatistics
 from fedfusion_flwr.strategies import (
     IFCA,
-    BaseStrategy,
     FedAvg,
     FedAvgM,
     FedBN,
@@ -31,7 +31,6 @@ from fedfusion_flwr.strategies import (
     FedGroup,
     FedProx,
     FeSEM,
-    MultiModelStrategy,
 )
 
 State = dict[str, Tensor]
@@ -162,7 +161,7 @@ class Outcome:
     """What a small run left."""
 
     result: Result
-    strategy: BaseStrategy
+    strategy: FederatedStrategy
     reports: list[RoundReport]
 
     @property
@@ -173,7 +172,7 @@ class Outcome:
         return dict(self.result.train_metrics_clientapp[server_round])  # type: ignore[arg-type]
 
 
-TINY: dict[str, tuple[type[BaseStrategy], dict[str, Any]]] = {
+TINY: dict[str, tuple[type[FederatedStrategy], dict[str, Any]]] = {
     "fedavg": (FedAvg, {}),
     "fedavgm": (FedAvgM, {"server_momentum": 0.5, "average_decay": 0.5}),
     "fedprox": (FedProx, {}),
@@ -188,7 +187,9 @@ TINY: dict[str, tuple[type[BaseStrategy], dict[str, Any]]] = {
 """Every strategy but FedFusion, whose inference has to be made, in small."""
 
 
-def make_strategy(name: str, recorder: Recorder | None = None, **settings: Any) -> BaseStrategy:
+def make_strategy(
+    name: str, recorder: Recorder | None = None, **settings: Any
+) -> FederatedStrategy:
     """A strategy for a tiny federation; FedFusion with a short inference."""
     settings = {"min_train_nodes": 1, "min_available_nodes": 1, "fraction_evaluate": 0} | settings
     settings["callbacks"] = [recorder] if recorder else []
@@ -196,7 +197,7 @@ def make_strategy(name: str, recorder: Recorder | None = None, **settings: Any) 
         inference = DistributionInference(3, 0, hidden=(8,), latent=2, steps=4, refit_steps=2)
         return FedFusion(**{"num_components": 3, "inference": inference} | settings)
     strategy, tiny = TINY[name]
-    if issubclass(strategy, MultiModelStrategy):
+    if "initial_state" in strategy.__dataclass_fields__:
         settings.setdefault("initial_state", untrained_state)
     return strategy(**tiny | settings)
 

@@ -12,7 +12,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -197,7 +197,7 @@ def _blurred(statistics: NormalizationStatistics, work: _Work) -> NormalizationS
 
 def _trained_statistics(work: _Work) -> NormalizationStatistics:
     return NormalizationStatistics.from_state_dict(
-        work.model.state_dict(), layers=_layers(work.config)
+        work.model.state_dict(), layers=work.config.statistics_layers
     )
 
 
@@ -205,12 +205,8 @@ def _probe(work: _Work) -> NormalizationStatistics:
     if not len(work.data.x):
         raise FedFusionError("this client has no examples to probe; give it data or leave it out")
     return NormalizationStatistics.probe(
-        work.model, torch.split(work.data.x, EVALUATION_BATCH), layers=_layers(work.config)
+        work.model, torch.split(work.data.x, EVALUATION_BATCH), layers=work.config.statistics_layers
     )
-
-
-def _layers(config: RunConfig) -> Literal["all", "ends"]:
-    return cast(Literal["all", "ends"], config.statistics_layers)
 
 
 def _answer(message: Message, context: Context, work: Callable[[_Work], RecordDict]) -> Message:

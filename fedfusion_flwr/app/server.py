@@ -30,10 +30,11 @@ from fedfusion_flwr.federation.careful_grid import CarefulGrid
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.loop import EvaluateFn
 from fedfusion_flwr.federation.round import RoundCallback, State
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.models import model_for, shape_of
 from fedfusion_flwr.models.resize import fit_to_state
-from fedfusion_flwr.strategies import BaseStrategy, build_strategy, check_fits
-from fedfusion_flwr.strategies.fedma.network import plain_network
+from fedfusion_flwr.strategies import build_strategy, check_fits, strategy_class
+from fedfusion_flwr.strategies.fedma.layers import PlainNetwork
 from fedfusion_flwr.tracking import (
     BestModel,
     Checkpointer,
@@ -73,14 +74,23 @@ def run(grid: Grid, context: Context) -> RunOutcome:
         were written before stay.
     """
     config = RunConfig.from_run_config(context.run_config)
+    # Each refuses what cannot run here, before any client trains.
+    strategy_class(config.strategy)
     data = data_for(config)
-    # Refuses an infeasible partition here, before any client trains.
     cut = partition_for(config)
     model = model_for(config, data, config.seed)
     check_fits(config, model, shape_of(data).examples(2))
-    layers = None
-    if config.strategy == "fedma":
-        layers = plain_network(model, config.model, data.input_shape)
+
+    def initial_state(number: int) -> State:
+        return model_for(config, data, config.seed + number).state_dict()
+
+    def network() -> PlainNetwork:
+        # Here and not above: one strategy of many needs it.
+        from fedfusion_flwr.strategies.fedma.network import plain_network
+
+        return plain_network(model, config.model, data.input_shape)
+
+    strategy = build_strategy(config, (), initial_state, network)
     checkpoint = None
     if config.resume_from:
         directory = RunDirectory.to_go_on_with(run_path(config.resume_from))
@@ -89,11 +99,6 @@ def run(grid: Grid, context: Context) -> RunOutcome:
         directory = RunDirectory.for_config(config)
     directory.write_json("config.json", config.to_run_config())
     _write_for_devices(directory, data)
-
-    def initial_state(number: int) -> State:
-        return model_for(config, data, config.seed + number).state_dict()
-
-    strategy = build_strategy(config, (), initial_state, layers)
     records = _Records(directory, config, strategy, cut)
     strategy.callbacks = records.callbacks
     if checkpoint is not None:
@@ -117,7 +122,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
             )
     finally:
         # Also when the run is stopped: the last good model is worth keeping.
-        if strategy.average.state:
+        if strategy.progress.average.state:
             _save_final(directory, strategy)
             records.archive.write()
             directory.write_json("summary.json", records.history.summary())
@@ -132,7 +137,11 @@ class _Records:
     """The round callbacks of a run: what is written, in the order in which they see a round."""
 
     def __init__(
-        self, directory: RunDirectory, config: RunConfig, strategy: BaseStrategy, cut: Partition
+        self,
+        directory: RunDirectory,
+        config: RunConfig,
+        strategy: FederatedStrategy,
+        cut: Partition,
     ) -> None:
         self.archive = FusionArchive(directory)
         self.written: list[RunLog | FusionArchive | TensorBoardLog] = [
@@ -183,8 +192,8 @@ def central_evaluation(config: RunConfig) -> EvaluateFn:
     return evaluate_global
 
 
-def _check_federation(grid: Grid, strategy: BaseStrategy, config: RunConfig) -> None:
-    connected = strategy.roster.wait_for(
+def _check_federation(grid: Grid, strategy: FederatedStrategy, config: RunConfig) -> None:
+    connected = strategy.progress.roster.wait_for(
         grid, config.num_clients, config.node_timeout, at_least=config.num_first_clients
     )
     if len(connected) > config.num_clients:
@@ -204,8 +213,8 @@ def _write_for_devices(directory: RunDirectory, data: FederatedData) -> None:
         directory.write_lines(VOCABULARY_FILE, data.vocabulary)
 
 
-def _save_final(directory: RunDirectory, strategy: BaseStrategy) -> None:
-    state = strategy.average.state
+def _save_final(directory: RunDirectory, strategy: FederatedStrategy) -> None:
+    state = strategy.progress.average.state
     directory.write_state(
         "final_model.safetensors",
         state,

@@ -16,7 +16,7 @@ class Augmentation:
     Attributes
     ----------
     crop_padding : int
-        Pad every side by this many black pixels and crop back at random; 0 does not.
+        Black pixels added to every side before cropping back at random; 0 for no crops.
     flip : bool
         Mirror every other image, left to right.
     """
@@ -27,29 +27,29 @@ class Augmentation:
 
 NO_AUGMENTATION = Augmentation()
 CROP_AND_FLIP = Augmentation(crop_padding=4, flip=True)
-"""What is usual for small photographs."""
+"""The usual choice for small photographs."""
 
 
 def augment(
     x: Tensor, augmentation: Augmentation, generator: torch.Generator, fill: Tensor
 ) -> Tensor:
-    """Crop and flip every image of a batch on its own.
+    """Crop and flip each image of a batch on its own.
 
     Parameters
     ----------
     x : Tensor
-        Images (N, C, H, W), floating point, on any device; left as they are.
+        Images (N, C, H, W), floating point, on any device; not changed.
     augmentation : Augmentation
-        What is done.
+        What to do.
     generator : torch.Generator
-        Source of the crops and flips, on the CPU, so that every device draws the same.
+        On the CPU, so that every device draws the same.
     fill : Tensor
         Value of a padding pixel, (C,).
 
     Returns
     -------
     Tensor
-        (N, C, H, W): of the padded image a window at one of (2 * crop_padding + 1)^2 equally likely
+        (N, C, H, W): a window of the padded image at one of (2 * crop_padding + 1)^2 equally likely
         places, mirrored with probability 1/2.
     """
     count, channels, height, width = x.shape

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +21,17 @@ def cache_directory() -> Path:
 
 
 def cached_arrays(key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays of ``build``, read back from disk where an earlier process left them.
+    """The arrays of ``build`` by name, read from disk if an earlier process left them there.
 
-    A cache that is missing, unreadable, corrupt or cannot be written is never an error: the arrays
-    are built again. Several processes may build at once; the last one to finish wins.
+    A missing, damaged or unwritable cache is never an error: the arrays are built again. Several
+    processes may build at once; the last to finish wins.
 
     Parameters
     ----------
     key : str
-        Plain file name without suffix; it must change whenever the result of ``build`` would.
+        Plain file name without suffix; must change whenever the result of ``build`` would.
     build : Callable[[], dict[str, np.ndarray]]
         Makes the arrays; no object arrays.
-
-    Returns
-    -------
-    dict[str, np.ndarray]
-        The arrays by name.
     """
     try:
         path = cache_directory() / f"{key}.npz"
@@ -50,7 +45,7 @@ def cached_arrays(key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[
     return arrays
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+def _digest(arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         value = np.ascontiguousarray(arrays[name])
@@ -60,19 +55,18 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
-    # Damaged bytes surface as almost any exception: zip, zlib, header parsing, even "encrypted".
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+            arrays = dict(stored)
         expected = str(arrays.pop(_DIGEST))
-    except Exception:  # noqa: BLE001 - whatever is wrong with a cache, it is rebuilt
+    except Exception:  # noqa: BLE001 - damaged bytes raise almost anything, and are rebuilt
         return None
     return arrays if _digest(arrays) == expected else None
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that os.replace is atomic and a reader never sees half a file. The
+    # In the same folder, so that os.replace is atomic and a reader never sees half a file; the
     # digest is inside the file for the same reason.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every data set is once it is loaded: tensors of examples and what must be known of them."""
+"""What a loaded data set is: tensors of examples, and what training must know about them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ from torch import Tensor
 from fedfusion_flwr.data.augmentation import NO_AUGMENTATION, Augmentation
 from fedfusion_flwr.errors import FedFusionError
 
-_IMAGE_DIMENSIONS = 4
 _TEXT_DIMENSIONS = 2
-_DTYPES = {
-    _IMAGE_DIMENSIONS: (torch.uint8, torch.float32),
-    _TEXT_DIMENSIONS: (torch.int64,),
-}
+_DTYPES = {4: (torch.uint8, torch.float32), _TEXT_DIMENSIONS: (torch.int64,)}
+"""By the number of dimensions of all examples of a split."""
 
 
 class DataError(FedFusionError, ValueError):
@@ -47,12 +44,16 @@ class FederatedData:
     augmentation : Augmentation
         What training may do to the images.
     classes : tuple[str, ...]
-        Names of the classes in the order of their labels; empty where they have none.
+        Names of the classes in the order of their labels; empty if they have none.
     vocabulary : tuple[str, ...]
-        Words in the order of their numbers, for texts: numbers 0 and 1 pad and stand for the
-        unknown.
+        For texts, the words in the order of their numbers; 0 is padding, 1 the unknown word.
     users : np.ndarray or None
         Who wrote each training example, (N,), for the partition by user.
+
+    Raises
+    ------
+    DataError
+        If shapes, types or labels do not fit.
     """
 
     name: str
@@ -69,9 +70,9 @@ class FederatedData:
     users: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Raise `DataError` unless shapes, types and labels fit."""
         self._check_split("train", self.x_train, self.y_train)
         self._check_split("test", self.x_test, self.y_test)
+        name = f"Data set {self.name!r}"
         one, other = ((tuple(x.shape[1:]), x.dtype) for x in (self.x_train, self.x_test))
         if one != other:
             raise DataError(
@@ -82,59 +83,20 @@ class FederatedData:
             channels = self.x_train.shape[1]
             if {len(self.mean), len(self.std)} != {channels} or min(self.std) <= 0:
                 raise DataError(
-                    f"Data set {self.name!r} has uint8 images of {channels} channels: it needs a "
-                    f"mean and a positive std for each, got {self.mean} and {self.std}."
+                    f"{name} has uint8 images of {channels} channels: it needs a mean and a "
+                    f"positive std for each, got {self.mean} and {self.std}."
                 )
         if self.classes and len(self.classes) != self.num_classes:
             raise DataError(
-                f"Data set {self.name!r} has {self.num_classes} classes and "
-                f"{len(self.classes)} class names."
+                f"{name} has {self.num_classes} classes and {len(self.classes)} class names."
             )
-        if self.is_text and len(self.vocabulary) <= int(self.x_train.max()):
+        if self.is_text and len(self.vocabulary) <= (largest := int(self.x_train.max())):
             raise DataError(
-                f"Data set {self.name!r} has word number {int(self.x_train.max())}, but only "
-                f"{len(self.vocabulary)} words in its vocabulary."
+                f"{name} has word number {largest}, but only {len(self.vocabulary)} words in its "
+                "vocabulary."
             )
         if self.users is not None and self.users.shape != (len(self.y_train),):
-            raise DataError(f"Data set {self.name!r} must name one user for each train example.")
-
-    @property
-    def is_text(self) -> bool:
-        """Whether examples are texts, not images."""
-        return self.x_train.dim() == _TEXT_DIMENSIONS
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of an example: (channels, height, width), or (length,) of a text."""
-        return tuple(self.x_train.shape[1:])
-
-    @functools.cached_property
-    def signature(self) -> str:
-        """All that a model trained on this data depends on, and nothing of the examples.
-
-        Nodes that hold different parts of a data set have the same signature; of two that differ,
-        `signature_difference` says in what.
-        """
-        names, words = (
-            hashlib.sha256(repr(part).encode()).hexdigest()[:16]
-            for part in (self.classes, self.vocabulary)
-        )
-        shape = "x".join(map(str, self.input_shape))
-        return f"{shape} {self.num_classes} {names} {words}"
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """Examples as a model takes them: uint8 pixels become normalized float32 images."""
-        if x.dtype != torch.uint8:
-            return x
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
-        return x.float().div_(255).sub_(mean).div_(std)
-
-    @property
-    def black(self) -> Tensor:
-        """What a black pixel is for a model, (C,): what cropping pads with."""
-        if self.is_text or not self.mean:
-            return torch.zeros(self.input_shape[0])
-        return -torch.tensor(self.mean) / torch.tensor(self.std)
+            raise DataError(f"{name} must name one user for each train example.")
 
     def _check_split(self, split: str, x: Tensor, y: Tensor) -> None:
         where = f"The {split} split of data set {self.name!r}"
@@ -155,12 +117,50 @@ class FederatedData:
                 f"got labels from {low} to {high}."
             )
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the examples are texts, not images."""
+        return self.x_train.dim() == _TEXT_DIMENSIONS
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of an example: (channels, height, width), or (length,) of a text."""
+        return tuple(self.x_train.shape[1:])
+
+    @functools.cached_property
+    def signature(self) -> str:
+        """All that a model trained on this data depends on, and nothing of the examples.
+
+        Nodes that hold different parts of one data set have the same signature;
+        `signature_difference` says in what two of them differ.
+        """
+        names, words = (
+            hashlib.sha256(repr(part).encode()).hexdigest()[:16]
+            for part in (self.classes, self.vocabulary)
+        )
+        shape = "x".join(map(str, self.input_shape))
+        return f"{shape} {self.num_classes} {names} {words}"
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Examples as a model takes them: uint8 pixels become normalized float32 images."""
+        if x.dtype != torch.uint8:
+            return x
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
+        return x.float().div_(255).sub_(mean).div_(std)
+
+    @property
+    def black(self) -> Tensor:
+        """A black pixel as a model sees it, (C,): the padding of crops."""
+        if self.is_text or not self.mean:
+            return torch.zeros(self.input_shape[0])
+        return -torch.tensor(self.mean) / torch.tensor(self.std)
+
 
 _SIGNED = ("the shape of an example", "the number of classes", "the class names", "the vocabulary")
 
 
 def signature_difference(one: str, other: str) -> str:
-    """In which of `FederatedData.signature`'s parts two of them differ, in words; empty in none."""
+    """The parts in which two `FederatedData.signature`s differ, in words; empty if in none."""
     parts, others = one.split(), other.split()
     if len(parts) != len(_SIGNED) or len(others) != len(_SIGNED):
         return "" if one == other else "the form of the signature"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -18,7 +17,13 @@ from PIL import __version__ as pillow_version
 from fedfusion_flwr.data.augmentation import CROP_AND_FLIP
 from fedfusion_flwr.data.cache import cached_arrays
 from fedfusion_flwr.data.dataset import DataError, FederatedData
-from fedfusion_flwr.data.roots import CLASSES_FILE, existing_root, read_classes, read_moments
+from fedfusion_flwr.data.roots import (
+    CLASSES_FILE,
+    Moments,
+    existing_root,
+    read_classes,
+    read_moments,
+)
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _GREY_MODES = ("1", "L")
@@ -26,19 +31,11 @@ _COLOUR_MODES = ("RGB", "RGBA", "P", "LA", "PA", "CMYK", "YCbCr")
 _MOST_THREADS = 4
 _PIECE = 512
 _FORMAT = 1
-"""Part of the cache's key: raise it with every change of what is decoded to what."""
-
-
-@dataclass(frozen=True)
-class _Split:
-    """The files of one split, sorted by class and name, and the class of each."""
-
-    files: tuple[Path, ...]
-    classes: tuple[str, ...]
+"""Part of the cache's key: raise it with every change of how files are decoded."""
 
 
 def imagefolder(root: str) -> FederatedData:
-    """Images of one size, grey where all of them are, else RGB; classes are folder names, sorted.
+    """Images of one size, grey if all of them are, else RGB; classes are folder names, sorted.
 
     ``classes.txt`` in the root fixes the classes and their order instead; then a split may lack
     some of them. ``moments.txt`` fixes what pixels are normalized by, instead of the moments of
@@ -47,43 +44,31 @@ def imagefolder(root: str) -> FederatedData:
     Raises
     ------
     DataError
-        Names the folder or file that is not as it must be.
+        Names the folder or file that is wrong.
     """
     folder = existing_root("imagefolder", root)
     listed = read_classes(folder)
-    train, test = (_split(folder / name, listed) for name in ("train", "test"))
-    classes = listed or tuple(sorted(set(train.classes)))
-    if not listed:
-        _check_classes(folder, classes, tuple(sorted(set(test.classes))))
-    files = train.files + test.files
-    arrays = cached_arrays(_key(folder, files), lambda: _decode(files, len(train.files)))
+    train, test = (_files(folder / split, listed) for split in ("train", "test"))
+    files, cut = train + test, len(train)
+    names = [path.parent.name for path in files]
+    classes = listed or _classes(folder, set(names[:cut]), set(names[cut:]))
+    arrays = cached_arrays(_key(folder, files), lambda: _decode(files, cut))
     pixels = torch.from_numpy(arrays["pixels"])
-    number = {name: label for label, name in enumerate(classes)}
-    labels = torch.tensor([number[name] for name in train.classes + test.classes])
-    cut = len(train.files)
+    labels = torch.tensor([classes.index(name) for name in names])
     mean, std = read_moments(folder) or (arrays["mean"].tolist(), arrays["std"].tolist())
-    return FederatedData(
-        name="imagefolder",
-        x_train=pixels[:cut],
-        y_train=labels[:cut],
-        x_test=pixels[cut:],
-        y_test=labels[cut:],
-        num_classes=len(classes),
-        mean=tuple(mean),
-        std=tuple(std),
-        augmentation=CROP_AND_FLIP,
-        classes=classes,
-    )
+    splits = (pixels[:cut], labels[:cut], pixels[cut:], labels[cut:])
+    moments = (tuple(mean), tuple(std))
+    return FederatedData("imagefolder", *splits, len(classes), *moments, CROP_AND_FLIP, classes)
 
 
-def _split(folder: Path, listed: Sequence[str]) -> _Split:
+def _files(folder: Path, listed: Sequence[str]) -> list[Path]:
+    """The image files of a split, sorted by class and name."""
     if not folder.is_dir():
         raise DataError(
             f"{folder} is not a folder; image folders are laid out as "
             f"{folder.name}/<class>/<image>.jpg or .png, with both train/ and test/."
         )
     files: list[Path] = []
-    classes: list[str] = []
     for entry in _visible(folder):
         if not entry.is_dir():
             raise DataError(f"{entry} lies directly in {folder.name}/; move it to a class folder.")
@@ -98,27 +83,27 @@ def _split(folder: Path, listed: Sequence[str]) -> _Split:
                     f"{image} is not a .jpg, .jpeg or .png file; convert it or move it away."
                 )
         files += images
-        classes += [entry.name] * len(images)
     if not files:
         raise DataError(f"{folder} holds no class folder; make one for each class.")
-    return _Split(tuple(files), tuple(classes))
+    return files
 
 
 def _visible(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted by name, without hidden files such as .DS_Store."""
+    """The entries of a folder, sorted by name, without hidden files such as .DS_Store."""
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _check_classes(folder: Path, train: tuple[str, ...], test: tuple[str, ...]) -> None:
+def _classes(folder: Path, train: set[str], test: set[str]) -> tuple[str, ...]:
     remedy = f"or name all classes in {folder / CLASSES_FILE}, one a line, in one order everywhere"
     if len(train) < 2:
         raise DataError(f"{folder / 'train'} holds one class only; give it at least two, {remedy}.")
-    for name in sorted(set(train) ^ set(test)):
+    for name in sorted(train ^ test):
         lacking = "test" if name in train else "train"
         raise DataError(
             f"Class {name!r} has no folder in {folder / lacking}; both splits need the same "
             f"classes, {remedy}."
         )
+    return tuple(sorted(train))
 
 
 def _key(folder: Path, files: Sequence[Path]) -> str:
@@ -142,10 +127,10 @@ def _decode(files: Sequence[Path], num_train: int) -> dict[str, np.ndarray]:
     def decode(position: int) -> bool:
         image, grey = _read(files[position])
         if image.shape != first.shape:
+            size, other = (f"{i.shape[2]}x{i.shape[1]}" for i in (image, first))
             raise DataError(
-                f"{files[position]} is {_size(image)} pixels, but {files[0]} is {_size(first)}: "
-                "images are not resized here, because how is yours to choose; bring all to one "
-                "size first."
+                f"{files[position]} is {size} pixels, but {files[0]} is {other}: images are not "
+                "resized here, because how is yours to choose; bring all to one size first."
             )
         pixels[position] = image
         return grey
@@ -156,7 +141,7 @@ def _decode(files: Sequence[Path], num_train: int) -> dict[str, np.ndarray]:
     if all_grey:
         pixels = pixels[:, :1].copy()
     mean, std = pixel_moments(pixels[:num_train])
-    return {"pixels": pixels, "mean": mean, "std": std}
+    return {"pixels": pixels, "mean": np.array(mean), "std": np.array(std)}
 
 
 def _read(path: Path) -> tuple[np.ndarray, bool]:
@@ -166,7 +151,7 @@ def _read(path: Path) -> tuple[np.ndarray, bool]:
             image.load()
             mode = image.mode
             rgb = np.asarray(image.convert("RGB"))
-    except Exception as problem:  # Damaged files surface as almost any exception.
+    except Exception as problem:  # Damaged files raise almost anything.
         raise DataError(
             f"{path} cannot be decoded as an image ({problem}); repair or remove it."
         ) from problem
@@ -175,15 +160,11 @@ def _read(path: Path) -> tuple[np.ndarray, bool]:
     return rgb.transpose(2, 0, 1), mode in _GREY_MODES
 
 
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[2]}x{image.shape[1]}"
-
-
-def pixel_moments(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pixel_moments(pixels: np.ndarray) -> Moments:
     """Mean and standard deviation of uint8 images (N, C, H, W), scaled to [0, 1], each (C,)."""
     levels = np.arange(256) / 255
     counts = np.zeros((pixels.shape[1], 256), np.int64)
-    # By pieces: bincount makes eight bytes of each.
+    # In pieces: bincount makes eight bytes of each pixel.
     for start in range(0, len(pixels), _PIECE):
         for channel in range(len(counts)):
             piece = pixels[start : start + _PIECE, channel]
@@ -191,4 +172,4 @@ def pixel_moments(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     shares = counts / counts.sum(1, keepdims=True)
     mean = shares @ levels
     std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))
-    return mean, std
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one client or the server works on; built once per process."""
+"""The data of one client or of the server; built once per process."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from fedfusion_flwr.data.sources import data_for
 
 @dataclass(frozen=True)
 class LocalData:
-    """One client's training and validation part, on the CPU."""
+    """One client's training and validation part."""
 
     x: Tensor
     y: Tensor
@@ -38,18 +39,9 @@ class LocalData:
 
 def partition_spec(config: RunConfig) -> PartitionSpec:
     """The partition that a run config asks for."""
+    names = {field.name for field in dataclasses.fields(PartitionSpec)} - {"kind"}
     return PartitionSpec(
-        kind=cast(Any, config.partition),
-        num_clients=config.num_clients,
-        seed=config.seed,
-        dirichlet_alpha=config.dirichlet_alpha,
-        min_partition_size=config.min_partition_size,
-        classes_per_client=config.classes_per_client,
-        shards_per_client=config.shards_per_client,
-        planted_components=config.planted_components,
-        component_mixing=config.component_mixing,
-        component_sizes=cast(Any, config.component_sizes),
-        component_transform=cast(Any, config.component_transform),
+        cast(Any, config.partition), **{name: getattr(config, name) for name in names}
     )
 
 
@@ -70,10 +62,10 @@ def _partition(data: FederatedData, spec: PartitionSpec) -> Partition:
 
 @functools.lru_cache(maxsize=1024)
 def local_data(config: RunConfig, partition_id: int | None) -> LocalData:
-    """The examples of one client.
+    """One client's examples, on the CPU.
 
-    A partition of the training data, transformed as its components ask; or without a partition id
-    all of it: then the client is a device with data of its own.
+    Its part of the training data, shown as its planted components ask; or all of it without a
+    partition id: then the client is a device with data of its own.
     """
     data = data_for(config)
     if partition_id is None:
@@ -92,9 +84,9 @@ def local_data(config: RunConfig, partition_id: int | None) -> LocalData:
 
 
 def client_key(config: RunConfig, partition_id: int | None) -> int:
-    """What a client's generators are derived of: its partition id, or a digest of its labels.
+    """The client's key for its generators: its partition id, or a digest of its labels.
 
-    A device without partition id has no other number that is the same in every run; two of them
+    A device without a partition id has no other number that is the same in every run; two devices
     with the very same labels draw the same.
     """
     if partition_id is not None:
@@ -104,7 +96,7 @@ def client_key(config: RunConfig, partition_id: int | None) -> int:
 
 
 def central_test_data(config: RunConfig) -> tuple[Tensor, Tensor]:
-    """The server's test set; planted components are all shown in it."""
+    """The server's test inputs and labels; planted components all appear in it."""
     data = data_for(config)
     x = data.inputs(data.x_test)
     if config.partition != "components":
@@ -114,15 +106,10 @@ def central_test_data(config: RunConfig) -> tuple[Tensor, Tensor]:
 
 
 def _shown(x: Tensor, components: np.ndarray, config: RunConfig) -> Tensor:
-    kind = cast(Any, config.component_transform)
+    kind = partition_spec(config).component_transform
     return transform_component(x, components, config.planted_components, kind)
 
 
 def on_device(data: LocalData, device: torch.device) -> LocalData:
-    """The same data on a device; no copy where it is there already."""
-    return LocalData(
-        data.x.to(device),
-        data.y.to(device),
-        data.x_validation.to(device),
-        data.y_validation.to(device),
-    )
+    """The same data on a device; no copy if it is there already."""
+    return LocalData(**{name: tensor.to(device) for name, tensor in vars(data).items()})

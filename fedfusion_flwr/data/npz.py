@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of one's own as NumPy arrays: ``x_train y_train x_test y_test`` in one .npz file."""
+"""The user's own images as NumPy arrays: ``x_train y_train x_test y_test`` in one .npz file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _CHANNELS_LAST = (1, 3)
 def npz(root: str) -> FederatedData:
     """The arrays of a .npz file.
 
-    Images are (N, H, W), (N, H, W, C) where the last axis has length 1 or 3, or else (N, C, H, W).
-    uint8 pixels are normalized by ``moments.txt`` beside the file, or else by the moments of the
-    training part; floating point ones are used as they are. ``classes.txt`` beside the file names
+    Images are (N, H, W), (N, H, W, C) if the last axis has length 1 or 3, or else (N, C, H, W).
+    uint8 pixels are normalized by ``moments.txt`` beside the file, or by the moments of the
+    training part; floating-point pixels are used as they are. ``classes.txt`` beside the file names
     the classes; without it there are as many as the largest label says.
 
     Raises
     ------
     DataError
-        Names the file and the array that is not as it must be.
+        Names the file and the array that is wrong.
     """
     path = _file(existing_root("npz", root))
     arrays = _read(path)
@@ -37,26 +37,12 @@ def npz(root: str) -> FederatedData:
     num_classes = len(classes) or 1 + max(int(y.max(initial=0)) for y in (y_train, y_test))
     if num_classes < 2:
         raise DataError(f"{path} has labels of one class only; it needs at least two.")
-    mean, std = _moments(path.parent, x_train) if x_train.dtype == np.uint8 else ((), ())
-    return FederatedData(
-        name=str(path),
-        x_train=torch.from_numpy(x_train),
-        y_train=torch.from_numpy(y_train),
-        x_test=torch.from_numpy(x_test),
-        y_test=torch.from_numpy(y_test),
-        num_classes=num_classes,
-        mean=mean,
-        std=std,
-        classes=classes,
-    )
-
-
-def _moments(folder: Path, x_train: np.ndarray) -> Moments:
-    given = read_moments(folder)
-    if given:
-        return given
-    mean, std = pixel_moments(x_train)
-    return tuple(mean.tolist()), tuple(std.tolist())
+    moments: Moments = (), ()
+    if x_train.dtype == np.uint8:
+        moments = read_moments(path.parent) or pixel_moments(x_train)
+    train = (torch.from_numpy(x_train), torch.from_numpy(y_train))
+    test = (torch.from_numpy(x_test), torch.from_numpy(y_test))
+    return FederatedData(str(path), *train, *test, num_classes, *moments, classes=classes)
 
 
 def _file(root: Path) -> Path:
@@ -79,7 +65,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as stored:
             found = stored.files
             arrays = {name: stored[name] for name in _ARRAYS if name in found}
-    except Exception as problem:  # Damaged bytes surface as almost any exception.
+    except Exception as problem:  # Damaged bytes raise almost anything.
         raise DataError(
             f"{path} cannot be read as a .npz file of plain arrays ({problem}); write it with "
             "np.savez."

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a data set's files lie: ``data-root``, and the class names that may lie in it."""
+"""Where a data set's files lie, and the small text files that may lie beside them.
+
+Whatever is wrong with them is a `DataError`.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,7 @@ Moments = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def data_folder(root: str) -> Path:
-    """``data-root`` as a path, or ``data`` in the cache folder where it is empty.
-
-    Raises
-    ------
-    DataError
-        If it is relative, or begins with a ``~`` that stands for no home folder.
-    """
+    """``data-root`` as an absolute path; if empty, ``data`` in the cache folder."""
     try:
         path = Path(root).expanduser() if root else cache_directory() / "data"
     except RuntimeError as problem:
@@ -38,13 +35,7 @@ def data_folder(root: str) -> Path:
 
 
 def existing_root(dataset: str, root: str) -> Path:
-    """``data-root`` of a data set that nobody but the user has.
-
-    Raises
-    ------
-    DataError
-        If it is empty, relative or does not exist.
-    """
+    """``data-root`` of a data set that cannot be downloaded; `DataError` if it does not exist."""
     if not root:
         raise DataError(f"`dataset` {dataset!r} needs `data-root`, an absolute path to its files.")
     path = data_folder(root)
@@ -54,34 +45,24 @@ def existing_root(dataset: str, root: str) -> Path:
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:
-    """The class names in ``classes.txt``, one a line, in the order of their labels; or none.
+    """The class names in ``classes.txt``, one a line in the order of their labels; () without it.
 
-    Raises
-    ------
-    DataError
-        If the file is not text, names fewer than two classes, or one twice.
+    At least two, and none twice.
     """
     path = folder / CLASSES_FILE
     lines = _lines(path)
     if lines is None:
         return ()
-    names = tuple(lines)
-    repeated = next((name for name in names if names.count(name) > 1), None)
+    repeated = next((name for name in lines if lines.count(name) > 1), None)
     if repeated is not None:
         raise DataError(f"{path} names class {repeated!r} twice; leave one line of the two.")
-    if len(names) < 2:
-        raise DataError(f"{path} must name at least two classes, one a line; it has {len(names)}.")
-    return names
+    if len(lines) < 2:
+        raise DataError(f"{path} must name at least two classes, one a line; it has {len(lines)}.")
+    return tuple(lines)
 
 
 def read_moments(folder: Path) -> Moments | None:
-    """The pixels' moments in ``moments.txt``: a line of means, then one of deviations; or none.
-
-    Raises
-    ------
-    DataError
-        If the file is not that.
-    """
+    """The moments in ``moments.txt``, a line of means and one of deviations; None without it."""
     path = folder / MOMENTS_FILE
     lines = _lines(path)
     if lines is None:
@@ -102,13 +83,7 @@ def moments_lines(mean: tuple[float, ...], std: tuple[float, ...]) -> list[str]:
 
 
 def read_text(path: Path) -> str | None:
-    """A text file's content; None where there is no such file.
-
-    Raises
-    ------
-    DataError
-        If it is not UTF-8 text.
-    """
+    """The content of a UTF-8 text file; None if there is no such file."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -118,6 +93,6 @@ def read_text(path: Path) -> str | None:
 
 
 def _lines(path: Path) -> list[str] | None:
-    """The lines that are not blank, stripped; None where there is no such file."""
+    """The lines that are not blank, stripped; None if there is no such file."""
     text = read_text(path)
     return None if text is None else [line.strip() for line in text.splitlines() if line.strip()]

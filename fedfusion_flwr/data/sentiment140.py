@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from logging import WARNING
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -29,48 +29,43 @@ from fedfusion_flwr.data.text import build_vocabulary, encode, read_vocabulary, 
 TRAINING_FILE = "training.1600000.processed.noemoticon.csv"
 ARCHIVE = "trainingandtestdata.zip"
 CLASSES = ("negative", "positive")
-COLUMNS = 6
-"""target, id, date, flag, user, text."""
 
 _TEST_FILE = "testdata.manual.2009.06.14.csv"
 _KNOWN_NAMES = (TRAINING_FILE, f"{TRAINING_FILE}.gz", ARCHIVE)
 _PATTERNS = ("*.csv", "*.csv.gz", "*.zip")
+_COLUMNS = 6
+"""target, id, date, flag, user, text."""
 _LABELS = {"0": 0, "4": 1}
 _NEUTRAL = "2"
 _HELD_OUT = 10
-_Bytes = IO[bytes] | gzip.GzipFile
+_SPLITS = ("x_train", "y_train", "x_test", "y_test")
 _FORMAT = 1
-"""Of the cached arrays; to be raised with every change of tokens, split or encoding."""
+"""Of the cached arrays: raise it with every change of tokens, split or encoding."""
 
 
 @dataclass
 class Tweets:
-    """The usable rows of a file.
-
-    Attributes
-    ----------
-    texts : list[list[str]]
-        Tokens of each tweet.
-    labels, rows : list[int]
-        0 negative or 1 positive, and the number of the row in the file, from 0.
-    users : list[str]
-        Who wrote it.
-    left_out : Counter[str]
-        How many rows were not usable, by reason.
-    """
+    """The usable rows of a file, and how many rows were left out for which reason."""
 
     texts: list[list[str]] = field(default_factory=list)
+    """Tokens of each tweet."""
     labels: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    """Number of each tweet's row in the file, from 0."""
     users: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def reasons(self) -> str:
+        """What was left out, in words; empty if nothing was."""
+        return ", ".join(f"{n} {reason}" for reason, n in sorted(self.left_out.items()))
+
 
 def sentiment140(root: str, vocabulary_size: int, text_length: int) -> FederatedData:
-    """The tweets of a file, a tenth of them held out; the vocabulary is of the others.
+    """The tweets of a file, a tenth of them held out.
 
-    The vocabulary is ``vocabulary.txt`` where one lies beside the file. What is held out depends on
-    the number of the row alone.
+    The vocabulary is ``vocabulary.txt`` if it lies beside the file, else the words of the training
+    part. Which tweets are held out depends on the row number alone.
 
     Parameters
     ----------
@@ -78,7 +73,7 @@ def sentiment140(root: str, vocabulary_size: int, text_length: int) -> Federated
         The CSV file, plain, gzipped or in a zip archive, or a folder that holds it; empty for
         ``data`` in the cache folder.
     vocabulary_size, text_length : int
-        Most words and most tokens of a tweet.
+        Most words of the vocabulary, and most tokens of a tweet.
 
     Raises
     ------
@@ -87,37 +82,24 @@ def sentiment140(root: str, vocabulary_size: int, text_length: int) -> Federated
     """
     path = find_file(data_folder(root))
     vocabulary = read_vocabulary(path.parent)
-    about = path.stat()
-    identity = (path.name, about.st_size, about.st_mtime_ns, vocabulary_size, text_length)
+    status = path.stat()
+    identity = (path.name, status.st_size, status.st_mtime_ns, vocabulary_size, text_length)
     key = hashlib.sha256(repr((_FORMAT, identity, vocabulary)).encode()).hexdigest()[:32]
     arrays = cached_arrays(
         f"sentiment140-{key}", lambda: _decode(path, vocabulary, vocabulary_size, text_length)
     )
-
-    def tensor(name: str) -> torch.Tensor:
-        return torch.from_numpy(arrays[name].astype(np.int64))
-
+    x_train, y_train, x_test, y_test = (
+        torch.from_numpy(arrays[name].astype(np.int64)) for name in _SPLITS
+    )
+    words, users = tuple(arrays["vocabulary"].tolist()), arrays["users"]
+    splits = (x_train, y_train, x_test, y_test)
     return FederatedData(
-        name="sentiment140",
-        x_train=tensor("x_train"),
-        y_train=tensor("y_train"),
-        x_test=tensor("x_test"),
-        y_test=tensor("y_test"),
-        num_classes=len(CLASSES),
-        classes=CLASSES,
-        vocabulary=tuple(arrays["vocabulary"].tolist()),
-        users=arrays["users"],
+        "sentiment140", *splits, len(CLASSES), classes=CLASSES, vocabulary=words, users=users
     )
 
 
 def find_file(root: Path) -> Path:
-    """The file that ``root`` is, or the one in the folder that it is.
-
-    Raises
-    ------
-    DataError
-        If there is none, or several and none has an official name.
-    """
+    """The file itself, or the one in the folder: of an official name, or the only one."""
     if root.is_file():
         return root
     known = [root / name for name in _KNOWN_NAMES if (root / name).is_file()]
@@ -139,13 +121,7 @@ def find_file(root: Path) -> Path:
 
 
 def read_tweets(path: Path) -> Tweets:
-    """The usable tweets of a file, tokenized; what is left out is logged in one line.
-
-    Raises
-    ------
-    DataError
-        If the file is damaged, or an archive without one CSV file.
-    """
+    """The usable tweets of a file, tokenized; one log line counts the rows that are left out."""
     tweets = Tweets()
     try:
         with ExitStack() as stack:
@@ -156,16 +132,15 @@ def read_tweets(path: Path) -> Tweets:
             f"{path} cannot be read ({type(problem).__name__}: {problem}); download it again."
         ) from problem
     if tweets.left_out:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(tweets.left_out.items()))
         total = len(tweets.labels) + tweets.left_out.total()
-        log(WARNING, "%s: left out %s of %d rows", path.name, reasons, total)
+        log(WARNING, "%s: left out %s of %d rows", path.name, tweets.reasons, total)
     return tweets
 
 
 def held_out(rows: np.ndarray) -> np.ndarray:
     """Whether each row of the file is a test example, (N,), bool; about one in ten.
 
-    By a hash of its number, so that files sorted in any way, by label or in turns, are cut evenly.
+    By a hash of its number, so that every file is split evenly, however it is sorted.
     """
     return np.array([zlib.crc32(b"%d" % row) % _HELD_OUT == 0 for row in rows], dtype=bool)
 
@@ -176,28 +151,22 @@ def _decode(
     tweets = read_tweets(path)
     test = held_out(np.array(tweets.rows))
     if test.all() or not test.any():
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(tweets.left_out.items()))
         raise DataError(
             f"{path} has {len(test)} usable tweets, too few to train and test on (left out: "
-            f"{reasons or 'nothing'}); it must hold the columns target (0 or 4), id, date, flag, "
-            "user and text."
+            f"{tweets.reasons or 'nothing'}); it must hold the columns target (0 or 4), id, date, "
+            "flag, user and text."
         )
     if vocabulary is None:
         training = (tokens for tokens, tested in zip(tweets.texts, test, strict=True) if not tested)
         vocabulary = build_vocabulary(training, size)
     x, y = encode(tweets.texts, vocabulary, length), np.array(tweets.labels, dtype=np.uint8)
-    return {
-        "x_train": x[~test],
-        "y_train": y[~test],
-        "x_test": x[test],
-        "y_test": y[test],
-        "users": np.array(tweets.users)[~test],
-        "vocabulary": np.array(vocabulary),
-    }
+    arrays = dict(zip(_SPLITS, (x[~test], y[~test], x[test], y[test]), strict=True))
+    users = np.array(tweets.users)[~test]
+    return {**arrays, "users": users, "vocabulary": np.array(vocabulary)}
 
 
 def _add(tweets: Tweets, number: int, row: list[str]) -> None:
-    if len(row) != COLUMNS:
+    if len(row) != _COLUMNS:
         tweets.left_out["with a wrong number of columns"] += 1
     elif row[0] == _NEUTRAL:
         tweets.left_out["neutral"] += 1
@@ -212,25 +181,24 @@ def _add(tweets: Tweets, number: int, row: list[str]) -> None:
         tweets.users.append(row[4])
 
 
-def _rows(file: _Bytes) -> Iterator[list[str]]:
-    """The rows of a CSV file; one that the csv module refuses is empty."""
+def _rows(file: IO[bytes]) -> Iterator[list[str]]:
+    """The rows of a CSV file; a row that the csv module refuses is empty."""
     reader = csv.reader(io.TextIOWrapper(file, encoding="latin-1", newline=""))
     while True:
         try:
-            row = next(reader)
+            yield next(reader)
         except StopIteration:
             return
         except csv.Error:
-            row = []
-        yield row
+            yield []
 
 
-def _open(path: Path, stack: ExitStack) -> _Bytes:
+def _open(path: Path, stack: ExitStack) -> IO[bytes]:
     if path.suffix == ".zip":
         archive = stack.enter_context(zipfile.ZipFile(path))
         return stack.enter_context(archive.open(_member(path, archive)))
     if path.suffix == ".gz":
-        return stack.enter_context(gzip.GzipFile(path))
+        return cast(IO[bytes], stack.enter_context(gzip.GzipFile(path)))
     return stack.enter_context(path.open("rb"))
 
 

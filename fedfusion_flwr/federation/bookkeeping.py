@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
+from typing import Self
 
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common.logger import log
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.replies import ClientReply
@@ -33,31 +35,40 @@ class Stopwatch:
         """Forget what passed since the last lap."""
         self._since = time.monotonic()
 
-    def lap(self, report: RoundReport, name: str) -> None:
-        """Book the time since the last lap under ``name``."""
+    def lap(self, report: RoundReport, name: str, parts: Mapping[str, float] = {}) -> None:
+        """Book the time since the last lap under ``name``, but its ``parts`` under theirs."""
         now = time.monotonic()
-        report.seconds[name] = report.seconds.get(name, 0.0) + now - self._since
+        for part, seconds in {name: now - self._since - sum(parts.values()), **parts}.items():
+            report.seconds[part] = report.seconds.get(part, 0.0) + seconds
         self._since = now
 
 
-def add(report: RoundReport, name: str, amount: float) -> None:
-    """Add to one of the round's metrics."""
-    report.metrics[name] = report.metrics.get(name, 0.0) + amount
+class Timer:
+    """A context whose ``seconds`` tell how long it was open."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> Self:
+        self._since = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.monotonic() - self._since
 
 
 def add_costs_down(report: RoundReport, messages: Iterable[Message]) -> None:
     """Count the bytes of the models on their way to clients."""
-    add(report, "bytes-down", sum(_num_bytes(message) for message in messages))
+    report.add("bytes-down", sum(_num_bytes(message) for message in messages))
 
 
 def add_costs_up(
     report: RoundReport, replies: Iterable[Message], good: Iterable[ClientReply]
 ) -> None:
     """Count the bytes of all replies, and the work that the good ones say they did."""
-    add(report, "bytes-up", sum(_num_bytes(reply) for reply in replies if reply.has_content()))
+    report.add("bytes-up", sum(_num_bytes(reply) for reply in replies if reply.has_content()))
     for reply in good:
         for key, name in COSTS.items():
-            add(report, name, reply.metrics.get(key, 0.0))
+            report.add(name, reply.metrics.get(key, 0.0))
 
 
 def _num_bytes(message: Message) -> int:
@@ -68,10 +79,10 @@ def _num_bytes(message: Message) -> int:
 def book_replies(report: RoundReport, good: list[ClientReply], bad: list[ClientRow]) -> None:
     """Count good and bad replies and log why each bad one was dropped."""
     report.clients = report.clients + bad
-    add(report, "replies-valid", len(good))
-    add(report, "replies-dropped", len(bad))
+    report.add("replies-valid", len(good))
+    report.add("replies-dropped", len(bad))
     for row in bad:
-        add(report, f"dropped-{row.dropped}", 1)
+        report.add(f"dropped-{row.dropped}", 1)
     log_dropped(report.server_round, "reply", bad)
 
 
@@ -85,7 +96,7 @@ def log_dropped(server_round: int, what: str, bad: list[ClientRow]) -> None:
         )
 
 
-def mean_metrics(good: list[ClientReply], mean: MetricsMean) -> dict[str, float]:
+def mean_metrics(good: list[ClientReply], mean: MetricsMean | None) -> dict[str, float]:
     """Average the metrics that all replies share, by Flower's or the user's function."""
     if not good:
         return {}
@@ -97,7 +108,7 @@ def mean_metrics(good: list[ClientReply], mean: MetricsMean) -> dict[str, float]
         metrics = MetricRecord({key: reply.metrics[key] for key in sorted(shared)})
         metrics[protocol.NUM_EXAMPLES] = reply.num_examples
         records.append(RecordDict({protocol.METRICS: metrics}))
-    averaged = mean(records, protocol.NUM_EXAMPLES)
+    averaged = (mean or aggregate_metricrecords)(records, protocol.NUM_EXAMPLES)
     return {key: float(v) for key, v in averaged.items() if isinstance(v, int | float)}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 from flwr.common.logger import log
 from torch import Tensor
 
-from fedfusion_flwr.federation.bookkeeping import add
+from fedfusion_flwr.config_rules import FRACTION, ZERO_OR_RATIO, at_least, checked
 from fedfusion_flwr.federation.bounds import squared_distance
+from fedfusion_flwr.federation.options import Options
 from fedfusion_flwr.federation.outliers import (
     Moments,
     cap_counts,
@@ -43,7 +45,8 @@ MAX_CLIENT_WEIGHT = 0.2
 SentTo = Callable[[ClientReply], Mapping[str, Tensor]]
 
 
-class Defence:
+@dataclass(frozen=True, kw_only=True)
+class Defence(Options):
     """The ``robust`` preset; works for every strategy here.
 
     Parameters
@@ -58,19 +61,9 @@ class Defence:
         No client counts more examples than this times the round's median; 0 sets no limit.
     """
 
-    STATE = ("bounds",)
-
-    def __init__(
-        self,
-        *,
-        outlier_threshold: float = 20.0,
-        clip_quantile: float = 0.5,
-        max_examples_ratio: float = 3.0,
-    ) -> None:
-        self.outlier_threshold = outlier_threshold
-        self.clip_quantile = clip_quantile
-        self.max_examples_ratio = max_examples_ratio
-        self.bounds: dict[str, float] = {}
+    outlier_threshold: float = checked(20.0, at_least(0))
+    clip_quantile: float = checked(0.5, FRACTION)
+    max_examples_ratio: float = checked(3.0, ZERO_OR_RATIO)
 
     def __str__(self) -> str:
         return (
@@ -84,6 +77,7 @@ class Defence:
         expected: Expected | None,
         report: RoundReport,
         phase: str,
+        bounds: dict[str, float],
     ) -> tuple[list[ClientReply], list[ClientRow]]:
         """The replies that count, as far as they count, and rows of those that do not.
 
@@ -98,6 +92,8 @@ class Defence:
             Where it is counted.
         phase : str
             Kind of training: updates of different kinds have bounds of their own.
+        bounds : dict[str, float]
+            The clipping bound of every phase, from earlier rounds; brought up to date.
         """
         if expected is None:
             return self._cap_examples(replies, report), []
@@ -106,7 +102,7 @@ class Defence:
             return expected(reply.client, reply.metrics)
 
         replies, dropped = self._drop_outliers(replies, sent_to, report)
-        replies = self._clip(self._cap_examples(replies, report), sent_to, report, phase)
+        replies = self._clip(self._cap_examples(replies, report), sent_to, report, phase, bounds)
         return replies, dropped
 
     def _cap_examples(self, replies: list[ClientReply], report: RoundReport) -> list[ClientReply]:
@@ -119,7 +115,7 @@ class Defence:
                 note = f"{reply.num_examples} examples count as {count}"
                 _log(WARNING, report, reply, note)
                 reply = _noted(reply, note, num_examples=count)
-                add(report, "examples-capped", 1)
+                report.add("examples-capped", 1)
             capped.append(reply)
         return capped
 
@@ -145,20 +141,25 @@ class Defence:
                 note = f"kept, because fewer than {FEWEST_TO_JUDGE} can be compared, but {note}"
                 _log(WARNING, report, reply, note)
                 reply = _noted(reply, note)
-                add(report, "outliers-kept", 1)
+                report.add("outliers-kept", 1)
             kept.append(reply)
         return kept, dropped
 
     def _clip(
-        self, replies: list[ClientReply], sent_to: SentTo, report: RoundReport, phase: str
+        self,
+        replies: list[ClientReply],
+        sent_to: SentTo,
+        report: RoundReport,
+        phase: str,
+        bounds: dict[str, float],
     ) -> list[ClientReply]:
         if not replies or self.clip_quantile == 1:
             return replies
         norms = [squared_distance(reply.state, sent_to(reply)) ** 0.5 for reply in replies]
-        bound = self.bounds.get(phase) or float(np.quantile(norms, self.clip_quantile))
+        bound = bounds.get(phase) or float(np.quantile(norms, self.clip_quantile))
         if not bound:
             return replies
-        self.bounds[phase] = next_bound(bound, norms, self.clip_quantile)
+        bounds[phase] = next_bound(bound, norms, self.clip_quantile)
         report.metrics[CLIP_BOUND] = bound
         clipped: list[ClientReply] = []
         for reply, norm in zip(replies, norms, strict=True):
@@ -169,7 +170,7 @@ class Defence:
                 shorter = clip_update(reply.state, sent_to(reply), norm, bound)
                 reply = _noted(reply, note, state=shorter)
             clipped.append(reply)
-        add(report, "updates-clipped", sum(norm > bound for norm in norms))
+        report.add("updates-clipped", sum(norm > bound for norm in norms))
         return clipped
 
 

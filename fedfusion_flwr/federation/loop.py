@@ -1,166 +1,141 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop over the rounds: served model, central evaluation, report, callbacks, resumption."""
+"""The loop over the rounds: central evaluation, reports, callbacks, and what a run goes on from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from logging import INFO
-from typing import Any
+from typing import TYPE_CHECKING, Self
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.federation.bookkeeping import Stopwatch
-from fedfusion_flwr.federation.round import RoundCallback, RoundReport, State, StopRun
-from fedfusion_flwr.fusion import ServedAverage
+from fedfusion_flwr.federation.conversation import WHERE, RoundInProgress, RunStopped
+from fedfusion_flwr.federation.options import ServerUpdate, Serving
+from fedfusion_flwr.federation.roster import Roster
+from fedfusion_flwr.federation.round import State, StopRun
+from fedfusion_flwr.fusion import ServedAverage, ServerStep
+
+if TYPE_CHECKING:
+    from fedfusion_flwr.federation.strategy import FederatedStrategy
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
+MODELS_IN_FLIGHT = 16
+"""Most different models that are out for evaluation at a time: each is held in memory."""
 
-class ReportingFedAvg(FlowerFedAvg):
-    """Keeps the served model and hands every round's report to callbacks.
 
-    Parameters
-    ----------
-    average_decay : float
-        Decay of the moving average of global models that is served; 0 serves the newest.
-    central_evaluate_every : int
-        The server evaluates in every so many rounds, and in the first and the last.
-    callbacks : Sequence[RoundCallback]
-        See every round's report; one that raises `StopRun` ends the run after that round.
-    **flower
-        Arguments of `flwr.serverapp.strategy.FedAvg`.
+@dataclass
+class Progress:
+    """What a strategy carries from round to round, whatever the algorithm; checkpoints hold it.
+
+    ``newest`` is the global model after ``rounds_done`` rounds, ``clip_bounds`` the defence's bound
+    of every phase.
     """
 
-    STATE: tuple[str, ...] = ("rounds_done", "newest", "average")
-    """What a checkpoint holds of the strategy; an algorithm adds the attributes of its own."""
+    average: ServedAverage
+    step: ServerStep
+    roster: Roster = field(default_factory=Roster)
+    rounds_done: int = 0
+    newest: State = field(default_factory=dict)
+    failed_rounds: int = 0
+    clip_bounds: dict[str, float] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        *,
-        average_decay: float,
-        callbacks: Sequence[RoundCallback],
-        central_evaluate_every: int = 1,
-        **flower: Any,
-    ) -> None:
-        super().__init__(**flower)
-        self.central_evaluate_every = central_evaluate_every
-        self.average = ServedAverage(average_decay)
-        self.callbacks = list(callbacks)
-        self.report = RoundReport(0)
-        self.rounds_done = 0
-        self.newest: State = {}
-        self.num_rounds = 0
-        self.timeout = 3600.0
-        self._stopwatch = Stopwatch()
+    @classmethod
+    def start(cls, serving: Serving, update: ServerUpdate) -> Self:
+        """Before the first round."""
+        step = ServerStep(update.server_learning_rate, update.server_momentum)
+        return cls(ServedAverage(serving.average_decay), step)
 
-    def check_outcome(self, num_rounds: int) -> None:
-        """Raise if a run that came to its end was none."""
 
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run the federation; as `flwr.serverapp.strategy.Strategy.start`, and beyond:
+def run_rounds(
+    strategy: FederatedStrategy,
+    grid: Grid,
+    initial_arrays: ArrayRecord,
+    train_config: ConfigRecord,
+    evaluate_config: ConfigRecord,
+    evaluate_fn: EvaluateFn | None,
+) -> Result:
+    """All rounds that are left; see `FederatedStrategy.start`."""
+    progress, num_rounds = strategy.progress, strategy.num_rounds
+    log(INFO, "Starting %s strategy:", type(strategy).__name__)
+    log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
+    strategy.summary()
+    result = Result()
+    arrays = initial_arrays
+    if progress.rounds_done:
+        arrays = protocol.record_from_state(progress.newest)
+        log(INFO, "Going on after round %d", progress.rounds_done)
+    try:
+        if not progress.rounds_done:
+            state = protocol.state_from_record(arrays)
+            strategy.round = RoundInProgress(strategy, 0, state, arrays)
+            _end_round(strategy, arrays, result, evaluate_fn)
+        for server_round in range(progress.rounds_done + 1, num_rounds + 1):
+            messages = strategy.configure_train(server_round, arrays, train_config, grid)
+            replies = grid.send_and_receive(messages, timeout=strategy.timeout)
+            new_arrays, metrics = strategy.aggregate_train(server_round, replies)
+            if metrics is not None:
+                result.train_metrics_clientapp[server_round] = metrics
+            arrays = arrays if new_arrays is None else new_arrays
+            messages = strategy.configure_evaluate(server_round, arrays, evaluate_config, grid)
+            replies = [
+                reply
+                for part in parts_of_few_models(messages)
+                for reply in grid.send_and_receive(part, timeout=strategy.timeout)
+            ]
+            metrics = strategy.aggregate_evaluate(server_round, replies)
+            if metrics is not None:
+                result.evaluate_metrics_clientapp[server_round] = metrics
+            _end_round(strategy, arrays, result, evaluate_fn)
+    except StopRun as reason:
+        log(INFO, "Ended after round %d: %s", progress.rounds_done, reason)
+    if progress.failed_rounds >= num_rounds and strategy.fraction_train > 0:
+        raise RunStopped(f"none of {num_rounds} rounds had enough valid replies; {WHERE}")
+    served = progress.average.state
+    result.arrays = protocol.record_from_state(served) if served else arrays
+    return result
 
-        ``evaluate_fn`` sees the served model (the moving average, where there is one), and
-        ``Result.arrays`` is the served model too. A strategy restored from a checkpoint goes on
-        after its last finished round, up to ``num_rounds`` in all.
 
-        Raises
-        ------
-        FedFusionError
-            What a strategy raises to end a run, e.g. `RunStopped` or `NotEnoughNodes`.
-        """
-        train_config = train_config or ConfigRecord()
-        evaluate_config = evaluate_config or ConfigRecord()
-        self.num_rounds, self.timeout = num_rounds, timeout
-        log(INFO, "Starting %s strategy:", type(self).__name__)
-        log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
-        self.summary()
-        result = Result()
-        arrays = initial_arrays
-        if self.rounds_done:
-            arrays = protocol.record_from_state(self.newest)
-            log(INFO, "Going on after round %d", self.rounds_done)
-        self._stopwatch.restart()
-        try:
-            if not self.rounds_done:
-                self._end_round(0, arrays, result, evaluate_fn)
-            for server_round in range(self.rounds_done + 1, num_rounds + 1):
-                arrays = self._train(server_round, arrays, result, grid, train_config)
-                self._evaluate(server_round, arrays, result, grid, evaluate_config)
-                self._end_round(server_round, arrays, result, evaluate_fn)
-        except StopRun as reason:
-            log(INFO, "Ended after round %d: %s", self.rounds_done, reason)
-        self.check_outcome(num_rounds)
-        result.arrays = arrays
-        if self.average.state:
-            result.arrays = protocol.record_from_state(self.average.state)
-        return result
+def parts_of_few_models(messages: Iterable[Message]) -> Iterator[list[Message]]:
+    """Split messages so that each part holds few different models."""
+    part: list[Message] = []
+    models: set[int] = set()
+    for message in messages:
+        models |= {id(record) for record in message.content.array_records.values()}
+        part.append(message)
+        if len(models) == MODELS_IN_FLIGHT:
+            yield part
+            part, models = [], set()
+    if part:
+        yield part
 
-    def _train(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        result: Result,
-        grid: Grid,
-        config: ConfigRecord,
-    ) -> ArrayRecord:
-        messages = self.configure_train(server_round, arrays, config, grid)
-        replies = grid.send_and_receive(messages, timeout=self.timeout)
-        new_arrays, metrics = self.aggregate_train(server_round, replies)
-        if metrics is not None:
-            result.train_metrics_clientapp[server_round] = metrics
-        return arrays if new_arrays is None else new_arrays
 
-    def _evaluate(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        result: Result,
-        grid: Grid,
-        config: ConfigRecord,
-    ) -> None:
-        messages = self.configure_evaluate(server_round, arrays, config, grid)
-        replies = grid.send_and_receive(messages, timeout=self.timeout)
-        metrics = self.aggregate_evaluate(server_round, replies)
-        if metrics is not None:
-            result.evaluate_metrics_clientapp[server_round] = metrics
-
-    def _end_round(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        result: Result,
-        evaluate_fn: EvaluateFn | None,
-    ) -> None:
-        self.rounds_done, self.newest = server_round, protocol.state_from_record(arrays)
-        self.report.model = self.average.state or self.newest
-        due = server_round % self.central_evaluate_every == 0 or server_round == self.num_rounds
-        if evaluate_fn is not None and due:
-            served = protocol.record_from_state(self.report.model) if self.average.state else arrays
-            central = evaluate_fn(server_round, served)
-            if central is not None:
-                result.evaluate_metrics_serverapp[server_round] = central
-            for key, value in (central or {}).items():
-                if isinstance(value, int | float):
-                    self.report.metrics[key] = float(value)
-        self._stopwatch.lap(self.report, "evaluate")
-        self.report_round()
-
-    def report_round(self) -> None:
-        """Hand the round's report to the callbacks."""
-        for callback in self.callbacks:
-            callback.on_round_end(self.report)
+def _end_round(
+    strategy: FederatedStrategy,
+    arrays: ArrayRecord,
+    result: Result,
+    evaluate_fn: EvaluateFn | None,
+) -> None:
+    progress, report = strategy.progress, strategy.round.report
+    server_round = report.server_round
+    progress.rounds_done, progress.newest = server_round, protocol.state_from_record(arrays)
+    served = progress.average.state
+    report.model = served or progress.newest
+    every, last = strategy.central_evaluate_every, strategy.num_rounds
+    if evaluate_fn is not None and (server_round % every == 0 or server_round == last):
+        central = evaluate_fn(
+            server_round, protocol.record_from_state(served) if served else arrays
+        )
+        if central is not None:
+            result.evaluate_metrics_serverapp[server_round] = central
+        for key, value in (central or {}).items():
+            if isinstance(value, int | float):
+                report.metrics[key] = float(value)
+    strategy.round.stopwatch.lap(report, "evaluate")
+    strategy.round.end()

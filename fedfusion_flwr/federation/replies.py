@@ -7,17 +7,19 @@ A bad reply loses its client for the round, with a named reason; the round goes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from flwr.app import Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.bounds import UpdateBound, nonfinite, square_sums
+from fedfusion_flwr.federation.options import Plausibility
 from fedfusion_flwr.federation.round import ClientRow
-from fedfusion_flwr.fusion import NormalizationStatistics
+from fedfusion_flwr.fusion import NormalizationStatistics, example_weights
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
 
 MAX_STATISTIC = 1e6
@@ -78,6 +80,11 @@ class ClientReply:
         )
 
 
+def weights_by_examples(replies: Sequence[ClientReply]) -> Tensor:
+    """p_k = n_k / sum_j n_j, shape (K,), float64."""
+    return example_weights(torch.tensor([reply.num_examples for reply in replies]))
+
+
 class ReplyJudge:
     """Checks the replies of one phase of one round.
 
@@ -97,10 +104,8 @@ class ReplyJudge:
         statistics does not tell it: where it is known all the same, every reply needs the record.
     arrays_key, examples_key : str
         Names of the ArrayRecord and of the example count.
-    max_examples : int
-        Largest example count that is believed.
-    max_update_ratio : float
-        A model farther from the sent one than this times the sent one's norm is refused.
+    plausibility : Plausibility
+        Bounds on the example count and on the step away from the model that was sent.
     """
 
     def __init__(
@@ -113,8 +118,7 @@ class ReplyJudge:
         num_channels: int | None = None,
         arrays_key: str = protocol.ARRAYS,
         examples_key: str = protocol.NUM_EXAMPLES,
-        max_examples: int = 10_000_000,
-        max_update_ratio: float = 10.0,
+        plausibility: Plausibility = Plausibility(),
     ) -> None:
         self.server_round = server_round
         self.sampled = sampled
@@ -123,8 +127,8 @@ class ReplyJudge:
         self.num_channels = num_channels
         self.arrays_key = arrays_key
         self.examples_key = examples_key
-        self.max_examples = max_examples
-        self.max_update_ratio = max_update_ratio
+        self.max_examples = plausibility.max_examples
+        self.max_update_ratio = plausibility.max_update_ratio
         self._bounds: dict[int, UpdateBound] = {}
 
     def judge(self, replies: Iterable[Message]) -> tuple[list[ClientReply], list[ClientRow]]:

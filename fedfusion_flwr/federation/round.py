@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one round was: the report that a strategy hands to its callbacks."""
+"""What one round was: an algorithm's update, and the report that callbacks see."""
 
 from __future__ import annotations
 
@@ -44,6 +44,38 @@ class FusionSnapshot:
     statistics: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Update:
+    """What an algorithm makes of a round's replies.
+
+    Attributes
+    ----------
+    model : State
+        The next global model.
+    rows : list[ClientRow]
+        What each reply counted.
+    metrics : dict[str, float]
+        Numbers of the round, by kebab-case name.
+    clusters : dict[int, int]
+        The cluster (or main component) of every client that has one.
+    fusion : FusionSnapshot or None
+        The inference, where there was one.
+    seconds : dict[str, float]
+        Parts of the time that this took, by name; the rest is aggregation.
+    """
+
+    model: State
+    rows: list[ClientRow]
+    metrics: dict[str, float] = field(default_factory=dict)
+    clusters: dict[int, int] = field(default_factory=dict)
+    fusion: FusionSnapshot | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class KeepOldModel(Exception):
+    """Why a round's replies must not change the model."""
+
+
 @dataclass
 class RoundReport:
     """Everything that is recorded of a round; filled in as the round goes on.
@@ -68,9 +100,19 @@ class RoundReport:
         """The replies that did not count."""
         return [row for row in self.clients if row.dropped]
 
+    def add(self, name: str, amount: float) -> None:
+        """Add to one of the round's metrics."""
+        self.metrics[name] = self.metrics.get(name, 0.0) + amount
+
+    def book(self, update: Update) -> None:
+        """Take in what the algorithm made of the round."""
+        self.clients = update.rows + self.clients
+        self.metrics |= update.metrics
+        self.clusters, self.fusion = update.clusters, update.fusion
+
 
 class StopRun(Exception):
-    """A callback raises it to end a run well after the round it was told of; says why."""
+    """A callback raises it to end a run after the current round; says why."""
 
 
 class RoundCallback(Protocol):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fedfusion_flwr.fusion.aggregation import (
 from fedfusion_flwr.fusion.state_dicts import State, fuse_state_dicts, is_parameter
 
 
+@dataclass
 class AbsentComponents:
     """Remembers, for every component, its last step and running statistics.
 
@@ -27,11 +29,8 @@ class AbsentComponents:
         As in `fuse_state_dicts`.
     """
 
-    STATE = ("last",)
-
-    def __init__(self, pool_moments: bool = True) -> None:
-        self.pool_moments = pool_moments
-        self.last: dict[int, State] = {}
+    pool_moments: bool = True
+    last: dict[int, State] = field(default_factory=dict)
 
     def remember(
         self,

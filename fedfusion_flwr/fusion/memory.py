@@ -9,7 +9,7 @@ has a shifted mean, so what is known of its clients' deviations is taken off fir
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class ClientMemory:
     assignment: Tensor | None = None
 
 
+@dataclass
 class StatisticsMemory:
     """Centred statistics and smoothed assignments, keyed by client id.
 
@@ -42,12 +43,9 @@ class StatisticsMemory:
         does not flicker between components. 0 takes the newest posterior as it is.
     """
 
-    STATE = ("clients",)
-
-    def __init__(self, smoothing: float = 0.0, update_rate: float = 0.5) -> None:
-        self.smoothing = smoothing
-        self.update_rate = update_rate
-        self.clients: dict[int, ClientMemory] = {}
+    smoothing: float = 0.0
+    update_rate: float = 0.5
+    clients: dict[int, ClientMemory] = field(default_factory=dict)
 
     @property
     def ids(self) -> list[int]:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from fedfusion_flwr.fusion.state_dicts import State, fuse_state_dicts, is_parameter
 
 
+@dataclass
 class ServerStep:
     """w <- w + rate * v with v <- momentum * v + (aggregate - w); Hsu et al. 2019 (FedAvgM).
 
@@ -21,12 +24,9 @@ class ServerStep:
         In [0, 1).
     """
 
-    STATE = ("velocity",)
-
-    def __init__(self, learning_rate: float = 1.0, momentum: float = 0.0) -> None:
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.velocity: State = {}
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    velocity: State = field(default_factory=dict)
 
     @property
     def is_identity(self) -> bool:
@@ -50,6 +50,7 @@ class ServerStep:
         return stepped
 
 
+@dataclass
 class ServedAverage:
     """Exponential moving average of the global models, without the bias of its start.
 
@@ -62,13 +63,10 @@ class ServedAverage:
         d in [0, 1); 0 serves the newest model itself.
     """
 
-    STATE = ("count", "state", "_exact")
-
-    def __init__(self, decay: float = 0.0) -> None:
-        self.decay = decay
-        self.count = 0
-        self.state: State = {}
-        self._exact: State = {}
+    decay: float = 0.0
+    count: int = 0
+    state: State = field(default_factory=dict)
+    exact: State = field(default_factory=dict)
 
     def update(self, model: State) -> State:
         """Take in a new global model and return the one to serve."""
@@ -79,10 +77,10 @@ class ServedAverage:
         # In float64: in a model's own type, small steps towards the newest would be rounded away.
         exact = {k: v.double() if v.is_floating_point() else v for k, v in model.items()}
         if self.count == 1:
-            self._exact = {key: value.clone() for key, value in exact.items()}
+            self.exact = {key: value.clone() for key, value in exact.items()}
         else:
             newest = (1 - self.decay) / (1 - self.decay**self.count)
             weights = torch.tensor([1 - newest, newest], dtype=torch.float64)
-            self._exact = fuse_state_dicts([self._exact, exact], weights)
-        self.state = {key: self._exact[key].to(value.dtype) for key, value in model.items()}
+            self.exact = fuse_state_dicts([self.exact, exact], weights)
+        self.state = {key: self.exact[key].to(value.dtype) for key, value in model.items()}
         return self.state

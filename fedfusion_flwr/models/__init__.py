@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,6 @@ __all__ = [
     "shape_of",
 ]
 
-
 MODELS: dict[str, ModelEntry] = {
     "bilstm": ModelEntry(lambda shape: BiLSTM(shape.vocabulary_size, shape.num_classes), 0),
     "lenet": ModelEntry(lambda shape: LeNet(shape.image, shape.num_classes), 8),
@@ -53,7 +52,7 @@ def build_model(
     normalization: Normalization = "batch",
     groups: int = 2,
 ) -> nn.Module:
-    """A freshly initialized model; the global random state stays as it was.
+    """A freshly initialized model; the global random state does not change.
 
     Parameters
     ----------
@@ -81,18 +80,17 @@ def build_model(
     Raises
     ------
     ModelError
-        If the name is unknown, the examples or classes do not fit the model, or the model of the
-        user's own cannot be made or fails.
+        If the name is unknown, the data does not fit the model, or the user's own model cannot be
+        built or fails.
     """
-    custom = ":" in name
+    custom, shape = ":" in name, DataShape(input_shape, num_classes, vocabulary_size)
     if not custom:
-        _check_fit(name, input_shape)
+        _check_fit(name, shape)
     if num_classes < 1:
         raise ModelError(f"`model` {name!r} needs at least one class, got {num_classes}.")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also reseed the accelerators.
         torch.default_generator.manual_seed(seed)
-        shape = DataShape(input_shape, num_classes, vocabulary_size)
         model = build_custom(name, shape) if custom else MODELS[name].build(shape)
         convert_normalization(model, normalization, groups)
         if custom:
@@ -107,32 +105,29 @@ def shape_of(data: FederatedData) -> DataShape:
 
 def model_for(config: RunConfig, data: FederatedData, seed: int) -> nn.Module:
     """The model that a run config names, for the given data."""
-    shape = shape_of(data)
     return build_model(
         config.model,
-        shape.input_shape,
-        shape.num_classes,
+        data.input_shape,
+        data.num_classes,
         seed,
-        vocabulary_size=shape.vocabulary_size,
-        normalization=cast(Normalization, config.model_normalization),
+        vocabulary_size=len(data.vocabulary),
+        normalization=cast(Any, config.model_normalization),
         groups=config.normalization_groups,
     )
 
 
-def _check_fit(name: str, input_shape: tuple[int, ...]) -> None:
+def _check_fit(name: str, shape: DataShape) -> None:
     if name not in MODELS:
         raise ModelError(f"`model` is {name!r}; known models: {', '.join(sorted(MODELS))}.")
-    entry = MODELS[name]
-    is_text = len(input_shape) == 1
-    if is_text != (entry.smallest_image == 0):
-        takes, given = ("texts", "images") if not is_text else ("images", "texts")
+    smallest = MODELS[name].smallest_image
+    if shape.is_text != (smallest == 0):
+        takes, given = ("images", "texts") if shape.is_text else ("texts", "images")
         raise ModelError(f"`model` {name!r} takes {takes}, but `dataset` holds {given}.")
-    if is_text:
+    if shape.is_text:
         return
-    channels, height, width = input_shape
-    if channels < 1 or min(height, width) < entry.smallest_image:
+    channels, height, width = shape.image
+    if channels < 1 or min(height, width) < smallest:
         raise ModelError(
-            f"`model` {name!r} takes images of at least {entry.smallest_image}x"
-            f"{entry.smallest_image} pixels with at least one channel, "
-            f"got {channels} channels of {height}x{width}."
+            f"`model` {name!r} takes images of at least {smallest}x{smallest} pixels with at least "
+            f"one channel, got {channels} channels of {height}x{width}."
         )

@@ -37,7 +37,7 @@ class BiLSTM(nn.Module):
             nn.Linear(hidden, num_classes),
         )
         with torch.no_grad():
-            # The default of variance 1 would drown what SGD adds.
+            # The default variance of 1 would drown SGD's steps.
             self.embedding.weight.mul_(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class BiLSTM(nn.Module):
         packed = pack_padded_sequence(
             self.embedding(x), lengths.cpu(), batch_first=True, enforce_sorted=False
         )
-        # As long as the longest text of the batch, and 0 where a text has ended.
+        # As long as the longest text of the batch, and 0 after the end of a text.
         states, _ = pad_packed_sequence(self._states(packed), batch_first=True)
         ended = torch.arange(states.shape[1], device=x.device) >= lengths.unsqueeze(1)
         mean = states.sum(1) / lengths.unsqueeze(1)
@@ -55,7 +55,7 @@ class BiLSTM(nn.Module):
         return logits
 
     def _states(self, packed: PackedSequence) -> PackedSequence:
-        """The LSTM's states; float32 where oneDNN has no LSTM in bfloat16."""
+        """The LSTM's states; in float32 if oneDNN has no LSTM in bfloat16."""
         device = packed.data.device
         if torch.is_autocast_enabled(device.type) and not computation.has_bfloat16(device):
             with torch.autocast(device.type, enabled=False):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of the user's own: ``model = "module:function"``."""
+"""The user's own models: ``model = "module:function"``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fedfusion_flwr.user_code import described, load_function
 
 
 def build_custom(reference: str, shape: DataShape) -> nn.Module:
-    """What the user's function makes for data of that shape.
+    """The module that the user's function returns for data of that shape.
 
     Raises
     ------
     ModelError
-        If it cannot be imported, fails, or returns something else than a module.
+        If it cannot be imported, fails, or returns something else.
     """
     function = load_function("model", reference, ModelError)
     try:
@@ -39,7 +39,7 @@ def check_logits(reference: str, model: nn.Module, shape: DataShape) -> None:
     Raises
     ------
     ModelError
-        If the forward pass fails or does not give a row of ``num_classes`` logits an example.
+        If the forward pass fails or does not return ``num_classes`` logits for each example.
     """
     examples = shape.examples(2)
     takes = f"examples of shape {tuple(examples.shape)} and type {examples.dtype}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the registry says of a model, and what it tells one."""
+"""What the registry knows of a model, and what a model must know of the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedfusion_flwr.errors import FedFusionError
 
 
 class ModelError(FedFusionError, ValueError):
-    """An unknown model, or one that the data, the normalization or the strategy does not fit."""
+    """An unknown model, or one that does not fit the data, normalization or strategy."""
 
 
 class DataShape(NamedTuple):
@@ -26,7 +26,7 @@ class DataShape(NamedTuple):
     num_classes : int
         Width of the output.
     vocabulary_size : int
-        Number of words of texts.
+        Number of words, for texts.
     """
 
     input_shape: tuple[int, ...]
@@ -39,10 +39,15 @@ class DataShape(NamedTuple):
         channels, height, width = self.input_shape
         return channels, height, width
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the examples are texts, not images."""
+        return len(self.input_shape) == 1
+
     def examples(self, count: int) -> Tensor:
         """Inputs to try a model with, all ones: white images, or texts of the unknown word."""
-        is_text = len(self.input_shape) == 1
-        return torch.ones(count, *self.input_shape, dtype=torch.int64 if is_text else torch.float32)
+        dtype = torch.int64 if self.is_text else torch.float32
+        return torch.ones(count, *self.input_shape, dtype=dtype)
 
 
 class ModelEntry(NamedTuple):
@@ -51,9 +56,9 @@ class ModelEntry(NamedTuple):
     Attributes
     ----------
     build : Callable[[DataShape], nn.Module]
-        Makes it.
+        Makes the model.
     smallest_image : int
-        Smallest height and width it takes, in pixels; 0 for a model of texts.
+        Smallest height and width in pixels; 0 for a model of texts.
     """
 
     build: Callable[[DataShape], nn.Module]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a built model's BatchNorm layers into layers that need no batch."""
+"""Turns the BatchNorm layers of a model into layers that need no batch."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ Normalization = Literal["batch", "group", "layer", "none"]
 def convert_normalization(model: nn.Module, normalization: Normalization, groups: int = 2) -> None:
     """Replace every BatchNorm layer, at any depth and in place; draws no random numbers.
 
-    A layer's ``eps`` is kept, and its affine parameters, if it has any, start anew at scale 1 and
-    shift 0. The other layers stay as they are, and so do the names of all parameters. With
-    ``none``, a convolution without bias before a removed layer has no shift left.
+    A layer keeps its ``eps``; its affine parameters, if any, start anew at scale 1 and shift 0. The
+    other layers and the names of all parameters stay the same. With ``none``, a convolution without
+    bias before a removed layer has no shift left.
 
     Parameters
     ----------
     model : nn.Module
         Changed in place.
     normalization : {"batch", "group", "layer", "none"}
-        ``batch`` keeps the model; ``group`` makes every layer GroupNorm of ``groups`` groups (as
-        Fed-GN); ``layer`` normalizes an example over its channels and pixels, which is GroupNorm of
-        one group; ``none`` leaves the layers out.
+        ``batch`` keeps the model; ``group`` makes every layer a GroupNorm of ``groups`` groups (as
+        in Fed-GN); ``layer`` normalizes an example over its channels and pixels, which is GroupNorm
+        of one group; ``none`` removes the layers.
     groups : int
         Number of groups.
 
     Raises
     ------
     ModelError
-        If a layer's channels do not divide into groups, or its groups of single features would each
-        normalize to 0.
+        If a layer's channels do not divide into the groups, or a group would be a single feature,
+        which always normalizes to 0.
     """
     if normalization == "batch":
         return
     groups = 1 if normalization == "layer" else groups
     replaced: dict[nn.Module, nn.Module] = {}
-    # With duplicates: a layer that is used twice must be one layer afterwards too.
+    # With duplicates: a layer that is used twice must stay one layer.
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, _BatchNorm):
             continue

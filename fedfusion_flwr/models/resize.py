@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedfusion_flwr.models import ModelError
+from fedfusion_flwr.models.entry import ModelError
 
 
 def fit_to_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -19,32 +20,30 @@ def fit_to_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     Parameters
     ----------
     model : nn.Module
-        Left as it is.
+        Not changed.
     state : Mapping[str, Tensor]
-        Its layers may be wider or narrower than the model's; values are not read.
+        Its layers may be wider or narrower than the model's; only shapes are read.
 
     Returns
     -------
     nn.Module
         The model itself if all shapes agree; else a copy whose convolutions, fully connected and
-        normalization layers have the state's widths, with values of no account.
+        normalization layers have the state's widths, and meaningless values.
 
     Raises
     ------
     ModelError
-        If a shape differs in another kind of layer, or in what its kind cannot vary.
+        If a shape differs in another kind of layer, or where its kind cannot vary.
     """
     own = model.state_dict()
     differing = [key for key in own if key in state and own[key].shape != state[key].shape]
     if not differing:
         return model
     fitted = copy.deepcopy(model)
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in differing):
+    for name, keys in itertools.groupby(differing, lambda key: key.rpartition(".")[0]):
         module = fitted.get_submodule(name)
-        for key in differing:
-            owner, _, entry = key.rpartition(".")
-            if owner == name:
-                _resize(module, entry, state[key].shape)
+        for key in keys:
+            _resize(module, key.rpartition(".")[2], state[key].shape)
         _correct_widths(name, module)
     return fitted
 
@@ -58,7 +57,7 @@ def _resize(module: nn.Module, name: str, shape: torch.Size) -> None:
 
 
 def _correct_widths(name: str, module: nn.Module) -> None:
-    """Make the attributes say what the tensors are."""
+    """Set the attributes to what the tensors are."""
     if isinstance(module, nn.Conv2d) and module.groups == 1:
         module.out_channels, module.in_channels = module.weight.shape[:2]
     elif isinstance(module, nn.Linear):

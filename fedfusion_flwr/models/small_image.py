@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision networks with a stem for small images.
+"""torchvision networks, untrained, with stems for small images.
 
-Made for 224x224 pixels, they would shrink one of 32x32 or 28x28 to a single pixel or two before
-their last stage. Here they shrink it less; the feature maps of these images are
+Built for 224x224 pixels, they would shrink 32x32 or 28x28 to a pixel or two before their last
+stage. Here they shrink images less; the feature maps are
 
 ============  =================================  ================  ================
-network       what is measured                   of 32x32          of 28x28
+network       where                              of 32x32          of 28x28
 ============  =================================  ================  ================
 resnet18      stages 1 to 4                      32, 16, 8, 4      28, 14, 7, 4
 densenet121   dense blocks 1 to 4                32, 16, 8, 4      28, 14, 7, 3
 mobilenetv2   stem; 24, 32, 64, 160 channels     32; 32, 16, 8, 4  28; 28, 14, 7, 4
 ============  =================================  ================  ================
 
-A replaced convolution is initialized as torchvision initializes it. torchvision is imported inside
+A replaced convolution is initialized as torchvision initializes it. Each function takes the shape
+of an image (channels, height, width) and the number of classes. torchvision is imported inside
 the functions: the import takes about a second, in every process of a simulation.
 """
 
@@ -22,15 +23,7 @@ from torch import nn
 
 
 def resnet18(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """ResNet-18, untrained, with a 3x3 stem of stride 1 and without the pooling after it.
-
-    Parameters
-    ----------
-    input_shape : tuple[int, int, int]
-        Channels, height and width of an image.
-    num_classes : int
-        Width of the output.
-    """
+    """ResNet-18 with a 3x3 stem of stride 1 and without the pooling after it."""
     from torchvision import models
 
     model: nn.Module = models.resnet18(weights=None, num_classes=num_classes)
@@ -41,15 +34,7 @@ def resnet18(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
 
 
 def densenet121(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """DenseNet-121, untrained, with a 3x3 stem of stride 1 and without the pooling after it.
-
-    Parameters
-    ----------
-    input_shape : tuple[int, int, int]
-        Channels, height and width of an image.
-    num_classes : int
-        Width of the output.
-    """
+    """DenseNet-121 with a 3x3 stem of stride 1 and without the pooling after it."""
     from torchvision import models
 
     model = models.densenet121(weights=None, num_classes=num_classes)
@@ -73,17 +58,10 @@ MOBILENETV2_STAGES = [
 
 
 def mobilenetv2(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """MobileNetV2, untrained, with stride 1 in its stem and in its second stage.
+    """MobileNetV2 with stride 1 in its stem and in its second stage.
 
     torchvision's dropout of 0.2 before the classifier stays, so that results compare with those
     that others report; `training.train` draws it from the client's own generator.
-
-    Parameters
-    ----------
-    input_shape : tuple[int, int, int]
-        Channels, height and width of an image.
-    num_classes : int
-        Width of the output.
     """
     from torchvision import models
 

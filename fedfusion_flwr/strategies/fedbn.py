@@ -13,25 +13,31 @@ does not have; a client seen for the first time starts from it.
 
 from __future__ import annotations
 
-from logging import INFO
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from flwr.common.logger import log
-
-from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.federation.replies import ClientReply, weights_by_examples
+from fedfusion_flwr.federation.round import State, Update
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
-from fedfusion_flwr.strategies.fedavg import FedAvg
 
 
-class FedBN(FedAvg):
+@dataclass
+class FedBNState:
+    """The normalization layers that each client last returned."""
+
+    normalization_of: dict[int, State] = field(default_factory=dict)
+
+
+class FedBN(FederatedStrategy):
     """FedAvg with BatchNorm layers of each client's own."""
 
-    STATE = (*FedAvg.STATE, "normalization_of")
+    name = "fedbn"
+    state: FedBNState
 
-    def __init__(self, **base: Any) -> None:
-        super().__init__(**base)
-        self.normalization_of: dict[int, State] = {}
+    def initial(self) -> FedBNState:
+        """No client has returned anything yet."""
+        return FedBNState()
 
     def sent_to(self, client: int) -> State:
         """The global model with the client's own normalization layers."""
@@ -41,22 +47,21 @@ class FedBN(FedAvg):
         """The served model with the client's own normalization layers."""
         return self._with_own(client, self.served)
 
-    def advance(self, replies: list[ClientReply]) -> State:
+    def advance(self, replies: list[ClientReply]) -> Update:
         """FedAvg; and keep every client's normalization layers, if the round counts."""
-        model = super().advance(replies)
+        update = self.weighted_update(replies, weights_by_examples(replies))
         prefixes = tuple(batchnorm_prefixes(self.current))
         for reply in replies:
             # Copies: a view would keep the whole reply in memory.
-            self.normalization_of[reply.client] = {
+            self.state.normalization_of[reply.client] = {
                 key: value.clone() for key, value in reply.state.items() if key.startswith(prefixes)
             }
-        return model
+        return update
 
     def _with_own(self, client: int, state: State) -> State:
-        own = self.normalization_of.get(client)
+        own = self.state.normalization_of.get(client)
         return {**state, **own} if own else state
 
-    def summary(self) -> None:
-        """Log the strategy's settings at the start of a run."""
-        log(INFO, "\t├──> FedBN: BatchNorm layers of each client's own, kept by the server")
-        super().summary()
+    def settings(self) -> Iterable[str]:
+        """Where the layers are kept."""
+        return ["FedBN: BatchNorm layers of each client's own, kept by the server"]

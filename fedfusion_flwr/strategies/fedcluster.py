@@ -12,36 +12,44 @@ A client seen later trains once from that w and joins the cluster of the nearest
 
 from __future__ import annotations
 
-from logging import INFO
-from typing import Any, Literal
-
-import numpy as np
-from flwr.common.logger import log
-from torch import Tensor
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.config import cohort_size
-from fedfusion_flwr.federation.bounds import (
-    count_different,
+from fedfusion_flwr.config import Linkage, RunConfig, cohort_size
+from fedfusion_flwr.config_rules import at_least, checked, choice
+from fedfusion_flwr.federation.bounds import squared_distance
+from fedfusion_flwr.federation.conversation import Exchange
+from fedfusion_flwr.federation.replies import ClientReply
+from fedfusion_flwr.federation.round import State, Update
+from fedfusion_flwr.federation.sampling import random_cohort
+from fedfusion_flwr.federation.strategy import FederatedStrategy
+from fedfusion_flwr.randomness import numpy_generator
+from fedfusion_flwr.strategies.clusters import Clusters, mean_of
+from fedfusion_flwr.strategies.geometry import (
+    agglomerate,
     gram_matrix,
     principal_coordinates,
-    squared_distance,
 )
-from fedfusion_flwr.federation.engine import Exchange
-from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import State
-from fedfusion_flwr.federation.sampling import random_cohort
-from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.strategies.multi import MultiModelStrategy, in_order_of_appearance
-
-Linkage = Literal["ward", "complete", "average"]
 
 
-class FedCluster(MultiModelStrategy):
+@dataclass
+class FedClusterState:
+    """The clusters; the model that updates start from; and origin plus mean update of each."""
+
+    clusters: Clusters = field(default_factory=Clusters)
+    origin: State = field(default_factory=dict)
+    mean_update_models: list[State] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class FedCluster(FederatedStrategy):
     """FedAvg until one clustering of all clients' updates; then one FedAvg a cluster.
 
     Parameters
     ----------
+    num_clusters : int
+        Clusters to cut the tree at.
     cluster_round : int
         n0, the last round with one model.
     distance_threshold : float
@@ -49,103 +57,94 @@ class FedCluster(MultiModelStrategy):
         to ``num_clusters`` instead.
     linkage : {"ward", "complete", "average"}
         What the distance of two clusters is.
-    **base
-        Arguments of `MultiModelStrategy`.
     """
 
-    STATE = (*MultiModelStrategy.STATE, "origin", "mean_update_models")
+    name = "fedcluster"
+    single_model = False
 
-    def __init__(
-        self,
-        *,
-        cluster_round: int = 5,
-        distance_threshold: float = 0.0,
-        linkage: Linkage = "ward",
-        **base: Any,
-    ) -> None:
-        super().__init__(**base)
-        self.cluster_round = cluster_round
-        self.distance_threshold = distance_threshold
-        self.linkage = linkage
-        self.origin: State = {}
-        self.mean_update_models: list[State] = []
+    num_clusters: int = checked(5, at_least(1))
+    cluster_round: int = checked(5, at_least(1))
+    distance_threshold: float = checked(0.0, at_least(0))
+    linkage: Linkage = choice(Linkage, "ward")
+    state: FedClusterState = field(init=False)
+
+    @classmethod
+    def rounds_of_equal_steps(cls, config: RunConfig) -> int:
+        """Less what the clustering's training is worth."""
+        return config.rounds_after_one_of_all()
+
+    def initial(self) -> FedClusterState:
+        """No clusters yet."""
+        return FedClusterState()
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
         """Cluster everybody once; later, place the clients that have no cluster yet."""
+        state = self.state
         if self.server_round <= self.cluster_round:
             return
-        if not self.cluster_models:
-            self.origin = self.current
-        newcomers = [client for client in clients if client not in self.cluster_of]
+        if not state.clusters:
+            state.origin = self.current
+        newcomers = [client for client in clients if client not in state.clusters.of]
         if not newcomers:
             return
-        replies = exchange(newcomers, self.origin, {protocol.PHASE: "clustering"})
-        if self.cluster_models:
+        replies = exchange(newcomers, state.origin, {protocol.PHASE: "clustering"})
+        if state.clusters:
             for reply in replies:
-                self.cluster_of[reply.client] = self._nearest(reply)
+                state.clusters.of[reply.client] = self._nearest(reply)
         elif replies:
             self._cluster(replies)
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
         """Within each cluster, once there are any."""
-        if not self.cluster_models:
+        clusters = self.state.clusters
+        if not clusters:
             return super().sample_clients(server_round, clients, size)
         generator = numpy_generator(self.seed, "sampling", server_round)
         cohort: list[int] = []
-        for cluster in range(len(self.cluster_models)):
-            members = [c for c in clients if self.cluster_of.get(c) == cluster]
+        for cluster in range(len(clusters.models)):
+            members = [c for c in clients if clusters.of.get(c) == cluster]
             if members:
                 wanted = cohort_size(len(members), self.fraction_train)
                 cohort += random_cohort(members, wanted, generator)
         return sorted(cohort)
 
+    def sent_to(self, client: int) -> State:
+        """The model of the client's cluster; the global one while it has none."""
+        return self.state.clusters.model_of(client, self.current)
+
+    def advance(self, replies: list[ClientReply]) -> Update:
+        """FedAvg; from the clustering on, in every cluster."""
+        return self.state.clusters.advance(self, replies)
+
+    def personal_model(self, client: int) -> State:
+        """The model of the client's cluster; the served one while it has none."""
+        return self.state.clusters.model_of(client, self.served)
+
+    def models(self) -> dict[str, State]:
+        """The clusters' models, ``c0``, ``c1``, ..."""
+        return self.state.clusters.named()
+
     def _cluster(self, replies: list[ClientReply]) -> None:
-        gram = gram_matrix([reply.state for reply in replies], self.origin)
+        state = self.state
+        gram = gram_matrix([reply.state for reply in replies], state.origin)
         labels = agglomerate(
-            principal_coordinates(gram),
-            self.num_clusters,
-            self.distance_threshold,
-            self.linkage,
+            principal_coordinates(gram), self.num_clusters, self.distance_threshold, self.linkage
         )
         for reply, label in zip(replies, labels.tolist(), strict=True):
-            self.cluster_of[reply.client] = label
+            state.clusters.of[reply.client] = label
         for cluster in range(int(labels.max()) + 1):
-            members = [r.state for r in replies if self.cluster_of[r.client] == cluster]
-            self.mean_update_models.append(self.mean_of(members))
-            self.cluster_models.append(self.current)
+            members = [r.state for r in replies if state.clusters.of[r.client] == cluster]
+            state.mean_update_models.append(mean_of(self, members))
+            state.clusters.models.append(self.current)
 
     def _nearest(self, reply: ClientReply) -> int:
-        distances = [squared_distance(reply.state, mean) for mean in self.mean_update_models]
-        return int(np.argmin(distances))
+        means = self.state.mean_update_models
+        distances = [squared_distance(reply.state, mean) for mean in means]
+        return distances.index(min(distances))
 
-    def summary(self) -> None:
-        """Log the strategy's settings at the start of a run."""
+    def settings(self) -> Iterable[str]:
+        """When and how the clients are clustered."""
         cut = f"{self.num_clusters} clusters"
         if self.distance_threshold:
             cut = f"distance {self.distance_threshold:g}"
-        log(
-            INFO,
-            "\t├──> FedCluster: after round %d, %s linkage, cut at %s",
-            *(self.cluster_round, self.linkage, cut),
-        )
-        super().summary()
-
-
-def agglomerate(
-    points: Tensor, num_clusters: int, distance_threshold: float, linkage: Linkage
-) -> np.ndarray:
-    """Cluster numbers (K,) of points (K, D), in the order in which the clusters first appear.
-
-    ``distance_threshold`` 0 cuts the tree at ``num_clusters``, or at the number of different points
-    where that is less.
-    """
-    if len(points) == 1:
-        return np.zeros(1, dtype=np.int64)
-    # Here and not above: the import takes about a second, in every process of a simulation.
-    from sklearn.cluster import AgglomerativeClustering
-
-    cut: dict[str, Any] = {"n_clusters": min(num_clusters, count_different(points))}
-    if distance_threshold:
-        cut = {"n_clusters": None, "distance_threshold": distance_threshold}
-    found = AgglomerativeClustering(linkage=linkage, **cut).fit_predict(points.numpy())
-    return in_order_of_appearance(found)
+        yield f"FedCluster: after round {self.cluster_round}, {self.linkage} linkage, cut at {cut}"

@@ -13,19 +13,27 @@ client work of one round of FedAvg. M = 1 is FedAvg, bit for bit.
 
 from __future__ import annotations
 
-from logging import INFO
-from typing import Any
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from flwr.common.logger import log
-
-from fedfusion_flwr.config import cohort_size
-from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.config import RunConfig, cohort_size
+from fedfusion_flwr.config_rules import at_least, checked
+from fedfusion_flwr.federation.replies import ClientReply, weights_by_examples
+from fedfusion_flwr.federation.round import Update
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.strategies.fedavg import FedAvg
 
 
-class FedClusterCycling(FedAvg):
+@dataclass
+class CyclingState:
+    """The clients of every cluster; empty before the first round."""
+
+    clusters: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class FedClusterCycling(FederatedStrategy):
     """FedAvg over clusters of clients that take turns.
 
     Parameters
@@ -35,70 +43,74 @@ class FedClusterCycling(FedAvg):
     reshuffle_cycle : bool
         Draw a new order of the clusters for every learning round; without, the last cluster is
         always the freshest.
-    **base
-        Arguments of `SingleModelStrategy`.
     """
 
-    STATE = (*FedAvg.STATE, "clusters")
+    name = "fedcluster-cycling"
 
-    def __init__(self, *, num_clusters: int = 5, reshuffle_cycle: bool = True, **base: Any) -> None:
-        super().__init__(**base)
-        self.num_clusters = num_clusters
-        self.reshuffle_cycle = reshuffle_cycle
-        self.clusters: list[list[int]] = []
+    num_clusters: int = checked(5, at_least(1))
+    reshuffle_cycle: bool = True
+    state: CyclingState = field(init=False)
+
+    @classmethod
+    def rounds_of_equal_steps(cls, config: RunConfig) -> int:
+        """A round trains one cluster's share of the clients."""
+        return config.num_server_rounds * min(config.num_clusters, config.num_clients)
+
+    def initial(self) -> CyclingState:
+        """No division yet."""
+        return CyclingState()
 
     @property
     def learning_round(self) -> int:
         """Which learning round the round in progress belongs to, from 0."""
-        return (self.server_round - 1) // max(len(self.clusters), 1)
+        return (self.server_round - 1) // max(len(self.state.clusters), 1)
 
     @property
     def cycle(self) -> int:
         """Which cycle of its learning round the round in progress is, from 0."""
-        return (self.server_round - 1) % max(len(self.clusters), 1)
+        return (self.server_round - 1) % max(len(self.state.clusters), 1)
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
         """A cohort of the cluster whose turn it is; of everybody, if nobody of it is connected."""
         self._admit(clients)
-        members = sorted(set(self.clusters[self._turn()]) & set(clients)) or clients
+        members = sorted(set(self.state.clusters[self._turn()]) & set(clients)) or clients
         size = cohort_size(len(members), self.fraction_train)
         return super().sample_clients(server_round, members, size)
 
-    def advance(self, replies: list[ClientReply]) -> State:
+    def advance(self, replies: list[ClientReply]) -> Update:
         """FedAvg of the cohort."""
-        self.report.metrics["learning-round"] = float(self.learning_round + 1)
-        self.report.metrics["cycle"] = float(self.cycle + 1)
-        return super().advance(replies)
+        update = self.weighted_update(replies, weights_by_examples(replies))
+        place = {"learning-round": float(self.learning_round + 1), "cycle": float(self.cycle + 1)}
+        return dataclasses.replace(update, metrics={**place, **update.metrics})
 
     def evaluates(self, server_round: int) -> bool:
         """Only at the end of a learning round, when every cluster had its turn; and at the last."""
-        whole, rest = divmod(server_round, max(len(self.clusters), 1))
+        whole, rest = divmod(server_round, max(len(self.state.clusters), 1))
         due = rest == 0 and whole % self.evaluate_every == 0
         return self.fraction_evaluate > 0 and (due or server_round == self.num_rounds)
 
     def _admit(self, clients: list[int]) -> None:
         """Divide the clients at first; later ones join the smallest cluster."""
-        if not self.clusters:
+        if not self.state.clusters:
             order = numpy_generator(self.seed, "clusters").permutation(clients).tolist()
             count = min(self.num_clusters, len(clients))
-            self.clusters = [sorted(order[j::count]) for j in range(count)]
-        known = {client for cluster in self.clusters for client in cluster}
+            self.state.clusters = [sorted(order[j::count]) for j in range(count)]
+        known = {client for cluster in self.state.clusters for client in cluster}
         for client in clients:
             if client not in known:
-                min(self.clusters, key=len).append(client)
+                min(self.state.clusters, key=len).append(client)
 
     def _turn(self) -> int:
-        count = len(self.clusters)
+        count = len(self.state.clusters)
         if not self.reshuffle_cycle:
             return self.cycle
         generator = numpy_generator(self.seed, "cycle-order", self.learning_round)
         return int(generator.permutation(count)[self.cycle])
 
-    def summary(self) -> None:
-        """Log the strategy's settings at the start of a run."""
-        log(
-            INFO,
-            "\t├──> FedCluster by cycling: %d clusters in turn, %s order; one round is one cycle",
-            *(self.num_clusters, "a new" if self.reshuffle_cycle else "a fixed"),
+    def settings(self) -> Iterable[str]:
+        """Clusters and their order."""
+        order = "a new" if self.reshuffle_cycle else "a fixed"
+        yield (
+            f"FedCluster by cycling: {self.num_clusters} clusters in turn, {order} order; "
+            "one round is one cycle"
         )
-        super().summary()

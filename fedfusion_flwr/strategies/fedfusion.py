@@ -10,18 +10,25 @@ Round t:
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator
-from logging import INFO, WARNING
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from logging import WARNING
 
 import torch
 from flwr.common.logger import log
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import FusionSnapshot, State
+from fedfusion_flwr.config import Absent, Mixture, RunConfig, Sampling
+from fedfusion_flwr.config_rules import DECAY, RATE, at_least, between, checked, choice
+from fedfusion_flwr.errors import ArgumentError
+from fedfusion_flwr.federation.bookkeeping import Timer
+from fedfusion_flwr.federation.replies import ClientReply, weights_by_examples
+from fedfusion_flwr.federation.round import FusionSnapshot, State, Update
 from fedfusion_flwr.federation.sampling import stratified_cohort
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion import (
     DistributionInference,
     FusionPosterior,
@@ -32,19 +39,67 @@ from fedfusion_flwr.fusion import (
     balanced_mixture,
     client_weights,
     component_coefficients,
-    example_weights,
     inhabited,
     prune_assignments,
 )
 from fedfusion_flwr.fusion.absent import AbsentComponents
-from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
+from fedfusion_flwr.fusion.statistics import batchnorm_prefixes, normalization_layers
+from fedfusion_flwr.models import ModelError
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.strategies.single import SingleModelStrategy
-
-Mixture = Literal["inferred", "balanced", "counts"]
 
 
-class FedFusion(SingleModelStrategy):
+@dataclass
+class FedFusionState:
+    """What the server knows of its clients and their components.
+
+    Attributes
+    ----------
+    inference : DistributionInference
+        Goes on from its last fit.
+    memory : StatisticsMemory
+        Statistics and assignments of every client ever seen.
+    absent : AbsentComponents
+        The last steps of components, kept with ``absent = "remember"`` only.
+    mixture : Tensor
+        pi, (M,), as last used.
+    posterior : FusionPosterior or None
+        The last inference, over all clients in memory.
+    width : int or None
+        Length of a client's statistics.
+    component_models : dict[int, State]
+        w_m of the last round in which clients evaluated.
+    """
+
+    inference: DistributionInference
+    memory: StatisticsMemory
+    absent: AbsentComponents
+    mixture: Tensor
+    posterior: FusionPosterior | None = None
+    width: int | None = None
+    component_models: dict[int, State] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Beliefs:
+    """Who belongs where: all known clients, without components that nobody lives in."""
+
+    clients: list[int]
+    """K ids, ascending."""
+    assignments: Tensor
+    """b, (K, M)."""
+
+    @cached_property
+    def row(self) -> dict[int, int]:
+        """The row of every client."""
+        return {client: row for row, client in enumerate(self.clients)}
+
+    def of(self, replies: Sequence[ClientReply]) -> Tensor:
+        """The rows of b of these clients."""
+        return self.assignments[[self.row[reply.client] for reply in replies]]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class FedFusion(FederatedStrategy):
     """Component-weighted aggregation with server-side inference; drop-in for Flower's FedAvg.
 
     Clients need no change: the statistics are read from the state dict they return, unless they
@@ -68,133 +123,131 @@ class FedFusion(SingleModelStrategy):
         In [0, 1): share of a client's earlier assignment that is kept at each inference.
     vae_step : int
         Infer every so many rounds (and whenever a new client appears).
+    vae_steps, vae_refit_steps, vae_learning_rate
+        Of the default inference; see `DistributionInference`.
     inference : DistributionInference or None
         Replaces the default inference; its number of components must be ``num_components``.
-    **base
-        Arguments of `SingleModelStrategy` and of Flower's FedAvg.
     """
 
-    STATE = (
-        *SingleModelStrategy.STATE,
-        "inference",
-        "memory",
-        "absent",
-        "posterior",
-        "width",
-        "mixture",
-        "component_models",
-    )
+    name = "fedfusion"
+    server_step = True
 
-    def __init__(
-        self,
-        *,
-        num_components: int = 8,
-        mixture: Mixture = "balanced",
-        balance_exponent: float = 0.5,
-        sampling: Literal["random", "stratified"] = "random",
-        absent: Literal["drop", "remember"] = "drop",
-        assignment_smoothing: float = 0.5,
-        vae_step: int = 1,
-        inference: DistributionInference | None = None,
-        **base: Any,
-    ) -> None:
-        super().__init__(**base)
-        self.num_components = num_components
-        self.mixture_kind = mixture
-        self.balance_exponent = balance_exponent
-        self.sampling = sampling
-        self.vae_step = vae_step
-        self.inference = inference or DistributionInference(num_components, self.seed)
-        if self.inference.num_components != num_components:
-            raise ValueError(
-                f"num_components = {num_components}, but the given inference has "
-                f"{self.inference.num_components}"
-            )
-        self.memory = StatisticsMemory(assignment_smoothing)
-        self.absent = AbsentComponents(self.pool_moments) if absent == "remember" else None
-        self.posterior: FusionPosterior | None = None
-        self.width: int | None = None
-        self._remembered_share = 0.0
-        self.component_models: dict[int, State] = {}
-        self.mixture = torch.full((num_components,), 1 / num_components, dtype=torch.float64)
+    num_components: int = checked(8, at_least(1))
+    mixture: Mixture = choice(Mixture, "balanced")
+    balance_exponent: float = checked(0.5, between(0, 1))
+    sampling: Sampling = choice(Sampling, "random")
+    absent: Absent = choice(Absent, "drop")
+    assignment_smoothing: float = checked(0.5, DECAY)
+    vae_step: int = checked(1, at_least(1))
+    vae_steps: int = checked(150, at_least(1))
+    vae_refit_steps: int = checked(30, at_least(1))
+    vae_learning_rate: float = checked(3e-3, RATE)
+    inference: DistributionInference | None = None
+    state: FedFusionState = field(init=False)
 
-    def summary(self) -> None:
-        """Log the strategy's settings at the start of a run."""
-        log(
-            INFO,
-            "\t├──> Fusion: %d components, mixture %s, sampling %s",
+    def initial(self) -> FedFusionState:
+        """Nothing is known of anybody."""
+        inference = self.inference or DistributionInference(
             self.num_components,
-            self._mixture_name(),
-            self.sampling,
+            self.seed,
+            steps=self.vae_steps,
+            refit_steps=self.vae_refit_steps,
+            learning_rate=self.vae_learning_rate,
         )
-        super().summary()
+        if inference.num_components != self.num_components:
+            raise ArgumentError(
+                f"FedFusion: num_components = {self.num_components}, but the given inference has "
+                f"{inference.num_components}"
+            )
+        uniform = torch.full((self.num_components,), 1 / self.num_components, dtype=torch.float64)
+        memory = StatisticsMemory(self.assignment_smoothing)
+        return FedFusionState(inference, memory, AbsentComponents(self.pool_moments), uniform)
+
+    @classmethod
+    def check_model(cls, config: RunConfig, model: nn.Module, examples: Tensor) -> None:
+        """Refuse a model without statistics where ``statistics-source`` looks for them."""
+        normalization = config.model_normalization
+        to_batch = "" if normalization == "batch" else 'normalization = "batch", '
+        remedy = f'{to_batch}another model or a strategy without statistics, such as "fedavg"'
+        named = f"model = {config.model!r} with normalization = {normalization!r}"
+        needs = f"strategy = {config.strategy!r} needs normalization statistics"
+        if next(normalization_layers(model), None) is None:
+            raise ModelError(f"{needs}, and {named} has no normalization layer; use {remedy}")
+        if config.statistics_source == "probe":
+            try:
+                layers = config.statistics_layers
+                NormalizationStatistics.probe(model, [examples], layers=layers)
+            except StatisticsError as problem:
+                raise ModelError(
+                    f"{needs}, and {named} cannot be probed: {problem}; use {remedy}"
+                ) from problem
+        elif not batchnorm_prefixes(model.state_dict()):
+            raise ModelError(
+                f"{needs}, and {named} has no BatchNorm layer for statistics-source = 'local' to "
+                f'read; use statistics-source = "probe", {remedy}'
+            )
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
         """Random, or with the inferred components in proportion to the mixture."""
-        if self.sampling == "random" or self.posterior is None:
+        if self.sampling == "random" or self.state.posterior is None:
             return super().sample_clients(server_round, clients, size)
-        known = [i for i in self.memory.ids if self.memory.clients[i].assignment is not None]
-        main = self.memory.assignments(known).argmax(1).tolist()
+        memory = self.state.memory
+        known = [i for i in memory.ids if memory.clients[i].assignment is not None]
+        main = memory.assignments(known).argmax(1).tolist()
         generator = numpy_generator(self.seed, "stratified-sampling", server_round)
-        return stratified_cohort(
-            clients, size, dict(zip(known, main, strict=True)), self.mixture.tolist(), generator
+        component_of = dict(zip(known, main, strict=True))
+        mixture = self.state.mixture.tolist()
+        return stratified_cohort(clients, size, component_of, mixture, generator)
+
+    def advance(self, replies: list[ClientReply]) -> Update:
+        """Infer, choose the mixture, weigh this round's clients, and fuse."""
+        with Timer() as timer:
+            try:
+                metrics = self._infer(replies)
+            except InferenceError as problem:
+                log(
+                    WARNING,
+                    "round %d: inference failed (%s); example weights are used",
+                    *(self.server_round, problem),
+                )
+                update = self.weighted_update(replies, weights_by_examples(replies))
+                return _with(update, {"fusion-fallback": 1.0})
+            beliefs = self._beliefs()
+            here = beliefs.of(replies)
+            examples = torch.tensor([r.num_examples for r in replies], dtype=torch.float64)
+            self.state.mixture = mixture = self._choose_mixture(beliefs, here, examples)
+            # Traces of a component are no sample of it: what nobody here lives in is absent.
+            present = mixture if self.mixture == "counts" else mixture * inhabited(here)
+            weights = client_weights(here, present, examples)
+        stand_ins: list[tuple[State, float]] = []
+        if self.absent == "remember":
+            ghosts, shares = self.state.absent.recall(here, mixture, self.current)
+            stand_ins = list(zip(ghosts, shares, strict=True))
+            metrics["components-remembered"] = float(len(ghosts))
+        assignments = {r.client: _rounded(self.state.memory, r.client) for r in replies}
+        update = self.weighted_update(
+            replies, weights, stand_ins=stand_ins, assignments=assignments
+        )
+        # From here on the round counts.
+        states = [reply.state for reply in replies]
+        if self.evaluates(self.server_round):
+            self._fuse_components(states, here, examples)
+        if self.absent == "remember":
+            self.state.absent.remember(states, here, examples, self.current)
+        own_share = 1 - sum(share for _, share in stand_ins)
+        snapshot = self._snapshot(beliefs, update, own_share)
+        main = snapshot.posterior.assignments.argmax(1).tolist()
+        metrics |= {"fusion-fallback": 0.0, "components-occupied": float(len(set(main)))}
+        clusters = dict(zip(beliefs.clients, main, strict=True))
+        seconds = {"infer": timer.seconds}
+        return dataclasses.replace(
+            _with(update, metrics), clusters=clusters, fusion=snapshot, seconds=seconds
         )
 
-    def client_weights(self, replies: list[ClientReply]) -> Tensor:
-        """Infer, choose the mixture and weight this round's clients; (K,), float64."""
-        ids = [reply.client for reply in replies]
-        examples = torch.tensor([reply.num_examples for reply in replies], dtype=torch.float64)
-        try:
-            self._infer(replies)
-        except InferenceError as problem:
-            log(
-                WARNING,
-                "round %d: inference failed (%s); example weights are used",
-                self.server_round,
-                problem,
-            )
-            self.report.metrics["fusion-fallback"] = 1.0
-            return example_weights(examples)
-        self.report.metrics["fusion-fallback"] = 0.0
-        assignments = self._assignments(ids)
-        self.mixture = self._choose_mixture(assignments, examples)
-        if self.mixture_kind == "counts":
-            return client_weights(assignments, self.mixture, examples)
-        # Traces of a component are no sample of it: what nobody here lives in is absent.
-        present = self.mixture * inhabited(assignments)
-        return client_weights(assignments, present, examples)
-
-    def aggregate(self, replies: list[ClientReply], weights: Tensor) -> State:
-        """Fuse this round's models, with the remembered steps of absent components if asked."""
-        fell_back = bool(self.report.metrics["fusion-fallback"])
-        if self.absent is None or fell_back:
-            return super().aggregate(replies, weights)
-        assignments = self._assignments([reply.client for reply in replies])
-        states = [reply.state for reply in replies]
-        ghosts, ghost_weights = self.absent.recall(assignments, self.mixture, self.current)
-        self.report.metrics["components-remembered"] = float(len(ghosts))
-        share = torch.tensor(ghost_weights, dtype=torch.float64)
-        self._remembered_share = float(share.sum())
-        all_weights = torch.cat([weights * (1 - share.sum()), share])
-
-        def chained() -> Iterator[State]:
-            yield from states
-            yield from ghosts
-
-        return self.fuse_states(chained(), all_weights)
-
-    def accepted(self, replies: list[ClientReply], weights: Tensor) -> None:
-        """Record the inference with the final weights and what absent components last did."""
-        if self.report.metrics["fusion-fallback"]:
-            return
-        ids = [reply.client for reply in replies]
-        self._record(ids, weights * (1 - self._remembered_share))
-        if self.evaluates(self.server_round):
-            self._fuse_components(replies)
-        if self.absent is not None:
-            examples = torch.tensor([reply.num_examples for reply in replies])
-            states = [reply.state for reply in replies]
-            self.absent.remember(states, self._assignments(ids), examples, self.current)
+    def prepare_evaluation(self) -> None:
+        """Look once at who belongs where, for all clients that are evaluated."""
+        known = self.state.posterior is not None
+        self._at_evaluation = self._beliefs() if known else _Beliefs([], torch.empty(0))
 
     def personal_model(self, client: int) -> State:
         """sum_m b_km w_m: the client's mixture of component models.
@@ -202,64 +255,72 @@ class FedFusion(SingleModelStrategy):
         The served global model for clients unknown to the inference, and for those none of whose
         components has had a model yet.
         """
-        known = self.memory.clients.get(client)
-        if known is None or known.assignment is None:
+        row = self._at_evaluation.row.get(client)
+        if row is None:
             return self.served
-        shares = self._assignments([client])[0].tolist()
-        parts = {m: share for m, share in enumerate(shares) if share and m in self.component_models}
+        models = self.state.component_models
+        shares = enumerate(self._at_evaluation.assignments[row].tolist())
+        parts = {m: share for m, share in shares if share and m in models}
         if len(parts) <= 1:
-            return next((self.component_models[m] for m in parts), self.served)
+            return next((models[m] for m in parts), self.served)
         weights = torch.tensor(list(parts.values()), dtype=torch.float64)
-        return self.fuse_states((self.component_models[m] for m in parts), weights / weights.sum())
+        return self.fuse((models[m] for m in parts), weights / weights.sum())
 
     def models(self) -> dict[str, State]:
         """The component models of the last round in which clients evaluated, ``m0``, ``m1``, ..."""
-        return {f"m{m}": state for m, state in sorted(self.component_models.items())}
+        return {f"m{m}": state for m, state in sorted(self.state.component_models.items())}
 
     def num_channels(self) -> int | None:
-        """Also known for other normalization layers, once a first round has told it."""
-        return super().num_channels() or (self.width // 4 if self.width else None)
+        """Also known for other normalization layers, once a first round has shown it."""
+        return super().num_channels() or (self.state.width // 4 if self.state.width else None)
 
-    def assignment_of(self, reply: ClientReply) -> list[float] | None:
-        """The client's smoothed assignment."""
-        known = self.memory.clients.get(reply.client)
-        if known is None or known.assignment is None:
-            return None
-        return [round(value, 6) for value in known.assignment.tolist()]
-
-    def _infer(self, replies: list[ClientReply]) -> None:
-        received, told = None, replies
+    def _infer(self, replies: list[ClientReply]) -> dict[str, float]:
+        """Bring memory and posterior up to date; the metrics of the inference, if there was one."""
+        state, received, described = self.state, None, replies
         if batchnorm_prefixes(self.current):
             received = self._read(self.current).vector(log_std=True)
         else:
-            # One who says nothing must not end the run; from the next round on it is dropped.
-            told = [reply for reply in replies if reply.statistics is not None] or replies
-        vectors = {reply.client: self._statistics(reply).vector(log_std=True) for reply in told}
+            # A client without a record must not end the run; from the next round on it is dropped.
+            described = [reply for reply in replies if reply.statistics is not None] or replies
+        vectors = {r.client: self._statistics(r).vector(log_std=True) for r in described}
         widths = Counter(len(vector) for vector in vectors.values())
-        if self.width is None:
-            self.width = widths.most_common(1)[0][0]
-        if len(told) < len(replies):
+        if state.width is None:
+            state.width = widths.most_common(1)[0][0]
+        if len(described) < len(replies):
             raise InferenceError("some clients sent no normalization record")
-        if set(widths) != {self.width}:
+        if set(widths) != {state.width}:
             raise InferenceError(f"clients' statistics differ in length: {sorted(widths)}")
-        self.memory.remember(
-            self.server_round, vectors, {r.client: r.num_examples for r in replies}, received
-        )
-        newcomers = any(c.assignment is None for c in self.memory.clients.values())
-        if newcomers or self.posterior is None or (self.server_round - 1) % self.vae_step == 0:
-            posterior = self.inference.fit(self.memory.vectors(), self.memory.num_examples())
-            self.posterior = self.memory.absorb(posterior)
-            self.report.metrics["elbo"] = self.posterior.elbo
+        memory = state.memory
+        examples = {r.client: r.num_examples for r in replies}
+        memory.remember(self.server_round, vectors, examples, received)
+        newcomers = any(c.assignment is None for c in memory.clients.values())
+        due = (self.server_round - 1) % self.vae_step == 0
+        if not (newcomers or due or state.posterior is None):
+            return {}
+        posterior = state.inference.fit(memory.vectors(), memory.num_examples())
+        state.posterior = memory.absorb(posterior)
+        return {"elbo": state.posterior.elbo}
 
-    def _fuse_components(self, replies: list[ClientReply]) -> None:
+    def _beliefs(self) -> _Beliefs:
+        known = self.state.memory.ids
+        return _Beliefs(known, prune_assignments(self.state.memory.assignments(known)))
+
+    def _choose_mixture(self, beliefs: _Beliefs, here: Tensor, examples: Tensor) -> Tensor:
+        """pi, (M,), from everybody's assignments or those of the clients that are here."""
+        if self.mixture == "inferred":
+            assert self.state.posterior is not None
+            return self.state.posterior.mixture
+        if self.mixture == "counts":
+            mass = examples @ here
+            return mass / mass.sum()
+        population = self.state.memory.num_examples() @ beliefs.assignments
+        return balanced_mixture(population, self.balance_exponent)
+
+    def _fuse_components(self, states: list[State], here: Tensor, examples: Tensor) -> None:
         """w_m = sum_k (n_k b_km / B_m) w_k; a component absent from the round keeps its last."""
-        assignments = self._assignments([reply.client for reply in replies])
-        examples = torch.tensor([reply.num_examples for reply in replies])
-        coefficients = component_coefficients(assignments, examples)
-        for component in torch.nonzero(inhabited(assignments)).flatten().tolist():
-            self.component_models[component] = self.fuse_states(
-                (reply.state for reply in replies), coefficients[component]
-            )
+        coefficients = component_coefficients(here, examples)
+        for component in torch.nonzero(inhabited(here)).flatten().tolist():
+            self.state.component_models[component] = self.fuse(states, coefficients[component])
 
     def _statistics(self, reply: ClientReply) -> NormalizationStatistics:
         return reply.statistics or self._read(reply.state)
@@ -270,41 +331,31 @@ class FedFusion(SingleModelStrategy):
         except StatisticsError as problem:
             raise StatisticsError(f"FedFusion cannot run on this model: {problem}") from problem
 
-    def _assignments(self, ids: list[int]) -> Tensor:
-        """Rows of the given clients, without components that nobody of the population lives in."""
-        known = self.memory.ids
-        pruned = prune_assignments(self.memory.assignments(known))
-        return pruned[_places(ids, known)]
-
-    def _choose_mixture(self, assignments: Tensor, examples: Tensor) -> Tensor:
-        if self.mixture_kind == "inferred":
-            assert self.posterior is not None
-            return self.posterior.mixture
-        if self.mixture_kind == "counts":
-            mass = examples @ assignments
-            return mass / mass.sum()
-        known = self.memory.ids
-        population = self.memory.num_examples() @ self._assignments(known)
-        return balanced_mixture(population, self.balance_exponent)
-
-    def _record(self, ids: list[int], weights: Tensor) -> None:
-        assert self.posterior is not None
-        known = self.memory.ids
-        everyone = torch.zeros(len(known), dtype=torch.float64)
-        everyone[_places(ids, known)] = weights
-        self.report.fusion = FusionSnapshot(
-            known, self.posterior, self.mixture, everyone, self.memory.vectors()
+    def _snapshot(self, beliefs: _Beliefs, update: Update, own_share: float) -> FusionSnapshot:
+        state = self.state
+        assert state.posterior is not None
+        weights = torch.zeros(len(beliefs.clients), dtype=torch.float64)
+        for row in update.rows:
+            assert row.client is not None
+            weights[beliefs.row[row.client]] = row.weight * own_share
+        return FusionSnapshot(
+            beliefs.clients, state.posterior, state.mixture, weights, state.memory.vectors()
         )
-        main = self.posterior.assignments.argmax(1).tolist()
-        self.report.clusters = dict(zip(known, main, strict=True))
-        self.report.metrics["components-occupied"] = float(len(set(main)))
 
-    def _mixture_name(self) -> str:
-        if self.mixture_kind == "balanced":
-            return f"balanced (exponent {self.balance_exponent:g})"
-        return self.mixture_kind
+    def settings(self) -> Iterable[str]:
+        """Components, mixture and sampling."""
+        mixture: str = self.mixture
+        if mixture == "balanced":
+            mixture = f"balanced (exponent {self.balance_exponent:g})"
+        yield (
+            f"Fusion: {self.num_components} components, mixture {mixture}, sampling {self.sampling}"
+        )
 
 
-def _places(ids: list[int], known: list[int]) -> list[int]:
-    place = {client: row for row, client in enumerate(known)}
-    return [place[client] for client in ids]
+def _with(update: Update, metrics: dict[str, float]) -> Update:
+    return dataclasses.replace(update, metrics={**update.metrics, **metrics})
+
+
+def _rounded(memory: StatisticsMemory, client: int) -> list[float]:
+    """The client's smoothed assignment, as rows show it."""
+    return [round(value, 6) for value in memory.assignments([client])[0].tolist()]

@@ -14,142 +14,165 @@ Optionally: w_g <- (w_g + eta sum_{l != g} w_l / ||w_l||) / (1 + eta sum_{l != g
 
 from __future__ import annotations
 
-from logging import INFO
-from typing import Any
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
-from flwr.common.logger import log
 from torch import Tensor
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.federation.bounds import (
-    difference,
-    gram_matrix,
-    inner_product,
-    principal_coordinates,
-)
-from fedfusion_flwr.federation.conversation import Setting
-from fedfusion_flwr.federation.engine import Exchange
+from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.config_rules import at_least, checked
+from fedfusion_flwr.federation.bookkeeping import Timer
+from fedfusion_flwr.federation.bounds import difference, inner_product
+from fedfusion_flwr.federation.conversation import Exchange, Setting
 from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.federation.round import State, Update
 from fedfusion_flwr.federation.sampling import random_cohort
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.strategies.multi import MultiModelStrategy, k_means
+from fedfusion_flwr.strategies.clusters import Clusters, mean_of
+from fedfusion_flwr.strategies.geometry import gram_matrix, k_means, principal_coordinates
 
 
-class FedGroup(MultiModelStrategy):
+@dataclass
+class FedGroupState:
+    """The groups, the model that updates start from, and each group's mean first update."""
+
+    clusters: Clusters = field(default_factory=Clusters)
+    origin: State = field(default_factory=dict)
+    directions: list[State] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class FedGroup(FederatedStrategy):
     """Static groups by the directions of the clients' first updates.
 
     Parameters
     ----------
+    num_clusters : int
+        m, the most groups that are kept.
     pretrain_steps : int
         Gradient steps of the cold start, and of a newcomer.
     pretrain_clients : int
         alpha: clients per group that take part in the cold start.
     inter_group_rate : float
         eta_G of the aggregation between groups; 0 is none.
-    **base
-        Arguments of `MultiModelStrategy`.
     """
 
-    STATE = (*MultiModelStrategy.STATE, "origin", "directions")
+    name = "fedgroup"
+    single_model = False
 
-    def __init__(
-        self,
-        *,
-        pretrain_steps: int = 50,
-        pretrain_clients: int = 20,
-        inter_group_rate: float = 0.0,
-        **base: Any,
-    ) -> None:
-        super().__init__(**base)
-        self.pretrain_steps = pretrain_steps
-        self.pretrain_clients = pretrain_clients
-        self.inter_group_rate = inter_group_rate
-        self.origin: State = {}
-        self.directions: list[State] = []
+    num_clusters: int = checked(5, at_least(1))
+    pretrain_steps: int = checked(50, at_least(1))
+    pretrain_clients: int = checked(20, at_least(1))
+    inter_group_rate: float = checked(0.0, at_least(0))
+    state: FedGroupState = field(init=False)
+
+    @classmethod
+    def rounds_of_equal_steps(cls, config: RunConfig) -> int:
+        """Less what the cold start is worth."""
+        return config.rounds_after_one_of_all()
+
+    def initial(self) -> FedGroupState:
+        """No groups yet."""
+        return FedGroupState()
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
         """The cold start, before the first round (and again while it brought no reply)."""
-        if self.cluster_models:
+        if self.state.clusters:
             return
         generator = numpy_generator(self.seed, "cold-start", self.server_round)
         chosen = random_cohort(clients, self.pretrain_clients * self.num_clusters, generator)
-        self.origin = self.current
+        self.state.origin = self.current
         replies = [r for r in self._pretrain(chosen, exchange) if self._moved(r)]
         if not replies:
             return
-        gram = gram_matrix([reply.state for reply in replies], self.origin)
+        gram = gram_matrix([reply.state for reply in replies], self.state.origin)
         cosines = decomposed_cosines(gram, self.num_clusters)
         labels = k_means(cosines, self.num_clusters, self.seed)
-        self.cluster_of = {r.client: int(j) for r, j in zip(replies, labels, strict=True)}
+        self.state.clusters.of = {r.client: int(j) for r, j in zip(replies, labels, strict=True)}
         for group in range(int(labels.max()) + 1):
-            members = [r.state for r in replies if self.cluster_of[r.client] == group]
-            model = self.mean_of(members)
-            self.cluster_models.append(model)
-            self.directions.append(difference(model, self.origin))
+            members = [r.state for r in replies if self.state.clusters.of[r.client] == group]
+            model = mean_of(self, members)
+            self.state.clusters.models.append(model)
+            self.state.directions.append(difference(model, self.state.origin))
 
     def prepare_cohort(self, cohort: list[int], exchange: Exchange) -> None:
         """Give a group to those of the cohort that have none."""
-        newcomers = [client for client in cohort if client not in self.cluster_of]
-        if newcomers and self.cluster_models:
+        newcomers = [client for client in cohort if client not in self.state.clusters.of]
+        if newcomers and self.state.clusters:
             for reply in self._pretrain(newcomers, exchange):
-                self.cluster_of[reply.client] = self._nearest(reply)
+                self.state.clusters.of[reply.client] = self._nearest(reply)
 
-    def advance(self, replies: list[ClientReply]) -> State:
-        """FedAvg in every group; then, if asked, the aggregation between groups."""
-        model = super().advance(replies)
-        if self.inter_group_rate > 0 and len(self.cluster_models) > 1:
-            self.cluster_models = self._mixed_groups()
-            return self.global_model()
-        return model
+    def sent_to(self, client: int) -> State:
+        """The model of the client's group; the global one while it has none."""
+        return self.state.clusters.model_of(client, self.current)
 
-    def assign(self, replies: list[ClientReply]) -> dict[int, int]:
-        """The groups, which never change; one whose cold start failed is placed by its model."""
-        placed = {r.client: self._nearest(r) for r in replies if r.client not in self.cluster_of}
-        return {reply.client: (self.cluster_of | placed)[reply.client] for reply in replies}
+    def advance(self, replies: list[ClientReply]) -> Update:
+        """FedAvg in every group, whose members never change; then the one between groups."""
+        clusters = self.state.clusters
+        with Timer() as timer:
+            if clusters:
+                # One whose cold start failed is placed by its model.
+                placed = {
+                    r.client: self._nearest(r) for r in replies if r.client not in clusters.of
+                }
+                clusters.of |= placed
+        update = clusters.advance(self, replies, seconds={"infer": timer.seconds})
+        if self.inter_group_rate > 0 and len(clusters.models) > 1:
+            clusters.models = self._mixed_groups()
+            return dataclasses.replace(update, model=mean_of(self, clusters.models))
+        return update
+
+    def personal_model(self, client: int) -> State:
+        """The model of the client's group; the served one while it has none."""
+        return self.state.clusters.model_of(client, self.served)
+
+    def models(self) -> dict[str, State]:
+        """The groups' models, ``c0``, ``c1``, ..."""
+        return self.state.clusters.named()
 
     def _pretrain(self, clients: list[int], exchange: Exchange) -> list[ClientReply]:
         settings: dict[str, Setting] = {
             protocol.PHASE: "cold-start",
             protocol.MAX_STEPS: self.pretrain_steps,
         }
-        return exchange(clients, self.origin, settings)
+        return exchange(clients, self.state.origin, settings)
 
     def _moved(self, reply: ClientReply) -> bool:
         """An update of zero has no direction."""
-        update = difference(reply.state, self.origin)
+        update = difference(reply.state, self.state.origin)
         return inner_product(update, update) > 0
 
     def _nearest(self, reply: ClientReply) -> int:
-        update = difference(reply.state, self.origin)
+        update = difference(reply.state, self.state.origin)
         cosines = [
             inner_product(update, direction)
             / max(inner_product(direction, direction) ** 0.5, 1e-300)
-            for direction in self.directions
+            for direction in self.state.directions
         ]
         return cosines.index(max(cosines))
 
     def _mixed_groups(self) -> list[State]:
         with one_thread():
-            norms = [inner_product(model, model) ** 0.5 for model in self.cluster_models]
+            norms = [inner_product(model, model) ** 0.5 for model in self.state.clusters.models]
         rates = [self.inter_group_rate / max(norm, 1e-300) for norm in norms]
         mixed = []
         for group in range(len(rates)):
             parts = torch.tensor(rates, dtype=torch.float64)
             parts[group] = 1.0
-            mixed.append(self.fuse_states(self.cluster_models, parts / parts.sum()))
+            mixed.append(self.fuse(self.state.clusters.models, parts / parts.sum()))
         return mixed
 
-    def summary(self) -> None:
-        """Log the strategy's settings at the start of a run."""
-        log(
-            INFO,
-            "\t├──> FedGroup: %d groups, cold start of %d steps, inter-group rate %g",
-            *(self.num_clusters, self.pretrain_steps, self.inter_group_rate),
+    def settings(self) -> Iterable[str]:
+        """Groups and cold start."""
+        yield (
+            f"FedGroup: {self.num_clusters} groups, cold start of {self.pretrain_steps} steps, "
+            f"inter-group rate {self.inter_group_rate:g}"
         )
-        super().summary()
 
 
 def decomposed_cosines(gram: Tensor, dimensions: int) -> Tensor:

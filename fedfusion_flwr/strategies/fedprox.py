@@ -10,36 +10,39 @@ mu = 0 is FedAvg, bit for bit.
 
 from __future__ import annotations
 
-from logging import INFO
-from typing import Any
-
-from flwr.common.logger import log
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from fedfusion_flwr import protocol
+from fedfusion_flwr.config_rules import at_least, checked
 from fedfusion_flwr.federation.conversation import Setting
-from fedfusion_flwr.strategies.fedavg import FedAvg
+from fedfusion_flwr.federation.replies import ClientReply, weights_by_examples
+from fedfusion_flwr.federation.round import Update
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 
 
-class FedProx(FedAvg):
+@dataclass(kw_only=True, eq=False, repr=False)
+class FedProx(FederatedStrategy):
     """FedAvg whose clients stay near the received model.
 
     Parameters
     ----------
     proximal_mu : float
         mu, at least 0. Plain SGD is stable while learning rate * (curvature + mu) < 2.
-    **base
-        Arguments of `SingleModelStrategy`.
     """
 
-    def __init__(self, *, proximal_mu: float = 0.01, **base: Any) -> None:
-        super().__init__(**base)
-        self.proximal_mu = proximal_mu
+    name = "fedprox"
+
+    proximal_mu: float = checked(0.01, at_least(0))
 
     def train_settings(self, client: int) -> dict[str, Setting]:
-        """Tell mu to the client, who adds mu (w - w_t) to every gradient."""
+        """Send mu to the client, who adds mu (w - w_t) to every gradient."""
         return {protocol.PROXIMAL_MU: self.proximal_mu}
 
-    def summary(self) -> None:
-        """Log the strategy's settings at the start of a run."""
-        log(INFO, "\t├──> FedProx: mu %g", self.proximal_mu)
-        super().summary()
+    def advance(self, replies: list[ClientReply]) -> Update:
+        """The example-weighted mean."""
+        return self.weighted_update(replies, weights_by_examples(replies))
+
+    def settings(self) -> Iterable[str]:
+        """Mu."""
+        return [f"FedProx: mu {self.proximal_mu:g}"]

@@ -14,87 +14,120 @@ are then those of the initializations rather than of the data.
 
 from __future__ import annotations
 
-from logging import INFO
-from typing import Any, Literal
-
-from flwr.common.logger import log
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.federation.bounds import gram_matrix, principal_coordinates, squared_distance
-from fedfusion_flwr.federation.engine import Exchange
+from fedfusion_flwr.config import CentreUpdate, RunConfig
+from fedfusion_flwr.config_rules import at_least, checked, choice
+from fedfusion_flwr.federation.bookkeeping import Timer
+from fedfusion_flwr.federation.bounds import squared_distance
+from fedfusion_flwr.federation.conversation import Exchange
 from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.strategies.multi import MultiModelStrategy, k_means
+from fedfusion_flwr.federation.round import State, Update
+from fedfusion_flwr.federation.strategy import FederatedStrategy
+from fedfusion_flwr.strategies.clusters import Clusters, InitialState, distinct_models
+from fedfusion_flwr.strategies.geometry import gram_matrix, k_means, principal_coordinates
 
 
-class FeSEM(MultiModelStrategy):
-    """Expectation maximization over the clients' models.
+@dataclass
+class FeSEMState:
+    """The centres, and the latest reply of every client."""
 
-    The server keeps the latest model of every client it has seen.
+    clusters: Clusters = field(default_factory=Clusters)
+    latest: dict[int, ClientReply] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class FeSEM(FederatedStrategy):
+    """Expectation maximization over the clients' models, of which the server keeps the latest.
 
     Parameters
     ----------
+    num_clusters : int
+        The most centres that are kept.
     centre_update : {"all", "round"}
         Whether a centre is the mean of all its clients' latest models (the paper), or of those who
         trained in this round.
     warm_start : bool
         Find the first centres by one training of every client.
-    **base
-        Arguments of `MultiModelStrategy`.
+    initial_state : Callable[[int], State] or None
+        Makes different untrained models; needed without a warm start.
     """
 
-    STATE = (*MultiModelStrategy.STATE, "latest")
+    name = "fesem"
+    single_model = False
 
-    def __init__(
-        self,
-        *,
-        centre_update: Literal["all", "round"] = "all",
-        warm_start: bool = True,
-        **base: Any,
-    ) -> None:
-        super().__init__(**base)
-        self.centre_update = centre_update
-        self.warm_start = warm_start
-        self.latest: dict[int, ClientReply] = {}
+    num_clusters: int = checked(5, at_least(1))
+    centre_update: CentreUpdate = choice(CentreUpdate, "all")
+    warm_start: bool = True
+    initial_state: InitialState | None = None
+    state: FeSEMState = field(init=False)
+
+    @classmethod
+    def rounds_of_equal_steps(cls, config: RunConfig) -> int:
+        """Less what the warm start is worth."""
+        return config.rounds_after_one_of_all() if config.warm_start else config.num_server_rounds
+
+    def initial(self) -> FeSEMState:
+        """No centres yet."""
+        return FeSEMState()
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
         """Find the first centres."""
-        if self.cluster_models:
+        state = self.state
+        if state.clusters:
             return
         if not self.warm_start:
-            self.cluster_models = self.distinct_models()
+            state.clusters.models = distinct_models(self, self.num_clusters, self.initial_state)
             return
         replies = exchange(clients, self.current, {protocol.PHASE: "warm-start"})
         if not replies:
             return
         points = principal_coordinates(gram_matrix([r.state for r in replies], self.current))
         labels = k_means(points, self.num_clusters, self.seed).tolist()
-        self.latest = {reply.client: reply for reply in replies}
-        self.cluster_of = dict(zip(self.latest, labels, strict=True))
-        self.cluster_models = [
-            self.fuse([r for r in replies if self.cluster_of[r.client] == cluster])
+        state.latest = {reply.client: reply for reply in replies}
+        state.clusters.of = dict(zip(state.latest, labels, strict=True))
+        state.clusters.models = [
+            self.fuse_replies([r for r in replies if state.clusters.of[r.client] == cluster])
             for cluster in range(max(labels) + 1)
         ]
 
+    def sent_to(self, client: int) -> State:
+        """The client's centre; the global model while it has none."""
+        return self.state.clusters.model_of(client, self.current)
+
     def assign(self, replies: list[ClientReply]) -> dict[int, int]:
         """E: the nearest centre of every client's latest model; of equals the first."""
-        self.latest |= {reply.client: reply for reply in replies}
-        return {client: self._nearest(reply) for client, reply in self.latest.items()}
+        self.state.latest |= {reply.client: reply for reply in replies}
+        return {client: self._nearest(reply) for client, reply in self.state.latest.items()}
 
-    def pool(self, replies: list[ClientReply]) -> list[ClientReply]:
-        """Whose models the M step averages."""
-        return replies if self.centre_update == "round" else list(self.latest.values())
+    def advance(self, replies: list[ClientReply]) -> Update:
+        """E, then M: each centre's new mean."""
+        clusters = self.state.clusters
+        with Timer() as timer:
+            clusters.of |= self.assign(replies) if clusters else {}
+        pool = replies if self.centre_update == "round" else self.state.latest.values()
+        return clusters.advance(self, replies, pool, {"infer": timer.seconds})
+
+    def personal_model(self, client: int) -> State:
+        """The client's centre; the served model while it has none."""
+        return self.state.clusters.model_of(client, self.served)
+
+    def models(self) -> dict[str, State]:
+        """The centres, ``c0``, ``c1``, ..."""
+        return self.state.clusters.named()
 
     def _nearest(self, reply: ClientReply) -> int:
-        distances = [squared_distance(reply.state, centre) for centre in self.cluster_models]
+        centres = self.state.clusters.models
+        distances = [squared_distance(reply.state, centre) for centre in centres]
         return distances.index(min(distances))
 
-    def summary(self) -> None:
-        """Log the strategy's settings at the start of a run."""
-        log(
-            INFO,
-            "\t├──> FeSEM: %d centres, warm start %s, centres are means of %s",
-            self.num_clusters,
-            "on" if self.warm_start else "off",
-            "all their clients" if self.centre_update == "all" else "the round's clients",
+    def settings(self) -> Iterable[str]:
+        """Centres and their start."""
+        start = "on" if self.warm_start else "off"
+        whose = "all their" if self.centre_update == "all" else "the round's"
+        yield (
+            f"FeSEM: {self.num_clusters} centres, warm start {start}, "
+            f"centres are means of {whose} clients"
         )
-        super().summary()

@@ -14,36 +14,52 @@ FEMNIST.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from logging import INFO
-from typing import Any
-
-from flwr.common.logger import log
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.federation.conversation import Setting
-from fedfusion_flwr.federation.engine import Exchange
+from fedfusion_flwr.config_rules import at_least, checked
+from fedfusion_flwr.federation.conversation import Exchange, Setting
 from fedfusion_flwr.federation.replies import BadReply, ClientReply
-from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.federation.round import State, Update
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.strategies.multi import MultiModelStrategy
+from fedfusion_flwr.strategies.clusters import Clusters, InitialState, distinct_models
 
 
-class IFCA(MultiModelStrategy):
+@dataclass
+class IFCAState:
+    """The models, and which one each client last chose."""
+
+    clusters: Clusters = field(default_factory=Clusters)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class IFCA(FederatedStrategy):
     """Clients choose among the models by their training loss.
 
     Parameters
     ----------
+    num_clusters : int
+        Models to choose among.
     warmup_rounds : int
         First rounds, in which a fixed random division says who trains which model.
-    **base
-        Arguments of `MultiModelStrategy`; more than one cluster needs ``initial_state``.
+    initial_state : Callable[[int], State] or None
+        Makes different untrained models; needed for more than one cluster.
     """
 
-    def __init__(self, *, warmup_rounds: int = 3, **base: Any) -> None:
-        super().__init__(**base)
-        self.warmup_rounds = warmup_rounds
+    name = "ifca"
+    single_model = False
+
+    num_clusters: int = checked(5, at_least(1))
+    warmup_rounds: int = checked(3, at_least(0))
+    initial_state: InitialState | None = None
+    state: IFCAState = field(init=False)
+
+    def initial(self) -> IFCAState:
+        """No models yet."""
         self._packed: State = {}
+        return IFCAState()
 
     @property
     def warms_up(self) -> bool:
@@ -52,55 +68,66 @@ class IFCA(MultiModelStrategy):
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
         """Initialize the models; pack them for all clients of the round."""
-        self.cluster_models = self.cluster_models or self.distinct_models()
+        clusters = self.state.clusters
+        if not clusters:
+            clusters.models = distinct_models(self, self.num_clusters, self.initial_state)
         self._packed = protocol.pack_states(self.models())
 
     def sent_to(self, client: int) -> State:
         """All models; in the warm-up the one that the division says."""
         if self.warms_up:
-            return self.cluster_models[self._random_cluster(client)]
+            return self.state.clusters.models[self._random_cluster(client)]
         return self._packed
 
     def expected_from(self, client: int, metrics: Mapping[str, float]) -> State:
         """The model that the client says it chose; a reply that names none of ours is refused."""
         if self.warms_up:
             return super().expected_from(client, metrics)
-        count = len(self.cluster_models)
+        models = self.state.clusters.models
         choice = metrics.get(protocol.CLUSTER, -1)
-        if choice not in range(count):
-            raise BadReply("cluster", f"metric 'cluster' names none of models 0 to {count - 1}")
-        return self.cluster_models[int(choice)]
+        if choice not in range(len(models)):
+            raise BadReply(
+                "cluster", f"metric 'cluster' names none of models 0 to {len(models) - 1}"
+            )
+        return models[int(choice)]
 
     def train_settings(self, client: int) -> dict[str, Setting]:
-        """Tell how many models were sent."""
-        return {} if self.warms_up else {protocol.NUM_MODELS: len(self.cluster_models)}
+        """Say how many models were sent."""
+        return {} if self.warms_up else {protocol.NUM_MODELS: len(self.state.clusters.models)}
 
-    def assign(self, replies: list[ClientReply]) -> dict[int, int]:
-        """The clients' own choices; in the warm-up the division."""
-        if self.warms_up:
-            return {reply.client: self._random_cluster(reply.client) for reply in replies}
-        return {reply.client: int(reply.metrics[protocol.CLUSTER]) for reply in replies}
-
-    def personal_model(self, client: int) -> State:
-        """All models: here too the client picks by its training loss."""
-        return self._packed
+    def advance(self, replies: list[ClientReply]) -> Update:
+        """Fuse by the clients' own choices; in the warm-up by the division."""
+        self.state.clusters.of |= {
+            reply.client: self._random_cluster(reply.client)
+            if self.warms_up
+            else int(reply.metrics[protocol.CLUSTER])
+            for reply in replies
+        }
+        return self.state.clusters.advance(self, replies)
 
     def prepare_evaluation(self) -> None:
         """Pack the models of after the round."""
         self._packed = protocol.pack_states(self.models())
 
+    def personal_model(self, client: int) -> State:
+        """All models: here too the client picks by its training loss."""
+        return self._packed
+
     def evaluate_settings(self, client: int) -> dict[str, Setting]:
-        """Tell how many models were sent."""
-        return {protocol.NUM_MODELS: len(self.cluster_models)}
+        """Say how many models were sent."""
+        return {protocol.NUM_MODELS: len(self.state.clusters.models)}
+
+    def models(self) -> dict[str, State]:
+        """The models, ``c0``, ``c1``, ..."""
+        return self.state.clusters.named()
 
     def _random_cluster(self, client: int) -> int:
         return int(numpy_generator(self.seed, "warm-up", client).integers(self.num_clusters))
 
-    def summary(self) -> None:
-        """Log the strategy's settings at the start of a run."""
-        log(
-            INFO,
-            "\t├──> IFCA: %d models, %d rounds of warm-up by a fixed random division",
-            *(self.num_clusters, self.warmup_rounds if self.num_clusters > 1 else 0),
+    def settings(self) -> Iterable[str]:
+        """Models and warm-up."""
+        warmup = self.warmup_rounds if self.num_clusters > 1 else 0
+        yield (
+            f"IFCA: {self.num_clusters} models, {warmup} rounds of warm-up by a fixed random "
+            "division"
         )
-        super().summary()

@@ -1,109 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies by name, each built from a `RunConfig`."""
+"""Strategies by name, each built from a `RunConfig`.
+
+The built-in ones are found in this package's modules: a class that has a ``name`` is in the
+registry. ``"module:Class"`` names one of the user's own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
 from logging import WARNING
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from flwr.common.logger import log
+from torch import Tensor, nn
 
-from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.federation.defence import MAX_CLIENT_WEIGHT, Defence
-from fedfusion_flwr.federation.engine import BaseStrategy
 from fedfusion_flwr.federation.round import RoundCallback
-from fedfusion_flwr.fusion import DistributionInference
-from fedfusion_flwr.strategies.fedavg import FedAvg, FedAvgM
-from fedfusion_flwr.strategies.fedbn import FedBN
-from fedfusion_flwr.strategies.fedcluster import FedCluster
-from fedfusion_flwr.strategies.fedcluster_cycling import FedClusterCycling
-from fedfusion_flwr.strategies.fedfusion import FedFusion
-from fedfusion_flwr.strategies.fedgroup import FedGroup
-from fedfusion_flwr.strategies.fedma import FedMA
+from fedfusion_flwr.federation.strategy import FederatedStrategy
+from fedfusion_flwr.fusion.statistics import batchnorm_prefixes
+from fedfusion_flwr.models import ModelError
+from fedfusion_flwr.strategies.clusters import InitialState
 from fedfusion_flwr.strategies.fedma.layers import PlainNetwork
-from fedfusion_flwr.strategies.fedprox import FedProx
-from fedfusion_flwr.strategies.fesem import FeSEM
-from fedfusion_flwr.strategies.ifca import IFCA
-from fedfusion_flwr.strategies.multi import InitialState, MultiModelStrategy
+from fedfusion_flwr.user_code import load_function
+
+_STEP = ("server_learning_rate", "server_momentum", "average_decay")
+_WEIGHT = "max_client_weight"
+_KEYS = {field.name: field for field in dataclasses.fields(RunConfig)}
+_DEFENCE = tuple(field.name for field in dataclasses.fields(Defence))
 
 
-class StrategyEntry(NamedTuple):
-    """A strategy of the registry.
+@functools.cache
+def registry() -> dict[str, type[FederatedStrategy]]:
+    """The built-in strategies, by name."""
+    found: dict[str, type[FederatedStrategy]] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and issubclass(value, FederatedStrategy) and value.name:
+                found[value.name] = value
+    return found
 
-    Attributes
-    ----------
-    strategy : type[BaseStrategy]
-        Its class.
-    keys : tuple[str, ...]
-        The fields of `RunConfig` that it reads and not every strategy does; its constructor's
-        arguments of the same names.
+
+def strategy_class(name: str) -> type[FederatedStrategy]:
+    """The strategy that the key ``strategy`` names.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name, or no such class in the user's module.
     """
+    if name in registry():
+        return registry()[name]
+    if ":" not in name:
+        close = difflib.get_close_matches(name, registry(), n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        names = ", ".join(f"'{known}'" for known in registry())
+        raise ConfigError(
+            f"strategy = {name!r} is not allowed: {hint}one of {names}, or your own as "
+            "'module:Class'"
+        )
+    loaded: object = load_function("strategy", name, ConfigError)
+    if not isinstance(loaded, type) or not issubclass(loaded, FederatedStrategy):
+        raise ConfigError(
+            f"`strategy` is {name!r}, but that is not a subclass of "
+            "fedfusion_flwr.FederatedStrategy."
+        )
+    return loaded
 
-    strategy: type[BaseStrategy]
-    keys: tuple[str, ...] = ()
 
-
-_SHARED = (
-    "seed",
-    "pool_moments",
-    "evaluate_every",
-    "central_evaluate_every",
-    "min_valid_replies",
-    "max_failed_rounds",
-    "max_examples",
-    "max_update_ratio",
-    "node_timeout",
-    "statistics_layers",
-    "fraction_train",
-    "fraction_evaluate",
-)
-_SERVER_STEP = ("server_learning_rate", "server_momentum", "average_decay")
-_DEFENCE = ("outlier_threshold", "clip_quantile", "max_examples_ratio")
-_INFERENCE = ("vae_steps", "vae_refit_steps", "vae_learning_rate")
-
-REGISTRY: dict[str, StrategyEntry] = {
-    "fedfusion": StrategyEntry(
-        FedFusion,
-        (
-            *_SERVER_STEP,
-            "max_client_weight",
-            "num_components",
-            "mixture",
-            "balance_exponent",
-            "sampling",
-            "absent",
-            "assignment_smoothing",
-            "vae_step",
-        ),
-    ),
-    "fedavg": StrategyEntry(FedAvg, ("max_client_weight",)),
-    "fedavgm": StrategyEntry(FedAvgM, (*_SERVER_STEP, "max_client_weight")),
-    "fedprox": StrategyEntry(FedProx, ("proximal_mu", "max_client_weight")),
-    "fed-gn": StrategyEntry(FedAvg, ("max_client_weight",)),
-    "fedbn": StrategyEntry(FedBN, ("max_client_weight",)),
-    "fedma": StrategyEntry(FedMA, ("matching_width", "matching_gamma", "matching_sweeps")),
-    "fesem": StrategyEntry(FeSEM, ("num_clusters", "centre_update", "warm_start")),
-    "ifca": StrategyEntry(IFCA, ("num_clusters", "warmup_rounds")),
-    "fedcluster": StrategyEntry(
-        FedCluster, ("num_clusters", "cluster_round", "distance_threshold", "linkage")
-    ),
-    "fedcluster-cycling": StrategyEntry(
-        FedClusterCycling, ("num_clusters", "reshuffle_cycle", "max_client_weight")
-    ),
-    "fedgroup": StrategyEntry(
-        FedGroup, ("num_clusters", "pretrain_steps", "pretrain_clients", "inter_group_rate")
-    ),
-}
+def keys_of(strategy: type[FederatedStrategy]) -> tuple[str, ...]:
+    """The fields of `RunConfig` that this strategy reads and not every strategy does."""
+    shared = {field.name for field in dataclasses.fields(FederatedStrategy)}
+    own = [field.name for field in dataclasses.fields(strategy) if field.name not in shared]
+    step = _STEP if strategy.server_step else ()
+    weight = (_WEIGHT,) if strategy.single_model else ()
+    return (*(key for key in own if key in _KEYS), *step, *weight)
 
 
 def build_strategy(
     config: RunConfig,
     callbacks: Sequence[RoundCallback] = (),
     initial_state: InitialState | None = None,
-    network: PlainNetwork | None = None,
-) -> BaseStrategy:
+    network: Callable[[], PlainNetwork] | None = None,
+) -> FederatedStrategy:
     """The strategy that ``config.strategy`` names.
 
     Parameters
@@ -114,28 +99,33 @@ def build_strategy(
         See every round's report.
     initial_state : Callable[[int], State] or None
         Makes different untrained models, for strategies that start from several.
-    network : PlainNetwork or None
-        The model's layers, for strategies that match their units.
+    network : Callable[[], PlainNetwork] or None
+        Finds the model's layers, for strategies that match their units.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such strategy.
     """
-    strategy, keys = REGISTRY[config.strategy]
+    strategy = strategy_class(config.strategy)
+    keys = keys_of(strategy)
     _warn_of_idle_keys(config, keys)
-    arguments: dict[str, Any] = {key: getattr(config, key) for key in (*_SHARED, *keys)}
+    fields = {field.name for field in dataclasses.fields(strategy) if field.init}
+    particular = {*_STEP, _WEIGHT}
+    arguments: dict[str, Any] = {
+        key: getattr(config, key)
+        for key in _KEYS
+        if key in fields and (key in keys or key not in particular)
+    }
+    arguments.pop("defence")
     if config.defence == "robust":
-        arguments["defence"] = Defence(**{key: getattr(config, key) for key in _DEFENCE})
-        if arguments.get("max_client_weight") == 1:
-            arguments["max_client_weight"] = MAX_CLIENT_WEIGHT
-    if strategy is FedFusion:
-        arguments["inference"] = DistributionInference(
-            config.num_components,
-            config.seed,
-            steps=config.vae_steps,
-            refit_steps=config.vae_refit_steps,
-            learning_rate=config.vae_learning_rate,
-        )
-    if issubclass(strategy, MultiModelStrategy | FedMA):
+        arguments["defence"] = Defence.of(config)
+        if arguments.get(_WEIGHT) == 1:
+            arguments[_WEIGHT] = MAX_CLIENT_WEIGHT
+    if "initial_state" in fields:
         arguments["initial_state"] = initial_state
-    if issubclass(strategy, FedMA):
-        arguments["network"] = network
+    if "network" in fields and network is not None:
+        arguments["network"] = network()
     return strategy(
         callbacks=callbacks,
         min_train_nodes=1,
@@ -145,22 +135,47 @@ def build_strategy(
     )
 
 
+def check_fits(config: RunConfig, model: nn.Module, examples: Tensor) -> None:
+    """Refuse, before any client trains, what would fail or do nothing in every client.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Says which strategy runs, and how clients normalize.
+    model : nn.Module
+        Left as it is.
+    examples : Tensor
+        Inputs that the model takes.
+
+    Raises
+    ------
+    ModelError
+        If the strategy lacks what it reads from the model, or ``local-normalization`` is "fused"
+        and there is no BatchNorm layer.
+    """
+    if config.local_normalization == "fused" and not batchnorm_prefixes(model.state_dict()):
+        to_batch = "" if config.model_normalization == "batch" else 'normalization = "batch", '
+        raise ModelError(
+            f"local-normalization = 'fused' needs running statistics of BatchNorm layers, and "
+            f"model = {config.model!r} with normalization = {config.model_normalization!r} has "
+            f'none; use {to_batch}local-normalization = "batch" or another model'
+        )
+    strategy_class(config.strategy).check_model(config, model, examples)
+
+
 def _warn_of_idle_keys(config: RunConfig, keys: Sequence[str]) -> None:
-    """Tell of keys that were changed, but that the chosen strategy does not read."""
-    read = {*keys, *(_INFERENCE if config.strategy == "fedfusion" else ())}
-    particular = {key for entry in REGISTRY.values() for key in entry.keys} | {*_INFERENCE}
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for key in sorted(particular - read):
-        if getattr(config, key) != defaults[key]:
-            _warn_of_idle_key(key, "strategy", config.strategy)
+    """Name the keys that were changed, but that the chosen strategy does not read."""
+    particular = {key for strategy in registry().values() for key in keys_of(strategy)}
+    for key in sorted(particular - set(keys)):
+        _warn_if_changed(config, key, "strategy", config.strategy)
     for key in _DEFENCE if config.defence == "none" else ():
-        if getattr(config, key) != defaults[key]:
-            _warn_of_idle_key(key, "defence", config.defence)
+        _warn_if_changed(config, key, "defence", config.defence)
 
 
-def _warn_of_idle_key(key: str, choice: str, chosen: str) -> None:
-    log(
-        WARNING,
-        "run-config key '%s' has no effect with %s '%s'",
-        *(key.replace("_", "-"), choice, chosen),
-    )
+def _warn_if_changed(config: RunConfig, key: str, choice: str, chosen: str) -> None:
+    if getattr(config, key) != _KEYS[key].default:
+        log(
+            WARNING,
+            "run-config key '%s' has no effect with %s '%s'",
+            *(key.replace("_", "-"), choice, chosen),
+        )

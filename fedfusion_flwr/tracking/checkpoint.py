@@ -28,13 +28,13 @@ from torch import Tensor
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.federation.round import RoundReport
-from fedfusion_flwr.strategies import BaseStrategy
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.tracking.artifacts import RunDirectory, state_digest
 from fedfusion_flwr.tracking.snapshot import Tree, capture, rebuild
 
 KEPT = 2
 """Newest checkpoints that stay: if the last is damaged, there is one before it."""
-FORMAT = "fedfusion-checkpoint-1"
+FORMAT = "fedfusion-checkpoint-2"
 _NAME = re.compile(r"checkpoint-(\d{6})\.safetensors")
 
 MAY_DIFFER = {
@@ -76,10 +76,10 @@ class Checkpointer:
         Where to.
     config : RunConfig
         Stored with the state.
-    strategy : BaseStrategy
-        Whose state is written.
+    strategy : FederatedStrategy
+        Whose progress and state are written.
     parts : Mapping[str, object]
-        What else the rest of the run depends on, by name; see `snapshot`.
+        What else the rest of the run depends on, by name: objects whose ``state`` is a dataclass.
     before : callable
         Called before each checkpoint: what a resumed run reads back beside it must be on disk.
     """
@@ -88,14 +88,18 @@ class Checkpointer:
         self,
         directory: RunDirectory,
         config: RunConfig,
-        strategy: BaseStrategy,
+        strategy: FederatedStrategy,
         parts: Mapping[str, object],
         before: Callable[[], None],
     ) -> None:
         self.directory = directory
         self.config = config
         self.strategy = strategy
-        self.parts: dict[str, object] = {"strategy": strategy, **parts}
+        self.states: dict[str, tuple[object, str]] = {
+            "progress": (strategy, "progress"),
+            "strategy": (strategy, "state"),
+            **{name: (part, "state") for name, part in parts.items()},
+        }
         self.before = before
         self.asked_by: str | None = None
 
@@ -104,7 +108,7 @@ class Checkpointer:
         every, last = self.config.checkpoint_every, self.config.num_server_rounds
         done = report.server_round
         # The round that ends a run by failing is not done: its strategy is between two states.
-        if done == 0 or self.strategy.rounds_done != done:
+        if done == 0 or self.strategy.progress.rounds_done != done:
             return
         if self.asked_by or (every and (done % every == 0 or done == last)):
             self._write(done)
@@ -116,12 +120,16 @@ class Checkpointer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Bring all parts to where the checkpoint was written."""
-        for name, part in self.parts.items():
-            rebuild(checkpoint.state[name], part)
+        for name, (owner, attribute) in self.states.items():
+            state = rebuild(checkpoint.state[name], getattr(owner, attribute))
+            setattr(owner, attribute, state)
 
     def _write(self, server_round: int) -> None:
         self.before()
-        state = {name: capture(part) for name, part in self.parts.items()}
+        state = {
+            name: capture(getattr(owner, attribute))
+            for name, (owner, attribute) in self.states.items()
+        }
         checkpoint = Checkpoint(server_round, self.config.to_run_config(), state)
         try:
             write_checkpoint(self.directory, checkpoint)

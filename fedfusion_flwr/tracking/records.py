@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,14 @@ class FusionArchive:
             )
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best value so far and its round; 0 before there is one."""
+
+    value: float | None = None
+    server_round: int = 0
+
+
 class BestModel:
     """``best_model.safetensors``: the served model of the best round.
 
@@ -164,13 +173,10 @@ class BestModel:
         Rounds without it do not count.
     """
 
-    STATE = ("value", "server_round")
-
     def __init__(self, directory: RunDirectory, metric: str = "global-accuracy") -> None:
         self.directory = directory
         self.metric = metric
-        self.value: float | None = None
-        self.server_round = 0
+        self.state = Best()
 
     def on_round_end(self, report: RoundReport) -> None:
         """Save the round's model if it is the best so far; the first of equals stays."""
@@ -178,8 +184,9 @@ class BestModel:
         if value is None or not math.isfinite(value) or report.server_round == 0:
             return
         sign = -1 if self.metric.endswith("loss") else 1
-        if self.value is None or sign * value > sign * self.value:
-            self.value, self.server_round = value, report.server_round
+        best = self.state.value
+        if best is None or sign * value > sign * best:
+            self.state = Best(value, report.server_round)
             self.directory.write_state(
                 "best_model.safetensors",
                 report.model,
@@ -204,10 +211,10 @@ class EarlyStopping:
 
     def on_round_end(self, report: RoundReport) -> None:
         """Raise `StopRun` when the patience is over."""
-        best = self.best
+        best = self.best.state
         if best.server_round and report.server_round - best.server_round >= self.patience:
             raise StopRun(
-                f"no {best.metric} better than {best.value:.4f} of round {best.server_round} "
+                f"no {self.best.metric} better than {best.value:.4f} of round {best.server_round} "
                 f"in {self.patience} rounds"
             )
 

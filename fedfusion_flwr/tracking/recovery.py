@@ -3,9 +3,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from fedfusion_flwr.federation.round import RoundReport
+
+
+@dataclass
+class Partitions:
+    """The partition of every client that named one."""
+
+    partition_of: dict[int, int] = field(default_factory=dict)
 
 
 class ComponentRecovery:
@@ -22,11 +31,9 @@ class ComponentRecovery:
         The planted main component of every partition, shape (K,).
     """
 
-    STATE = ("partition_of",)
-
     def __init__(self, main_components: np.ndarray) -> None:
         self.main_components = main_components
-        self.partition_of: dict[int, int] = {}
+        self.state = Partitions()
 
     def on_round_end(self, report: RoundReport) -> None:
         """Score the clients whose partition is known."""
@@ -35,10 +42,10 @@ class ComponentRecovery:
                 continue
             # What a client says of itself is checked, not believed.
             if row.partition in range(len(self.main_components)):
-                self.partition_of[row.client] = row.partition
+                self.state.partition_of[row.client] = row.partition
         report.planted = {
             client: int(self.main_components[partition])
-            for client, partition in self.partition_of.items()
+            for client, partition in self.state.partition_of.items()
         }
         pairs = [
             (report.planted[client], cluster)

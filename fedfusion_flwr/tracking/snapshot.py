@@ -1,46 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects as plain trees and back, for checkpoints: no pickle, no code in the file.
+"""States as plain trees and back, for checkpoints: no pickle, no code in the file.
 
-A class names what it is made of in ``STATE``, a tuple of attribute names; attributes that have a
-``STATE`` themselves are captured in turn. What cannot be said so has ``capture`` and ``restore``
-methods of its own. Values may be numbers, texts, None, tensors, NumPy arrays, lists, tuples,
-dictionaries, and the dataclasses listed in `RECORDS`.
+A state is a dataclass. Its fields may be numbers, texts, None, tensors, NumPy arrays, lists,
+tuples, dictionaries, further dataclasses, and objects with ``capture`` and ``restore`` methods.
+What a tree is rebuilt into is read from the annotations of the state, never from the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import types
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import FusionSnapshot
-from fedfusion_flwr.fusion import FusionPosterior, NormalizationStatistics
-from fedfusion_flwr.fusion.memory import ClientMemory
-from fedfusion_flwr.strategies.fedma.matching import Matching
-
-RECORDS: dict[str, type] = {
-    record.__name__: record
-    for record in (
-        ClientMemory,
-        ClientReply,
-        FusionPosterior,
-        FusionSnapshot,
-        Matching,
-        NormalizationStatistics,
-    )
-}
-"""Dataclasses whose instances may be part of a state."""
 
 Tree = Any
 
 
 class SnapshotError(FedFusionError, ValueError):
-    """A tree that does not describe the object it is to be restored into."""
+    """A tree that does not describe the state it is to be restored into."""
 
 
 def capture(value: object) -> Tree:
@@ -53,48 +35,62 @@ def capture(value: object) -> Tree:
         return {type(value).__name__: [capture(item) for item in value]}
     if isinstance(value, dict):
         return {"dict": [[capture(key), capture(item)] for key, item in value.items()]}
-    if type(value).__name__ in RECORDS and dataclasses.is_dataclass(value):
-        fields = {f.name: capture(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"record": type(value).__name__, "fields": fields}
     if hasattr(value, "capture"):
-        return {"state": capture(value.capture())}
-    if hasattr(value, "STATE"):
-        return {"state": {name: capture(getattr(value, name)) for name in value.STATE}}
-    raise TypeError(f"{type(value).__name__} cannot be part of a state: give it STATE")
+        return {"captured": capture(value.capture())}
+    if dataclasses.is_dataclass(value):
+        return {
+            "fields": {f.name: capture(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        }
+    raise TypeError(f"{type(value).__name__} cannot be part of a state: make it a dataclass")
 
 
-def rebuild(tree: Tree, present: object = None) -> Any:
-    """Invert `capture`; objects with a ``STATE`` are restored in place, into ``present``.
+def rebuild(tree: Tree, present: Any = None) -> Any:
+    """Invert `capture` for a state of the type of ``present``, whose objects are restored in place.
 
     Raises
     ------
     SnapshotError
-        If the tree does not fit the object that is present.
+        If the tree does not fit that type.
     """
+    return _rebuild(tree, type(present), present)
+
+
+def _rebuild(tree: Tree, kind: Any, present: object = None) -> Any:
     if not isinstance(tree, dict):
         return tree
     if "array" in tree:
         return tree["array"].numpy()
+    kind = _without_none(kind)
+    inner = get_args(kind) or (Any, Any)
     if "list" in tree:
-        return [rebuild(item) for item in tree["list"]]
+        return [_rebuild(item, inner[0]) for item in tree["list"]]
     if "tuple" in tree:
-        return tuple(rebuild(item) for item in tree["tuple"])
+        return tuple(_rebuild(item, inner[0]) for item in tree["tuple"])
     if "dict" in tree:
-        return {rebuild(key): rebuild(item) for key, item in tree["dict"]}
-    if "record" in tree:
-        record = RECORDS[tree["record"]]
-        return record(**{name: rebuild(item) for name, item in tree["fields"].items()})
-    return _restore(tree["state"], present)
-
-
-def _restore(state: Tree, present: object) -> object:
-    if hasattr(present, "restore"):
-        present.restore(rebuild(state))
+        return {_rebuild(key, inner[0]): _rebuild(item, inner[-1]) for key, item in tree["dict"]}
+    if "captured" in tree and hasattr(present, "restore"):
+        present.restore(_rebuild(tree["captured"], Any))
         return present
-    names = set(getattr(present, "STATE", ()))
-    if names != set(state):
-        odd = sorted(names ^ set(state))
-        raise SnapshotError(f"the state of {type(present).__name__} does not fit: {odd}")
-    for name, item in state.items():
-        setattr(present, name, rebuild(item, getattr(present, name)))
-    return present
+    if "fields" in tree and dataclasses.is_dataclass(kind):
+        return _rebuild_fields(tree["fields"], kind, present)
+    raise SnapshotError(f"the state holds {sorted(tree)} where {kind} is expected")
+
+
+def _rebuild_fields(values: dict[str, Tree], kind: Any, present: object) -> Any:
+    names = {f.name for f in dataclasses.fields(kind)}
+    if names != set(values):
+        odd = sorted(names ^ set(values))
+        raise SnapshotError(f"the state of {kind.__name__} does not fit: {odd}")
+    hints = get_type_hints(kind)
+    rebuilt = {
+        name: _rebuild(item, hints[name], getattr(present, name, None))
+        for name, item in values.items()
+    }
+    return kind(**rebuilt)
+
+
+def _without_none(kind: Any) -> Any:
+    """The type behind ``X | None``."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return next(part for part in get_args(kind) if part is not types.NoneType)
+    return kind

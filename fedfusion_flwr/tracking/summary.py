@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedfusion_flwr.federation.round import RoundReport
@@ -17,6 +18,15 @@ COSTS = (
 )
 
 
+@dataclass
+class Totals:
+    """Last and best accuracies with their rounds, and summed costs, each by name."""
+
+    last: dict[str, dict[str, float]] = field(default_factory=dict)
+    best: dict[str, dict[str, float]] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COSTS, 0.0))
+
+
 class RunSummary:
     """``summary.json``: last and best accuracy, each with its round, and the costs of all rounds.
 
@@ -24,31 +34,29 @@ class RunSummary:
     have kept; the last round is the figure to compare.
     """
 
-    STATE = ("last", "best", "costs")
-
     def __init__(self) -> None:
-        self.last: dict[str, dict[str, float]] = {}
-        self.best: dict[str, dict[str, float]] = {}
-        self.costs = dict.fromkeys(COSTS, 0.0)
+        self.state = Totals()
 
     def on_round_end(self, report: RoundReport) -> None:
         """Take note of a finished round; the first of equally good rounds stays the best."""
+        totals = self.state
         for name in COSTS:
-            self.costs[name] += report.metrics.get(name, 0.0)
+            totals.costs[name] += report.metrics.get(name, 0.0)
         for name in ACCURACIES:
             if name in report.metrics and report.server_round > 0:
                 row = {"round": report.server_round, name: report.metrics[name]}
-                self.last[name] = row
-                if name not in self.best or row[name] > self.best[name][name]:
-                    self.best[name] = row
+                totals.last[name] = row
+                if name not in totals.best or row[name] > totals.best[name][name]:
+                    totals.best[name] = row
 
     def summary(self) -> dict[str, Any]:
         """What is written to ``summary.json``."""
-        return {"last-round": self.last, "best-round": self.best, "costs": self.costs}
+        totals = self.state
+        return {"last-round": totals.last, "best-round": totals.best, "costs": totals.costs}
 
     def __str__(self) -> str:
         parts = []
-        for label, rows in (("Last round", self.last), ("Best round", self.best)):
+        for label, rows in (("Last round", self.state.last), ("Best round", self.state.best)):
             for name, row in rows.items():
                 kind = name.removesuffix("-accuracy")
                 parts.append(f"{label}: {row['round']:.0f}, {kind} accuracy {row[name]:.4f}")

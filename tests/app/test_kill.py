@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedfusion_flwr.strategies import REGISTRY
+from fedfusion_flwr.strategies import registry
 from tests.app.killed import counted, dying_when, in_a_process, to_its_end, with_file_limit
 from tests.runs import (
     CONFIG,
@@ -50,7 +50,7 @@ def left_behind(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "strategy",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in REGISTRY],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in registry()],
 )
 def test_killed_twice_at_random_and_the_same_in_the_end(
     strategy: str, config: dict[str, Any], tmp_path: Path
@@ -60,7 +60,7 @@ def test_killed_twice_at_random_and_the_same_in_the_end(
     code, (digest, calls) = in_a_process(counted, in_folder(config, whole), 0)
     assert code == 0
     assert calls.resumable is not None
-    generator = np.random.default_rng([6, list(REGISTRY).index(strategy)])
+    generator = np.random.default_rng([6, list(registry()).index(strategy)])
     # Not the last few calls: a run may make some more or fewer, as a cache has it.
     first = int(generator.integers(calls.resumable, int(0.9 * calls.made)))
     assert in_a_process(counted, in_folder(config, cut), 1, first) == (KILLED, None)

@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedfusion_flwr.app.server import RunOutcome, run
-from fedfusion_flwr.strategies import RunStopped
+from fedfusion_flwr.federation.conversation import RunStopped
 from fedfusion_flwr.tracking import (
     CheckpointError,
     RunDirectory,
@@ -39,15 +39,15 @@ def _pictures(tmp_path_factory: pytest.TempPathFactory) -> None:
     CONFIG["data-root"] = str(path)
 
 
-def go(folder: Path, *, dies_at: int | None = None, seed: int = 0, **config: Any) -> RunOutcome:
-    return go_dying(folder, dies_at=dies_at, seed=seed, **CONFIG | config)
+def go(folder: Path, *, dies_in: int | None = None, seed: int = 0, **config: Any) -> RunOutcome:
+    return go_dying(folder, dies_in=dies_in, seed=seed, **CONFIG | config)
 
 
 def test_the_clipping_bound_goes_on(tmp_path: Path) -> None:
     config = {"strategy": "fedavg", "defence": "robust"}
     whole = go(tmp_path / "whole", **config)
     with pytest.raises(Killed):
-        go(tmp_path / "cut", dies_at=8, **config)
+        go(tmp_path / "cut", dies_in=5, **config)
     resumed = go(tmp_path / "cut", seed=1, **config, **{"resume-from": str(tmp_path / "cut")})
     assert resumed.digest == whole.digest
     bounds = [
@@ -63,7 +63,7 @@ def test_rounds_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
     whole = go(tmp_path / "whole", **config)
     cut = tmp_path / "cut"
     with pytest.raises(Killed):
-        go(cut, dies_at=7, **config)
+        go(cut, dies_in=4, **config)
     assert [row["round"] for row in rows(cut, "metrics.jsonl")] == [0, 1, 2, 3]
     with (cut / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"round": 4, "glo')
@@ -121,11 +121,12 @@ def test_no_checkpoints_if_none_are_wanted(tmp_path: Path) -> None:
 
 def test_a_signal_ends_the_run_after_its_round(tmp_path: Path) -> None:
     class SignallingGrid(DyingGrid):
+        asked: int | None = None
+
         def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
-            messages = list(messages)
-            if messages and self.left is not None:
-                self.left, asked = None, self.left
-                os.kill(os.getpid(), asked)
+            if self.asked is not None:
+                os.kill(os.getpid(), self.asked)
+                self.asked = None
             return super().send_and_receive(messages, timeout=timeout)
 
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -135,10 +136,12 @@ def test_a_signal_ends_the_run_after_its_round(tmp_path: Path) -> None:
         folder = tmp_path / signal.Signals(number).name
         values = config | {"output-dir": str(folder)}
         context = Context(1, 0, {}, RecordDict(), values)
+        grid = SignallingGrid(values)
+        grid.asked = number
         with pytest.raises(
             RunInterrupted, match=f"ended by {folder.name} after round 1; .*{folder}"
         ):
-            run(SignallingGrid(values, number), context)
+            run(grid, context)
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
         assert (folder / "final_model.safetensors").exists()
         assert go(folder, **config, **{"resume-from": str(folder)}).digest == whole.digest
@@ -157,9 +160,9 @@ def test_a_run_that_gets_no_better_ends_early_and_well(tmp_path: Path) -> None:
 def test_failed_rounds_leave_the_last_good_checkpoint(tmp_path: Path) -> None:
     class BreakingGrid(DyingGrid):
         def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
-            replies = list(super().send_and_receive(messages, timeout=timeout))
-            self.calls = getattr(self, "calls", 0) + 1
-            return [] if self.calls > 4 else replies
+            messages = list(messages)
+            rounds = [m.content.config_records["config"]["server-round"] for m in messages]
+            return [] if rounds[0] > 2 else super().send_and_receive(messages, timeout=timeout)
 
     values = CONFIG | {"strategy": "fedavg", "output-dir": str(tmp_path / "run")}
     with pytest.raises(RunStopped):

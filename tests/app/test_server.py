@@ -16,7 +16,7 @@ from fedfusion_flwr.app.server import RunOutcome, run
 from fedfusion_flwr.config import ConfigError
 from fedfusion_flwr.data import PartitionError
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
-from fedfusion_flwr.strategies import NotEnoughNodes
+from fedfusion_flwr.federation.roster import NotEnoughNodes
 from fedfusion_flwr.tracking import OutputError
 
 ONE_ROUND = {"num-server-rounds": 1, "partition": "components"}

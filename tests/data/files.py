@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+SHARED = Path(os.environ.get("FEDFUSION_SHARED_DATA", Path(__file__).parents[3] / "shared/data"))
 IDX_PREFIXES = {"train": 12, "t10k": 6}
 
 
@@ -27,11 +29,10 @@ def write_idx_set(folder: Path, *, zipped: bool = False) -> None:
             "labels-idx1": numbers % 10,
         }
         for kind, array in arrays.items():
-            path = folder / f"{prefix}-{kind}-ubyte"
-            if zipped:
-                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(idx_bytes(array)))
-            else:
-                path.write_bytes(idx_bytes(array))
+            content, name = idx_bytes(array), f"{prefix}-{kind}-ubyte"
+            (folder / f"{name}{'.gz' * zipped}").write_bytes(
+                gzip.compress(content) if zipped else content
+            )
 
 
 def image(value: int = 0, *, size: tuple[int, int] = (5, 4), mode: str = "RGB") -> Image.Image:

@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,10 @@ from fedfusion_flwr.data.augmentation import CROP_AND_FLIP
 from fedfusion_flwr.data.dataset import DataError, FederatedData
 from fedfusion_flwr.data.imagefolder import imagefolder, pixel_moments
 from fedfusion_flwr.data.roots import moments_lines
-from tests.data.files import image, write_tree
+from tests.data.files import SHARED, image, write_tree
 
-SHARED = Path(os.environ.get("FEDFUSION_SHARED_DATA", Path(__file__).parents[3] / "shared/data"))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FEDFUSION_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
+Change = Callable[[Path], object]
 
 
 @pytest.fixture
@@ -35,7 +31,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def load(tree: Path) -> FederatedData:
-    """Not through the registry, which remembers what it loaded."""
+    """Past the registry, which remembers what it loaded."""
     return imagefolder(str(tree))
 
 
@@ -73,7 +69,7 @@ def test_suffixes_in_any_case_and_hidden_files(tree: Path) -> None:
     image(40).save(tree / "train" / "cat" / "2.JPG", format="jpeg")
     image(50).save(tree / "train" / "cat" / "3.Jpeg", format="jpeg")
     for place in ("", "train", "train/dog"):
-        (tree / place / ".DS_Store").write_text("of no account")
+        (tree / place / ".DS_Store").write_text("hidden")
     assert load(tree).y_train.tolist() == [0, 0, 0, 0, 1, 1]
 
 
@@ -103,41 +99,35 @@ def test_moments_file_wins(tree: Path) -> None:
             load(tree)
 
 
-def test_second_load_decodes_nothing(tree: Path, cache: Path, monkeypatch: object) -> None:
+def test_second_load_decodes_nothing(
+    tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = load(tree)
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(module, "_decode", None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "_decode", None)
     again = load(tree)
     assert again.x_train.equal(first.x_train)
     assert (again.mean, again.std) == (first.mean, first.std)
 
 
-def rewritten(tree: Path) -> None:
+def rewritten(tree: Path, *, suffix: bytes = b"", later: int = 1) -> None:
     path = tree / "train" / "cat" / "0.png"
     content, times = path.read_bytes(), path.stat()
-    path.write_bytes(content)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    path.write_bytes(content + suffix)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + later))
 
 
-def longer(tree: Path) -> None:
-    path = tree / "train" / "cat" / "0.png"
-    times = path.stat()
-    path.write_bytes(path.read_bytes() + b"\0")
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def renamed(tree: Path) -> None:
-    (tree / "train" / "cat" / "0.png").rename(tree / "train" / "cat" / "00.png")
-
-
-def removed(tree: Path) -> None:
-    (tree / "train" / "cat" / "0.png").unlink()
-
-
-@pytest.mark.parametrize("change", [rewritten, longer, renamed, removed])
-def test_every_change_of_a_file_decodes_again(
-    tree: Path, cache: Path, change: Callable[[Path], None]
-) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        rewritten,
+        partial(rewritten, suffix=b"\0", later=0),
+        lambda tree: (tree / "train/cat/0.png").rename(tree / "train/cat/00.png"),
+        lambda tree: (tree / "train/cat/0.png").unlink(),
+    ],
+    ids=["time", "size", "name", "removed"],
+)
+def test_every_change_of_a_file_decodes_again(tree: Path, cache: Path, change: Change) -> None:
     load(tree)
     change(tree)
     load(tree)
@@ -147,30 +137,16 @@ def test_every_change_of_a_file_decodes_again(
 # --- broken trees ---------------------------------------------------------------------------------
 
 
-def no_train(tree: Path) -> None:
-    shutil.rmtree(tree / "train")
+def remove(*names: str) -> Change:
+    return lambda tree: [shutil.rmtree(tree / name) for name in names]
 
 
-def no_test(tree: Path) -> None:
-    shutil.rmtree(tree / "test")
+def write(name: str, content: bytes) -> Change:
+    return lambda tree: (tree / name).write_bytes(content)
 
 
-def no_class(tree: Path) -> None:
-    shutil.rmtree(tree / "train")
-    (tree / "train").mkdir()
-
-
-def one_class(tree: Path) -> None:
-    for split in ("train", "test"):
-        shutil.rmtree(tree / split / "dog")
-
-
-def empty_class(tree: Path) -> None:
-    (tree / "train" / "cow").mkdir()
-
-
-def text_as_jpg(tree: Path) -> None:
-    (tree / "train" / "dog" / "a.jpg").write_text("no picture")
+def save(name: str) -> Change:
+    return lambda tree: image().save(tree / name)
 
 
 def truncated_jpg(tree: Path) -> None:
@@ -180,10 +156,6 @@ def truncated_jpg(tree: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
-def broken_link(tree: Path) -> None:
-    (tree / "train" / "dog" / "a.png").symlink_to(tree / "nowhere.png")
-
-
 def damaged_png(tree: Path) -> None:
     path = tree / "test" / "dog" / "0.png"
     content = bytearray(path.read_bytes())
@@ -191,81 +163,48 @@ def damaged_png(tree: Path) -> None:
     path.write_bytes(content)
 
 
-def other_classes(tree: Path) -> None:
-    (tree / "test" / "dog").rename(tree / "test" / "wolf")
-
-
-def class_of_test_only(tree: Path) -> None:
-    shutil.copytree(tree / "test" / "dog", tree / "test" / "aardvark")
-
-
 def other_sizes(tree: Path) -> None:
     image(size=(6, 4)).save(tree / "train" / "dog" / "1.png")
     image(size=(7, 4)).save(tree / "test" / "cat" / "0.png")
 
 
-def file_in_train(tree: Path) -> None:
-    image().save(tree / "train" / "x.png")
-
-
-def other_format(tree: Path) -> None:
-    image().save(tree / "train" / "cat" / "x.gif")
-
-
-def folder_in_class(tree: Path) -> None:
-    (tree / "train" / "cat" / "more.png").mkdir()
-
-
 def sixteen_bits(tree: Path) -> None:
-    pixels = np.full((4, 5), 300, np.uint16)
-    Image.fromarray(pixels).save(tree / "train" / "cat" / "1.png")
+    Image.fromarray(np.full((4, 5), 300, np.uint16)).save(tree / "train" / "cat" / "1.png")
 
 
-def unknown_class(tree: Path) -> None:
-    (tree / "classes.txt").write_text("cat\nfox\n")
+BROKEN: dict[str, Change] = {
+    "tree/train is not a folder; .*with both train/ and test/": remove("train"),
+    "tree/test is not a folder": remove("test"),
+    "tree/train holds no class folder": remove("train/cat", "train/dog"),
+    "tree/train holds one class only": remove("train/dog", "test/dog"),
+    "train/cow is an empty class folder": lambda tree: (tree / "train/cow").mkdir(),
+    "train/dog/a.jpg cannot be decoded": write("train/dog/a.jpg", b"no picture"),
+    "train/dog/b.jpg cannot be decoded .*truncated": truncated_jpg,
+    "train/dog/a.png cannot be read .*No such file": lambda tree: (
+        tree / "train/dog/a.png"
+    ).symlink_to(tree / "nowhere.png"),
+    "test/dog/0.png cannot be decoded": damaged_png,
+    "Class 'dog' has no folder in .*tree/test": lambda tree: (tree / "test/dog").rename(
+        tree / "test/wolf"
+    ),
+    "Class 'aardvark' has no folder in .*tree/train": lambda tree: shutil.copytree(
+        tree / "test/dog", tree / "test/aardvark"
+    ),
+    "train/dog/1.png is 6x4 pixels, but .*train/cat/0.png is 5x4: .*not resized": other_sizes,
+    "train/x.png lies directly in train/": save("train/x.png"),
+    "train/cat/x.gif is not a .jpg, .jpeg or .png": save("train/cat/x.gif"),
+    "train/cat/more.png is not a .jpg": lambda tree: (tree / "train/cat/more.png").mkdir(),
+    "train/cat/1.png has pixels of mode I;16; save it with 8 bits": sixteen_bits,
+    "train/dog is a class that classes.txt lacks": write("classes.txt", b"cat\nfox\n"),
+    "classes.txt names class 'cat' twice": write("classes.txt", b"cat\ndog\ncat\n"),
+    "classes.txt must name at least two classes": write("classes.txt", b"cat\n"),
+    "classes.txt cannot be read as UTF-8": write("classes.txt", b"\xff\xfe\xff"),
+}
 
 
-def repeated_class(tree: Path) -> None:
-    (tree / "classes.txt").write_text("cat\ndog\ncat\n")
-
-
-def one_listed_class(tree: Path) -> None:
-    (tree / "classes.txt").write_text("cat\n")
-
-
-def classes_no_text(tree: Path) -> None:
-    (tree / "classes.txt").write_bytes(b"\xff\xfe\xff")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (no_train, "tree/train is not a folder; .*with both train/ and test/"),
-        (no_test, "tree/test is not a folder"),
-        (no_class, "tree/train holds no class folder"),
-        (one_class, "tree/train holds one class only"),
-        (empty_class, "train/cow is an empty class folder"),
-        (text_as_jpg, "train/dog/a.jpg cannot be decoded"),
-        (truncated_jpg, "train/dog/b.jpg cannot be decoded .*truncated"),
-        (broken_link, "train/dog/a.png cannot be read .*No such file"),
-        (damaged_png, "test/dog/0.png cannot be decoded"),
-        (other_classes, "Class 'dog' has no folder in .*tree/test"),
-        (class_of_test_only, "Class 'aardvark' has no folder in .*tree/train"),
-        (other_sizes, "train/dog/1.png is 6x4 pixels, but .*train/cat/0.png is 5x4: .*not resized"),
-        (file_in_train, "train/x.png lies directly in train/"),
-        (other_format, "train/cat/x.gif is not a .jpg, .jpeg or .png"),
-        (folder_in_class, "train/cat/more.png is not a .jpg"),
-        (sixteen_bits, "train/cat/1.png has pixels of mode I;16; save it with 8 bits"),
-        (unknown_class, "train/dog is a class that classes.txt lacks"),
-        (repeated_class, "classes.txt names class 'cat' twice"),
-        (one_listed_class, "classes.txt must name at least two classes"),
-        (classes_no_text, "classes.txt cannot be read as UTF-8"),
-    ],
-)
-def test_broken_tree_is_one_clear_sentence(
-    tree: Path, cache: Path, damage: Callable[[Path], None], message: str
-) -> None:
-    damage(tree)
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_tree_is_one_clear_sentence(tree: Path, cache: Path, message: str) -> None:
+    BROKEN[message](tree)
     with pytest.raises(DataError, match=message) as caught:
         load(tree)
     assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,22 @@ import pytest
 from fedfusion_flwr.data.sentiment140 import read_tweets
 from tests.data.tweets import csv_bytes, toy_rows, tweet, write_tweets
 
+Logged = Callable[[], list[str]]
 
-def test_what_is_left_out_is_counted_in_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Logged:
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    return lambda: [record.message for record in caplog.records]
+
+
+def test_what_is_left_out_is_counted_in_one_line(tmp_path: Path, logged: Logged) -> None:
     good = toy_rows(100)
     header = ("target", "ids", "date", "flag", "user", "text")
     bad = [header, tweet("2", "neutral"), tweet("2", "so so"), tweet("0", "  "), ("0", "short")]
     path = write_tweets(tmp_path / "tweets.csv", [*bad, *good])
     tweets = read_tweets(path)
-    assert [record.message for record in caplog.records] == [
+    assert logged() == [
         "tweets.csv: left out 2 neutral, 1 with a wrong number of columns, "
         "1 with an unknown label, 1 without text of 105 rows"
     ]
@@ -30,12 +36,9 @@ def test_what_is_left_out_is_counted_in_one_line(
     assert tweets.rows == list(range(5, 105))
 
 
-def test_nothing_left_out_is_not_mentioned(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+def test_nothing_left_out_is_not_mentioned(tmp_path: Path, logged: Logged) -> None:
     read_tweets(write_tweets(tmp_path / "tweets.csv", toy_rows(10)))
-    assert not caplog.records
+    assert not logged()
 
 
 def test_an_open_quote_costs_no_more_than_its_neighbour(tmp_path: Path) -> None:

@@ -1,40 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets and the cache of decoded arrays."""
+"""The registry: the embedded digits, parts of a data set, and loaders of the user's own."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fedfusion_flwr.config import DATASETS, RunConfig
-from fedfusion_flwr.data import cache, sources
-from fedfusion_flwr.data.cache import cached_arrays
-from fedfusion_flwr.data.sources import DataError, FederatedData, data_for, load_data
+from fedfusion_flwr.data import DataError, FederatedData, data_for, load_data, sources
 
-ARRAYS = {"pixels": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": np.array([1, 2, 3])}
-
-
-class Builder:
-    """Counts how often it was asked."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self) -> dict[str, np.ndarray]:
-        self.calls += 1
-        return dict(ARRAYS)
+MODULE = '''
+import torch
+from fedfusion_flwr.data import DataError, FederatedData
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FEDFUSION_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def stripes(options):
+    """Two classes: upright stripes as wide as text_length says, or none."""
+    x = torch.zeros(8, 1, 6, 6)
+    x[::2, :, :, : options.text_length] = 1
+    y = torch.arange(8) % 2
+    return FederatedData(f"stripes in {options.root}", x, y, x[:2], y[:2], num_classes=2)
+
+
+def plain():
+    x, y = torch.zeros(4, 1, 6, 6), torch.arange(4)
+    return FederatedData("plain", x, y, x, y, num_classes=4)
+
+
+def wrong_type():
+    return [1, 2]
+
+
+def refuses():
+    raise DataError("the disc is not in the drive")
+
+
+def fails():
+    return {}["no such key"]
+'''
 
 
 @pytest.fixture(scope="module")
@@ -42,106 +47,10 @@ def digits() -> FederatedData:
     return load_data("mnist-5k")
 
 
-def assert_same(arrays: dict[str, np.ndarray]) -> None:
-    assert set(arrays) == set(ARRAYS)
-    for name, value in ARRAYS.items():
-        np.testing.assert_array_equal(arrays[name], value)
-        assert arrays[name].dtype == value.dtype
-
-
-def test_second_read_does_not_build(folder: Path) -> None:
-    build = Builder()
-    assert_same(cached_arrays("digits", build))
-    assert_same(cached_arrays("digits", build))
-    assert build.calls == 1
-    # No temporary file stays behind.
-    assert [path.name for path in folder.iterdir()] == ["digits.npz"]
-
-
-def test_other_key_builds(folder: Path) -> None:
-    build = Builder()
-    cached_arrays("digits-1", build)
-    cached_arrays("digits-2", build)
-    assert build.calls == 2
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def garbage(path: Path) -> None:
-    path.write_bytes(b"not an archive")
-
-
-def truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def other_archive(path: Path) -> None:
-    np.savez(path, **ARRAYS)
-
-
-def wrong_content(path: Path) -> None:
-    with np.load(path) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    arrays["labels"] = arrays["labels"] + 1
-    np.savez(path, **arrays)
-
-
-def pickled(path: Path) -> None:
-    np.savez(path, labels=np.array([{}], dtype=object))
-
-
-def one_array(path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, ARRAYS["labels"])
-
-
-@pytest.mark.parametrize(
-    "damage", [empty, garbage, truncated, other_archive, wrong_content, pickled, one_array]
-)
-def test_damaged_cache_is_rebuilt(folder: Path, damage: Callable[[Path], None]) -> None:
-    build = Builder()
-    cached_arrays("digits", build)
-    damage(folder / "digits.npz")
-    assert_same(cached_arrays("digits", build))
-    assert build.calls == 2
-    assert_same(cached_arrays("digits", build))
-    assert build.calls == 2
-
-
-def test_every_flipped_byte_is_harmless(folder: Path) -> None:
-    cached_arrays("digits", Builder())
-    path = folder / "digits.npz"
-    content = path.read_bytes()
-    for position in range(0, len(content), 7):
-        path.write_bytes(
-            content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :]
-        )
-        assert_same(cached_arrays("digits", Builder()))
-
-
-def test_unwritable_cache_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("FEDFUSION_CACHE", str(tmp_path / "file" / "cache"))
-    assert_same(cached_arrays("digits", Builder()))
-
-
-def test_failed_write_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    assert_same(cached_arrays("digits", Builder()))
-    assert list(folder.iterdir()) == []
-
-
-def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.delenv("FEDFUSION_CACHE", raising=False)
-    assert cache.cache_directory() == Path("/home/someone/.cache/fedfusion")
-    monkeypatch.setenv("FEDFUSION_CACHE", "~/elsewhere")
-    assert cache.cache_directory() == Path("/home/someone/elsewhere")
+def labelled(data: FederatedData) -> set[tuple[bytes, int]]:
+    """Every training image as its bytes, with its label."""
+    pairs = zip(data.x_train, data.y_train, strict=True)
+    return {(x.numpy().tobytes(), int(y)) for x, y in pairs}
 
 
 def test_mnist_5k_shapes(digits: FederatedData) -> None:
@@ -188,31 +97,6 @@ def test_unknown_name_lists_the_known() -> None:
         load_data("minst")
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("x_train", torch.zeros(3, 4, 4), r"train split .* shape \(N, C, H, W\)"),
-        ("x_test", torch.zeros(3, 1, 4, 4, dtype=torch.float64), "test split .* float32"),
-        ("y_train", torch.zeros(2, dtype=torch.int64), "one int64 label for each of its 3"),
-        ("y_test", torch.zeros(3), "test split .* int64"),
-        ("y_test", torch.tensor([0, 1, 2]), "labels from 0 to 1, got labels from 0 to 2"),
-        ("y_train", torch.tensor([0, -1, 0]), "got labels from -1 to 0"),
-        ("x_test", torch.zeros(3, 1, 5, 4), "examples of one shape"),
-    ],
-)
-def test_wrong_arrays_are_refused(field: str, value: torch.Tensor, message: str) -> None:
-    x, y = torch.zeros(3, 1, 4, 4), torch.tensor([0, 1, 0])
-    valid = FederatedData("toy", x, y, x, y, num_classes=2)
-    with pytest.raises(DataError, match=message):
-        replace(valid, **{field: value})
-
-
-def test_empty_split_is_refused() -> None:
-    x, y = torch.zeros(3, 1, 4, 4), torch.tensor([0, 1, 0])
-    with pytest.raises(DataError, match="at least one example"):
-        FederatedData("toy", x, y, x[:0], y[:0], num_classes=2)
-
-
 def test_every_data_set_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     for name in DATASETS:
@@ -223,8 +107,7 @@ def test_part_of_a_data_set(digits: FederatedData) -> None:
     part = data_for(RunConfig(train_examples=300, test_examples=50))
     assert part is data_for(RunConfig(train_examples=300, test_examples=50, seed=7))
     assert (len(part.x_train), len(part.x_test)) == (300, 50)
-    whole = data_for(RunConfig(train_examples=300))
-    torch.testing.assert_close(whole.x_test, digits.x_test)
+    assert data_for(RunConfig(train_examples=300)).x_test.equal(digits.x_test)
     # Sorted by class as the whole set is, with every class, each image with its own label.
     assert part.y_train.tolist() == sorted(part.y_train.tolist())
     assert set(part.y_train.tolist()) == set(range(10))
@@ -233,14 +116,45 @@ def test_part_of_a_data_set(digits: FederatedData) -> None:
     assert drawn < labelled(digits)
 
 
-def labelled(data: FederatedData) -> set[tuple[bytes, int]]:
-    """Every training image as its bytes, with its label."""
-    pairs = zip(data.x_train, data.y_train, strict=True)
-    return {(x.numpy().tobytes(), int(y)) for x, y in pairs}
-
-
 def test_more_than_there_is_is_refused() -> None:
-    with pytest.raises(
-        DataError, match=r"`test-examples` is 1001, but data set 'mnist-5k' has 1000"
-    ):
+    message = r"`test-examples` is 1001, but data set 'mnist-5k' has 1000"
+    with pytest.raises(DataError, match=message):
         data_for(RunConfig(test_examples=1001))
+
+
+# --- dataset = "module:function"
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that was never imported."""
+    name = f"data_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_a_function_gets_the_options(own: str) -> None:
+    data = load_data(f"{own}:stripes", "/some/where", text_length=3)
+    assert isinstance(data, FederatedData)
+    assert data.name == "stripes in /some/where"
+    assert data.x_train[0, 0, 0].tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_a_function_without_arguments(own: str) -> None:
+    assert load_data(f"{own}:plain").num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("wrong_type", "must return a FederatedData, not list"),
+        ("refuses", "the disc is not in the drive"),
+        ("fails", "failed: KeyError: 'no such key'"),
+        ("missing", r"data_of_\w+\.py has no 'missing'"),
+    ],
+)
+def test_what_goes_wrong_in_the_function(own: str, function: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_data(f"{own}:{function}")
+    assert "\n" not in str(caught.value)

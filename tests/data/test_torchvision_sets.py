@@ -78,7 +78,6 @@ def test_files_that_are_missing_are_downloaded(
         write_idx_set(Path(download_root))
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
-    # torchvision itself saves what it decodes nowhere, but reads it once.
     data = load_data("mnist", str(tmp_path / "new"))
     assert len(data.x_train) == 12
     assert (tmp_path / "new" / "MNIST" / "raw" / "t10k-images-idx3-ubyte").exists()
@@ -127,11 +126,10 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         entries.append((name, write(name, {"data": pixels, "labels": [number, 9 - number]})))
     labels = [f"class {n}" for n in range(10)]
     checksum = write("batches.meta", {"label_names": labels})
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": checksum}
     monkeypatch.setattr(CIFAR10, "train_list", entries[:5])
     monkeypatch.setattr(CIFAR10, "test_list", entries[5:])
-    monkeypatch.setattr(
-        CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": checksum}
-    )
+    monkeypatch.setattr(CIFAR10, "meta", meta)
 
 
 def test_cifar_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +160,10 @@ def test_cifar_batch_with_another_checksum_is_not_unpickled(
 # --- data-root ------------------------------------------------------------------------------------
 
 
-def test_relative_root_is_refused() -> None:
-    for name in ("mnist", "cifar10", "imagefolder", "npz"):
-        with pytest.raises(DataError, match=r"'my/data', a relative path, .* give an absolute"):
-            load_data(name, "my/data")
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "imagefolder", "npz", "sentiment140"])
+def test_relative_root_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match=r"'my/data', a relative path, .* give an absolute"):
+        load_data(name, "my/data")
 
 
 def test_root_of_home_and_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,12 +175,12 @@ def test_root_of_home_and_default(monkeypatch: pytest.MonkeyPatch) -> None:
         data_folder("~nobody-of-this-name/sets")
 
 
-def test_own_files_need_a_root() -> None:
-    for name in ("imagefolder", "npz"):
-        with pytest.raises(DataError, match="needs `data-root`"):
-            load_data(name)
-        with pytest.raises(DataError, match="'/no/such/place' does not exist"):
-            load_data(name, "/no/such/place")
+@pytest.mark.parametrize("name", ["imagefolder", "npz"])
+def test_own_files_need_a_root(name: str) -> None:
+    with pytest.raises(DataError, match="needs `data-root`"):
+        load_data(name)
+    with pytest.raises(DataError, match="'/no/such/place' does not exist"):
+        load_data(name, "/no/such/place")
 
 
 # --- the real thing -------------------------------------------------------------------------------

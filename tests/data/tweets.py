@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SHARED = Path(os.environ.get("FEDFUSION_SHARED_DATA", Path(__file__).parents[3] / "shared/data"))
+from tests.data.files import SHARED
+
 REAL = SHARED / "sentiment140-100k.csv.gz"
 needs_real = pytest.mark.skipif(
     not REAL.is_file(),
@@ -31,7 +31,7 @@ def tweet(target: str, text: str, user: str = "") -> Row:
 
 
 def toy_rows(count: int, users: int = 0) -> list[Row]:
-    """Sorted by label, as the official file is; one word of mood among fillers tells the label."""
+    """Sorted by label, as the official file is; one word of mood among fillers gives the label."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(count):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedfusion_flwr.strategies import REGISTRY, BaseStrategy, MultiModelStrategy
+from fedfusion_flwr.federation.strategy import FederatedStrategy
+from fedfusion_flwr.strategies import keys_of, registry
 from fedfusion_flwr.tracking.summary import COSTS
 from tests.strategies.planted import PlantedClients, flat, run_planted, start_state
 
@@ -18,12 +19,12 @@ TEXT = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding
 CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def example(number: int) -> BaseStrategy:
+def example(number: int) -> FederatedStrategy:
     """The strategy that the code ends with."""
     names: dict[str, Any] = {"torch": torch}
     exec(CODE[number], names)
     strategy = names["strategy"]
-    assert isinstance(strategy, BaseStrategy)
+    assert isinstance(strategy, FederatedStrategy)
     return strategy
 
 
@@ -50,18 +51,17 @@ def test_the_strategy_with_one_model_averages_uniformly() -> None:
 
 def test_the_strategy_with_several_models_keeps_them_by_size() -> None:
     strategy = example(1)
-    assert isinstance(strategy, MultiModelStrategy)
-    strategy.initial_state = start_state  # of this federation's model
     strategy.fraction_evaluate = 0.0
     clients = PlantedClients(lambda client: client, examples=examples_of)
     run_planted(strategy, clients, 4, rounds=3)
-    assert strategy.cluster_of == {0: 0, 1: 1, 2: 0, 3: 1}
-    assert list(strategy.models()) == ["c0", "c1"]
-    for client, state, _ in clients.sent_for("train", 3):
-        assert not torch.equal(flat(state), flat(start_state())), client
+    assert strategy.state.of == {0: 0, 1: 1, 2: 0, 3: 1}
+    sent = {client: flat(state) for client, state, _ in clients.sent_for("train", 3)}
+    assert torch.equal(sent[0], sent[2])
+    assert torch.equal(sent[1], sent[3])
+    assert not torch.equal(sent[0], sent[1])
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", registry())
 def test_every_strategy_has_its_row_and_its_paragraph(name: str) -> None:
     assert re.search(rf"^\| `{name}` \|", TEXT, re.MULTILINE)
     assert re.search(rf"\*\*`{name}`\*\*", TEXT)
@@ -69,6 +69,6 @@ def test_every_strategy_has_its_row_and_its_paragraph(name: str) -> None:
 
 def test_keys_of_the_rivals_and_the_costs_are_named() -> None:
     ours = {"fedfusion"}
-    keys = {key for name, e in REGISTRY.items() if name not in ours for key in e.keys}
+    keys = {key for name, rival in registry().items() if name not in ours for key in keys_of(rival)}
     for key in keys | set(COSTS):
         assert f"`{key.replace('_', '-')}" in TEXT, key

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from fedfusion_flwr.cli import main
-from fedfusion_flwr.config import STRATEGIES
 from fedfusion_flwr.experiments.figures.style import looks
 from fedfusion_flwr.experiments.page import write_report
 from fedfusion_flwr.experiments.results import CENTRALIZED
 from fedfusion_flwr.experiments.rows import ResultsError
+from fedfusion_flwr.strategies import registry
 from tests.experiments.folders import (
     cell,
     cell_name,
@@ -243,13 +243,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_strategy_differs_without_its_colour() -> None:
-    names = (*STRATEGIES, "made up", "also made up")
+    names = (*registry(), "made up", "also made up")
     found = looks((*names, CENTRALIZED))
     markers = [found[name].marker for name in names]
     assert len(set(markers)) == len(markers)
-    hatches = [found[name].hatch for name in STRATEGIES]
+    hatches = [found[name].hatch for name in registry()]
     assert len(set(hatches)) == len(hatches)
-    lines = [(found[name].color, found[name].line) for name in (*STRATEGIES, CENTRALIZED)]
+    lines = [(found[name].color, found[name].line) for name in (*registry(), CENTRALIZED)]
     assert len(set(lines)) == len(lines)
     # FedFusion's colour is its own, and each look is the same in every picture.
     own = found["fedfusion"].color

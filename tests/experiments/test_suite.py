@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from fedfusion_flwr.config import STRATEGIES, RunConfig
+from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.experiments.results import slug
 from fedfusion_flwr.experiments.suite import SuiteError, equal_rounds
 from fedfusion_flwr.experiments.suite_file import load_suite, parse_suite
+from fedfusion_flwr.strategies import registry
 
 SMALL = """
 [common]
@@ -153,7 +154,7 @@ def test_shipped_suites(name: str) -> None:
     cells = suite.cells({})
     assert all(cell.seconds > 0 for cell in cells)
     if name in ("small", "paper"):
-        assert {cell.config["strategy"] for cell in cells} == set(STRATEGIES)
+        assert {cell.config["strategy"] for cell in cells} == set(registry())
         assert {"hyper-parameters", "ablation"} <= {cell.group for cell in cells}
         assert suite.tuning is not None
         compared = [cell for cell in cells if cell.group not in ("hyper-parameters", "ablation")]

@@ -10,9 +10,9 @@ import pytest
 from flwr.app import Message
 
 from fedfusion_flwr.data import local_data
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.strategies import (
     IFCA,
-    BaseStrategy,
     FedAvg,
     FedBN,
     FedCluster,
@@ -36,18 +36,20 @@ MODEL = (24 + 16) * 4 + 2 * 128
 STEPS, EXAMPLES = 5, 10
 
 
-def built(strategy: type[BaseStrategy], **settings: Any) -> BaseStrategy:
+def built(strategy: type[FederatedStrategy], **settings: Any) -> FederatedStrategy:
     return strategy(**{**QUIET, "fraction_evaluate": 1.0, **settings})
 
 
-def three(strategy: type[BaseStrategy], **settings: Any) -> BaseStrategy:
-    return built(strategy, num_clusters=3, initial_state=start_state, **settings)
+def three(strategy: type[FederatedStrategy], **settings: Any) -> FederatedStrategy:
+    if "initial_state" in strategy.__dataclass_fields__:
+        settings["initial_state"] = start_state
+    return built(strategy, num_clusters=3, **settings)
 
 
 # Per round: models down, models up, trainings, models tried by each training client.
 Round = tuple[int, int, int, int]
 PLAIN: Round = (6, 6, 6, 0)
-ROWS: dict[str, tuple[BaseStrategy, list[Round]]] = {
+ROWS: dict[str, tuple[FederatedStrategy, list[Round]]] = {
     "fedavg": (built(FedAvg), [PLAIN, PLAIN]),
     "fedavg, a third": (built(FedAvg, fraction_train=1 / 3), [(2, 2, 2, 0)] * 2),
     "fedprox": (built(FedProx), [PLAIN, PLAIN]),

@@ -32,6 +32,7 @@ from tests.support import (
     edit_value,
     honest_state,
     initial_arrays,
+    make_strategy,
     replace_metric,
     run_federation,
     tiny_model,
@@ -160,7 +161,8 @@ def test_long_updates_count_as_much_as_the_median_one() -> None:
     start = protocol.state_from_record(initial_arrays())
     moved = outcome.state["fc.weight"] - start["fc.weight"]
     torch.testing.assert_close(moved, torch.full_like(moved, step), rtol=1e-4, atol=1e-6)
-    assert defence.bounds == {"training": pytest.approx(next_bound(bound, norms, 0.5), rel=1e-4)}
+    bounds = outcome.strategy.progress.clip_bounds
+    assert bounds == {"training": pytest.approx(next_bound(bound, norms, 0.5), rel=1e-4)}
 
 
 def test_the_first_bound_is_the_quantile_itself() -> None:
@@ -180,9 +182,8 @@ def test_a_clip_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_extra_trainings_have_bounds_of_their_own() -> None:
-    defence = Defence()
-    run("fedgroup", FakeClient(), defence=defence)
-    assert set(defence.bounds) == {"cold-start", "training"}
+    outcome = run("fedgroup", FakeClient(), defence=Defence())
+    assert set(outcome.strategy.progress.clip_bounds) == {"cold-start", "training"}
 
 
 def test_clients_that_do_not_move_are_left_alone() -> None:
@@ -217,11 +218,9 @@ def test_capped_weights_are_counted_and_logged(caplog: pytest.LogCaptureFixture)
 
 
 def test_bounds_survive_a_checkpoint() -> None:
-    defence = Defence()
-    run("fedavg", FakeClient(), defence=defence)
-    restored = Defence()
-    rebuild(capture(defence), restored)
-    assert restored.bounds == defence.bounds != {}
+    progress = run("fedavg", FakeClient(), defence=Defence()).strategy.progress
+    restored = rebuild(capture(progress), make_strategy("fedavg").progress)
+    assert restored.clip_bounds == progress.clip_bounds != {}
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedfusion", "ifca"])
@@ -270,7 +269,6 @@ def test_the_preset_and_its_keys() -> None:
         "outlier_threshold": 7.0,
         "clip_quantile": 0.8,
         "max_examples_ratio": 3.0,
-        "bounds": {},
     }
     assert vars(built(defence="robust").defence) == vars(Defence())
     assert strategy.max_client_weight == 0.2

@@ -13,8 +13,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.app import Error as FlowerError
 
 from fedfusion_flwr import FedAvg, protocol
+from fedfusion_flwr.federation.conversation import RunStopped
+from fedfusion_flwr.federation.options import Plausibility
 from fedfusion_flwr.federation.replies import ReplyJudge
-from fedfusion_flwr.strategies import RunStopped
 from fedfusion_flwr.tracking import BestModel, RunDirectory
 from tests.support import (
     COUNTER,
@@ -63,7 +64,7 @@ def test_a_good_round_forgives_failed_ones(name: str) -> None:
     for server_round in failed:
         before, after = outcome.reports[server_round - 1], outcome.reports[server_round]
         assert_identical(after.model, before.model)
-    assert outcome.strategy.failed_rounds == 0
+    assert outcome.strategy.progress.failed_rounds == 0
     assert outcome.state[COUNTER].item() == 2
 
 
@@ -241,7 +242,7 @@ def test_nan_accuracy_never_wins_best_model(tmp_path: Any) -> None:
     best = BestModel(RunDirectory(tmp_path / "run"))
     strategy = FedAvg(callbacks=[best], fraction_evaluate=0)
     strategy.start(TamperingGrid(FakeClient(), 2), initial_arrays(), 3, evaluate_fn=evaluate)
-    assert (best.server_round, best.value) == (1, 0.3)
+    assert (best.state.server_round, best.state.value) == (1, 0.3)
 
 
 # --- the judge alone ------------------------------------------------------------------------------
@@ -317,8 +318,9 @@ def test_whole_example_counts(count: float) -> None:
 
 
 def test_limit_of_examples_and_their_key() -> None:
-    assert judged(good_content(), max_examples=5)[0]
-    assert judged(good_content(), max_examples=4)[1][11].dropped == "examples"
+    assert judged(good_content(), plausibility=Plausibility(max_examples=5))[0]
+    few = Plausibility(max_examples=4)
+    assert judged(good_content(), plausibility=few)[1][11].dropped == "examples"
     assert judged(good_content(weight=2), examples_key="weight")[0][0].num_examples == 2
 
 

@@ -8,8 +8,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
-from fedfusion_flwr.federation.roster import Roster
-from fedfusion_flwr.strategies import NotEnoughNodes
+from fedfusion_flwr.federation.roster import NotEnoughNodes, Roster
 from tests.support import FakeClient, TamperingGrid, run_federation
 
 

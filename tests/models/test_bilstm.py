@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bidirectional LSTM: what padding may not do, and that the method finds what it needs."""
+"""The bidirectional LSTM: padding changes nothing, and its statistics can be read and probed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedfusion_flwr.app.training import evaluate, train
+from fedfusion_flwr.app.training import evaluate
 from fedfusion_flwr.computation import place_model
 from fedfusion_flwr.fusion import NormalizationStatistics, fuse_state_dicts
 from fedfusion_flwr.models import BiLSTM, ModelError, build_model
-from fedfusion_flwr.randomness import torch_generator
+from tests.models.training import fit
 
 WORDS = 30
+SETTINGS: dict[str, Any] = {
+    "epochs": 4,
+    "batch_size": 16,
+    "learning_rate": 0.1,
+    "weight_decay": 1e-4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +46,12 @@ def texts(count: int, length: int, seed: int = 0) -> Tensor:
 
 
 def labelled(count: int = 120) -> tuple[Tensor, Tensor]:
-    """Two classes, told by whether word 1 or word 2 is somewhere."""
+    """Two classes: word 1 or word 2 comes first."""
     x = texts(count, 6).clamp(max=9)
     x = torch.where((x > 0) & (x < 3), 3, x)
     y = torch.arange(count) % 2
     x[:, 0] = y + 1
     return x, y
-
-
-def fit(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0, *, fused: bool = False) -> float:
-    return train(
-        model,
-        x,
-        y,
-        epochs=4,
-        batch_size=16,
-        learning_rate=0.1,
-        momentum=0.9,
-        weight_decay=1e-4,
-        generator=torch_generator(seed, "training", 1, 0),
-        fused_normalization=fused,
-    ).loss
 
 
 # --- padding and order
@@ -119,7 +112,7 @@ def test_padding_stays_zero_in_training_and_averaging() -> None:
     for seed in range(2):
         model = build_model("bilstm", (6,), 2, seed=seed, vocabulary_size=WORDS)
         before = model.get_submodule("embedding").weight.detach().clone()  # type: ignore[operator]
-        fit(model, x, y, seed)
+        fit(model, x, y, seed=seed, **SETTINGS)
         after = model.state_dict()["embedding.weight"]
         assert not torch.equal(after[1:], before[1:])
         assert not after[0].any()
@@ -139,7 +132,7 @@ def test_it_learns_and_repeats(fused: bool) -> None:
     for _ in range(2):
         model = build_model("bilstm", (6,), 2, seed=0, vocabulary_size=WORDS)
         model = place_model(model, torch.device("cpu"))
-        losses.append(fit(model, x, y, fused=fused))
+        losses.append(fit(model, x, y, fused_normalization=fused, **SETTINGS))
     assert losses[0] == losses[1]
     _, accuracy = evaluate(model, x, y)
     assert accuracy > 0.95

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every model, shape and normalization: builds, trains, travels and tells its statistics."""
+"""Every model, shape and normalization: builds, trains, travels and has its statistics."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.app.training import evaluate, train
+from fedfusion_flwr.app.training import evaluate
 from fedfusion_flwr.computation import place_model
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
-from fedfusion_flwr.models import MODELS, build_model
+from fedfusion_flwr.models import build_model
 from fedfusion_flwr.models.normalization import Normalization
-from fedfusion_flwr.randomness import torch_generator
+from tests.models.training import IMAGE_MODELS, fit
 from tests.support import assert_identical
 
 CHANNELS = {
@@ -33,15 +33,6 @@ CHANNELS = {
 }
 SHAPES = [(1, 28, 28), (3, 32, 32), (1, 8, 8), (3, 17, 26)]
 NORMALIZATIONS = get_args(Normalization)
-IMAGE_MODELS = [name for name, entry in MODELS.items() if entry.smallest_image]
-
-SETTINGS: dict[str, Any] = {
-    "epochs": 1,
-    "batch_size": 4,
-    "learning_rate": 1e-3,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-}
 
 
 def built(
@@ -67,7 +58,7 @@ def test_one_round_of_one_client(
     x, y = examples(shape, 4)
     assert model(x).shape == (4, 3)
     start = {key: value.clone() for key, value in model.state_dict().items()}
-    train(model, x, y, generator=torch_generator(0, "training", 1), **SETTINGS)
+    fit(model, x, y)
     state = model.state_dict()
     assert {key for key in state if not torch.equal(state[key], start[key])}
 
@@ -106,7 +97,7 @@ def test_ends_are_the_first_and_the_last_layer_of_the_forward_pass(name: str) ->
     x, _ = examples((1, 8, 8), 2)
     with torch.no_grad():
         model(x)
-    # Scales tell the layers apart.
+    # Each layer has its own scale.
     for number, layer in enumerate(order):
         nn.init.constant_(layer.weight, float(number))
     read = NormalizationStatistics.from_state_dict(model.state_dict(), layers="ends")
@@ -118,8 +109,5 @@ def test_every_model_lowers_the_loss(name: str) -> None:
     """Eight images by heart, a few steps."""
     model = built(name, (1, 8, 8))
     x, y = examples((1, 8, 8), 8)
-    generator = torch_generator(0, "training", 1)
     before, _ = evaluate(model.train(), x, y)
-    settings = {**SETTINGS, "batch_size": 8, "epochs": 12, "learning_rate": 0.02}
-    loss = train(model, x, y, generator=generator, **settings).loss
-    assert loss < 0.6 * before
+    assert fit(model, x, y, batch_size=8, epochs=12, learning_rate=0.02) < 0.6 * before

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedfusion_flwr.models import MODELS, LeNet, ModelError, build_model
-
-IMAGE_MODELS = sorted(name for name, entry in MODELS.items() if entry.smallest_image)
+from fedfusion_flwr.models import LeNet, ModelError, build_model
+from tests.models.training import IMAGE_MODELS
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conversion of BatchNorm layers: what must hold for Fed-GN and its relatives."""
+"""The conversion of BatchNorm layers: what Fed-GN and its relatives rest on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedfusion_flwr.app.training import evaluate, train
+from fedfusion_flwr.app.training import evaluate
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import data_for
 from fedfusion_flwr.models import ModelError, build_model, convert_normalization, model_for
 from fedfusion_flwr.models.normalization import Normalization
-from fedfusion_flwr.randomness import torch_generator
+from tests.models.training import IMAGE_MODELS, fit
 
-NETWORKS = ["lenet", "resnet18", "mobilenetv2", "densenet121"]
 SHAPE = (3, 16, 16)
 
 
@@ -27,7 +26,7 @@ def images(count: int = 32) -> torch.Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 @pytest.mark.parametrize("normalization", ["group", "layer"])
 def test_converted_models_have_the_same_parameters_and_no_buffers(
     name: str, normalization: Normalization
@@ -45,7 +44,7 @@ def test_converted_models_have_the_same_parameters_and_no_buffers(
     assert {norm.num_groups for norm in norms} == {2 if normalization == "group" else 1}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_without_normalization_all_other_weights_are_the_same(name: str) -> None:
     batch, converted = built(name, "batch"), built(name, "none")
     norms = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -71,7 +70,7 @@ def same_alone_and_together(model: nn.Module) -> bool:
     return torch.allclose(together[:4], alone, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 @pytest.mark.parametrize("normalization", ["group", "layer", "none"])
 def test_an_example_does_not_depend_on_its_batch(name: str, normalization: Normalization) -> None:
     assert same_alone_and_together(built(name, normalization))
@@ -133,7 +132,7 @@ def test_groups_that_do_not_divide_name_the_layer() -> None:
 
 @pytest.mark.parametrize(("normalization", "features"), [("group", 2), ("layer", 1)])
 def test_groups_of_one_feature_are_refused(normalization: Normalization, features: int) -> None:
-    """GroupNorm of (N, C) with one feature a group returns the shift whatever comes in."""
+    """GroupNorm of (N, C) with one feature a group always returns the shift."""
     model = nn.Sequential(nn.Linear(3, features), nn.BatchNorm1d(features))
     with pytest.raises(ModelError, match=r"'1' has . features in . normalization groups"):
         convert_normalization(model, normalization, 2)
@@ -157,17 +156,7 @@ def test_lenet_learns_with_every_normalization(normalization: Normalization) -> 
     model = built("lenet", normalization)
     x, y = images(), torch.arange(32) % 5
     before, _ = evaluate(model, x, y)
-    train(
-        model,
-        x,
-        y,
-        epochs=15,
-        batch_size=8,
-        learning_rate=0.02,
-        momentum=0.9,
-        weight_decay=0.0,
-        generator=torch_generator(0, "training", 1),
-    )
+    fit(model, x, y, epochs=15, batch_size=8, learning_rate=0.02)
     after, accuracy = evaluate(model, x, y)
     assert after < 0.5 * before
     assert accuracy > 0.8

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.round import State
-from fedfusion_flwr.strategies import BaseStrategy
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from tests.support import Outcome, Recorder
 
 WIDTH = 40
@@ -93,7 +93,7 @@ class PlantedClients:
 
 
 def run_planted(
-    strategy: BaseStrategy,
+    strategy: FederatedStrategy,
     clients: Any,
     num_clients: int,
     rounds: int = 3,

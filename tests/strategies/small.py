@@ -16,8 +16,9 @@ from fedfusion_flwr.data.dataset import FederatedData
 from fedfusion_flwr.data.sources import SOURCES
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.models import MODELS, ModelEntry, model_for
-from fedfusion_flwr.strategies import BaseStrategy, build_strategy
+from fedfusion_flwr.strategies import build_strategy
 from tests.support import Outcome, Recorder
 
 CLIENTS = 6
@@ -82,7 +83,7 @@ def train_for_real(
     config: RunConfig,
     *,
     start: State | None = None,
-    strategy: BaseStrategy | None = None,
+    strategy: FederatedStrategy | None = None,
 ) -> Outcome:
     """A run in this process through the package's ClientApp; replies arrive in random order."""
     recorder = Recorder()

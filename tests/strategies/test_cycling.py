@@ -43,11 +43,11 @@ def test_clusters_are_disjoint_cover_everybody_and_are_of_one_size(
     strategy = cycling(num_clusters=num_clusters)
     cycles = min(num_clusters, num_clients)
     outcome = run_planted(strategy, PlantedClients(nobody), num_clients, rounds=3 * cycles)
-    members = sorted(client for cluster in strategy.clusters for client in cluster)
+    members = sorted(client for cluster in strategy.state.clusters for client in cluster)
     assert members == list(range(num_clients))
-    sizes = {len(cluster) for cluster in strategy.clusters}
+    sizes = {len(cluster) for cluster in strategy.state.clusters}
     assert max(sizes) - min(sizes) <= 1
-    assert len(strategy.clusters) == cycles
+    assert len(strategy.state.clusters) == cycles
     rounds = cohorts(outcome)
     for start in range(0, 3 * cycles, cycles):
         trained = Counter(c for cohort in rounds[start : start + cycles] for c in cohort)
@@ -151,15 +151,15 @@ def test_late_clients_join_the_smallest_cluster_and_an_empty_turn_goes_to_all() 
     class Comings:
         def on_round_end(self, report: Any) -> None:
             if report.server_round == 2:
-                assert sorted(map(len, strategy.clusters)) == [2, 3]
+                assert sorted(map(len, strategy.state.clusters)) == [2, 3]
                 grid.add_node({"partition-id": 5, "num-partitions": 6})
             if report.server_round == 4:
-                for client in set(strategy.clusters[0]) - {5}:
+                for client in set(strategy.state.clusters[0]) - {5}:
                     grid.remove_node(node_of[client])
 
     strategy.callbacks.append(Comings())
     outcome = run_planted(strategy, clients, 5, rounds=6, grid=grid)
-    assert sorted(map(len, strategy.clusters)) == [3, 3]
-    assert 5 in strategy.clusters[1]
+    assert sorted(map(len, strategy.state.clusters)) == [3, 3]
+    assert 5 in strategy.state.clusters[1]
     rounds = cohorts(outcome)
-    assert set(rounds[4]) == set(rounds[5]) == set(strategy.clusters[1])
+    assert set(rounds[4]) == set(rounds[5]) == set(strategy.state.clusters[1])

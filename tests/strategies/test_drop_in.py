@@ -88,7 +88,7 @@ def test_stock_app_runs_unchanged_and_learns() -> None:
 def test_statistics_are_read_from_the_returned_state_dict() -> None:
     strategy = FedFusion(min_available_nodes=6, num_components=4)
     run_app(strategy)
-    components = strategy.memory.assignments(list(range(6))).argmax(1).tolist()
+    components = strategy.state.memory.assignments(list(range(6))).argmax(1).tolist()
     assert components[0::2] == [components[0]] * 3
     assert components[1::2] == [components[1]] * 3
     assert components[0] != components[1]

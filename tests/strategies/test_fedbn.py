@@ -62,7 +62,7 @@ def test_the_global_model_averages_all_layers_for_those_never_seen() -> None:
         assert torch.equal(value, averaged[key])
     unseen = outcome.strategy.personal_model(99)
     assert all(torch.equal(unseen[key], outcome.state[key]) for key in unseen)
-    assert set(outcome.strategy.normalization_of) == {0, 1, 2}
+    assert set(outcome.strategy.state.normalization_of) == {0, 1, 2}
 
 
 def test_a_client_that_skipped_rounds_has_the_layers_of_its_last() -> None:
@@ -89,4 +89,4 @@ def test_a_failed_round_changes_nobodys_layers() -> None:
     outcome = run(client, rounds=2, min_valid_replies=3)
     assert isinstance(outcome.strategy, FedBN)
     assert outcome.reports[2].metrics["round-failed"] == 1
-    assert [int(s[COUNTER]) for s in outcome.strategy.normalization_of.values()] == [1, 1, 1]
+    assert [int(s[COUNTER]) for s in outcome.strategy.state.normalization_of.values()] == [1, 1, 1]

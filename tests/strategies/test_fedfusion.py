@@ -114,7 +114,7 @@ def test_a_cohort_is_weighted_to_the_population() -> None:
     outcome = fuse_groups(9, rounds=12, fraction_train=4 / 9, balance_exponent=1.0)
     strategy = outcome.strategy
     assert isinstance(strategy, FedFusion)
-    assert len(strategy.memory.ids) == 9
+    assert len(strategy.state.memory.ids) == 9
     report = outcome.reports[-1]
     by_group: dict[int, float] = {}
     for row in report.clients:
@@ -160,8 +160,8 @@ def test_vae_step_skips_inferences_but_not_for_newcomers() -> None:
     rarely = fuse_groups(6, rounds=6, vae_step=3)
     assert isinstance(every.strategy, FedFusion)
     assert isinstance(rarely.strategy, FedFusion)
-    assert every.strategy.inference.num_fits == 6
-    assert rarely.strategy.inference.num_fits == 2
+    assert every.strategy.state.inference.num_fits == 6
+    assert rarely.strategy.state.inference.num_fits == 2
 
 
 class BrokenInference(DistributionInference):
@@ -210,7 +210,7 @@ def test_late_and_lost_clients() -> None:
     strategy.start(grid, initial_arrays(), 3)
     cohorts = [[row.client for row in report.clients] for report in recorder.reports[1:]]
     assert cohorts == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]
-    assert strategy.memory.ids == [0, 1, 2, 3, 4, 5]
+    assert strategy.state.memory.ids == [0, 1, 2, 3, 4, 5]
 
 
 def test_served_model_is_the_average_and_training_goes_on_from_the_newest() -> None:

@@ -72,7 +72,9 @@ def test_group_models_are_uniform_means_and_directions_those_of_the_updates() ->
     run_planted(strategy, clients, 5, rounds=1)
     for group, members in enumerate(([0, 2, 4], [1, 3])):
         mean = torch.stack([clients.update(c, 1).double() for c in members]).mean(0)
-        torch.testing.assert_close(flat(strategy.directions[group]), mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            flat(strategy.state.directions[group]), mean, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_cold_start_takes_alpha_clients_a_group_and_the_others_are_newcomers() -> None:
@@ -90,7 +92,7 @@ def test_cold_start_takes_alpha_clients_a_group_and_the_others_are_newcomers() -
     # Each client is asked once; who trained in some round was asked before.
     everybody = [client for _, client, _ in asked]
     assert len(everybody) == len(set(everybody))
-    assert strategy.cluster_of.keys() == set(everybody)
+    assert strategy.state.clusters.of.keys() == set(everybody)
     pretrained = [state for *_, state, told in clients.sent if told.get("phase") == "cold-start"]
     assert all(torch.equal(flat(state), flat(start_state())) for state in pretrained)
 
@@ -104,18 +106,22 @@ def test_zero_updates_have_no_direction_and_do_no_harm() -> None:
 
     strategy = fedgroup()
     outcome = run_planted(strategy, Idle(group_of), 5, rounds=2)
-    assert strategy.cluster_of.keys() == set(range(5))
-    assert strategy.cluster_of[0] == strategy.cluster_of[2] != strategy.cluster_of[1]
+    assert strategy.state.clusters.of.keys() == set(range(5))
+    assert (
+        strategy.state.clusters.of[0]
+        == strategy.state.clusters.of[2]
+        != strategy.state.clusters.of[1]
+    )
     assert all(value.isfinite().all() for value in outcome.state.values())
     nobody = fedgroup()
     run_planted(nobody, PlantedClients(group_of, step=0.0), 4, rounds=2)
-    assert nobody.cluster_models == []
+    assert nobody.state.clusters.models == []
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_identical_groups_stay_as_they_are(rate: float) -> None:
     strategy = fedgroup(inter_group_rate=rate)
-    strategy.cluster_models = [start_state(), start_state()]
+    strategy.state.clusters.models = [start_state(), start_state()]
     for mixed in strategy._mixed_groups():
         torch.testing.assert_close(flat(mixed), flat(start_state()))
 
@@ -123,7 +129,7 @@ def test_identical_groups_stay_as_they_are(rate: float) -> None:
 def test_aggregation_between_groups_by_hand() -> None:
     """w_0 + eta w_1 / ||w_1||, over 1 + eta / ||w_1||; norms 5 and 10, eta 5: weights 1 and 1/2."""
     strategy = fedgroup(inter_group_rate=5.0)
-    strategy.cluster_models = [
+    strategy.state.clusters.models = [
         {"w": torch.tensor([3.0, 4.0])},
         {"w": torch.tensor([0.0, 10.0])},
     ]
@@ -162,5 +168,5 @@ def test_statistics_between_groups_are_fused_as_asked() -> None:
     for pool, expected in ((True, 2.0), (False, 1.0)):
         # The norm of (w, n.weight) is sqrt 2: with this rate both groups count the same.
         strategy = fedgroup(inter_group_rate=2**0.5, pool_moments=pool)
-        strategy.cluster_models = models
+        strategy.state.clusters.models = models
         assert float(strategy._mixed_groups()[0]["n.running_var"]) == pytest.approx(expected)

@@ -29,12 +29,14 @@ class Watched(FeSEM):
     """Measures the objective before E, after E and after M."""
 
     def advance(self, replies: Any) -> Any:
-        if not self.cluster_models:
+        if not self.state.clusters.models:
             return super().advance(replies)
-        self.latest |= {reply.client: reply for reply in replies}
+        self.state.latest |= {reply.client: reply for reply in replies}
         self.values: list[list[float]] = getattr(self, "values", [])
-        before = {c: self.cluster_of[c] for c in self.latest if c in self.cluster_of}
-        now = [self.objective(before)] if len(before) == len(self.latest) else []
+        before = {
+            c: self.state.clusters.of[c] for c in self.state.latest if c in self.state.clusters.of
+        }
+        now = [self.objective(before)] if len(before) == len(self.state.latest) else []
         assigned = self.assign(replies)
         self.nearest(assigned)
         now.append(self.objective(assigned))
@@ -45,16 +47,20 @@ class Watched(FeSEM):
 
     def objective(self, assigned: dict[int, int]) -> float:
         return sum(
-            self.latest[c].num_examples * self.distance(c, cluster) ** 2
+            self.state.latest[c].num_examples * self.distance(c, cluster) ** 2
             for c, cluster in assigned.items()
         )
 
     def distance(self, client: int, cluster: int) -> float:
-        return float((flat(self.latest[client].state) - flat(self.cluster_models[cluster])).norm())
+        return float(
+            (
+                flat(self.state.latest[client].state) - flat(self.state.clusters.models[cluster])
+            ).norm()
+        )
 
     def nearest(self, assigned: dict[int, int]) -> None:
         for client, cluster in assigned.items():
-            by_hand = [self.distance(client, j) for j in range(len(self.cluster_models))]
+            by_hand = [self.distance(client, j) for j in range(len(self.state.clusters.models))]
             assert cluster == by_hand.index(min(by_hand))
 
 
@@ -79,8 +85,8 @@ def test_centres_are_example_weighted_means_of_the_latest_models() -> None:
     for kind, server_round, client, state, _ in clients.sent:
         if kind == "train":
             last[client] = flat(state) + clients.update(client, server_round).double()
-    for cluster, centre in enumerate(strategy.cluster_models):
-        members = [c for c in range(CLIENTS) if strategy.cluster_of[c] == cluster]
+    for cluster, centre in enumerate(strategy.state.clusters.models):
+        members = [c for c in range(CLIENTS) if strategy.state.clusters.of[c] == cluster]
         weights = torch.tensor([5.0 + 3 * c for c in members], dtype=torch.float64)
         mean = (weights / weights.sum()) @ torch.stack([last[c] for c in members])
         torch.testing.assert_close(flat(centre), mean, rtol=1e-5, atol=1e-5)
@@ -95,8 +101,8 @@ def test_an_empty_centre_is_unchanged() -> None:
 
     strategy = fesem(warm_start=False, initial_state=initial)
     run_planted(strategy, PlantedClients(group_of), CLIENTS, rounds=3)
-    assert 2 not in strategy.cluster_of.values()
-    assert_identical(strategy.cluster_models[2], initial(2))
+    assert 2 not in strategy.state.clusters.of.values()
+    assert_identical(strategy.state.clusters.models[2], initial(2))
 
 
 def test_centres_that_start_equal_are_refused() -> None:

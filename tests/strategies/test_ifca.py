@@ -113,8 +113,8 @@ def test_a_model_chosen_by_nobody_is_unchanged() -> None:
     start = protocol.record_from_state(initial(0))
     strategy.start(InProcessGrid(Walkers(group_of), 9), start, 3)
     assert_identical(strategy.models()["c3"], far)
-    assert strategy.report.metrics["clusters-updated"] == 3
-    assert strategy.report.metrics["clients-of-c3"] == 0
+    assert strategy.round.report.metrics["clusters-updated"] == 3
+    assert strategy.round.report.metrics["clients-of-c3"] == 0
 
 
 def test_models_that_start_equal_are_refused() -> None:

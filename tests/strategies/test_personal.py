@@ -12,10 +12,10 @@ from torch import Tensor
 from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion import DistributionInference, FusionPosterior
 from fedfusion_flwr.strategies import (
     IFCA,
-    BaseStrategy,
     FedAvg,
     FedCluster,
     FedClusterCycling,
@@ -34,12 +34,12 @@ def group_of(client: int) -> int:
     return client % 3
 
 
-def built(strategy: type[BaseStrategy], **settings: Any) -> Any:
+def built(strategy: type[FederatedStrategy], **settings: Any) -> Any:
     return strategy(**{**QUIET, "fraction_evaluate": 1.0, **settings})
 
 
 @pytest.mark.parametrize("strategy", [FedAvg, FedProx, FedClusterCycling])
-def test_one_model_serves_everybody(strategy: type[BaseStrategy]) -> None:
+def test_one_model_serves_everybody(strategy: type[FederatedStrategy]) -> None:
     clients = PlantedClients(group_of)
     own = {"num_clusters": 1} if strategy is FedClusterCycling else {}
     outcome = run_planted(built(strategy, **own), clients, CLIENTS, rounds=2)

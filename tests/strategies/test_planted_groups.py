@@ -10,7 +10,8 @@ import torch
 
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.strategies import FedCluster, FedGroup, FeSEM, MultiModelStrategy
+from fedfusion_flwr.federation.strategy import FederatedStrategy
+from fedfusion_flwr.strategies import FedCluster, FedGroup, FeSEM
 from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, same_partition
 from tests.support import assert_identical
 
@@ -22,8 +23,8 @@ def group_of(client: int) -> int:
     return (0, 1, 2, 0, 0, 1)[client % 6]
 
 
-def finder(name: str, seed: int = 0, **settings: Any) -> MultiModelStrategy:
-    known: dict[str, tuple[type[MultiModelStrategy], dict[str, Any]]] = {
+def finder(name: str, seed: int = 0, **settings: Any) -> FederatedStrategy:
+    known: dict[str, tuple[type[FederatedStrategy], dict[str, Any]]] = {
         "fesem": (FeSEM, {}),
         "fedgroup": (FedGroup, {}),
         "fedcluster": (FedCluster, {"cluster_round": 1}),
@@ -50,10 +51,10 @@ FINDERS = (
 def test_planted_groups_are_found_exactly_and_kept(name: str, seed: int) -> None:
     strategy = finder(name, seed)
     outcome = run_planted(strategy, PlantedClients(group_of, seed), CLIENTS, rounds=4)
-    assert strategy.cluster_of.keys() == set(range(CLIENTS))
-    assert same_partition(strategy.cluster_of, group_of)
-    assert len(strategy.cluster_models) == GROUPS
-    assert outcome.reports[3].clusters == outcome.reports[4].clusters == strategy.cluster_of
+    assert strategy.state.clusters.of.keys() == set(range(CLIENTS))
+    assert same_partition(strategy.state.clusters.of, group_of)
+    assert len(strategy.state.clusters.models) == GROUPS
+    assert outcome.reports[3].clusters == outcome.reports[4].clusters == strategy.state.clusters.of
     sizes = [outcome.reports[4].metrics[f"clients-of-c{c}"] for c in range(GROUPS)]
     assert sorted(sizes) == [2, 4, 6]
 
@@ -73,8 +74,8 @@ def test_newcomers_join_their_group(name: str) -> None:
     strategy = finder(name)
     strategy.callbacks.append(Comings())
     run_planted(strategy, clients, CLIENTS, rounds=4, grid=grid)
-    assert strategy.cluster_of.keys() == set(range(15))
-    assert same_partition(strategy.cluster_of, group_of)
+    assert strategy.state.clusters.of.keys() == set(range(15))
+    assert same_partition(strategy.state.clusters.of, group_of)
 
 
 def test_fedgroups_newcomer_that_goes_the_other_way_does_not_join() -> None:
@@ -82,9 +83,9 @@ def test_fedgroups_newcomer_that_goes_the_other_way_does_not_join() -> None:
     strategy = finder("fedgroup")
     run_planted(strategy, PlantedClients(group_of), CLIENTS, rounds=1)
     assert isinstance(strategy, FedGroup)
-    for group, direction in enumerate(strategy.directions):
+    for group, direction in enumerate(strategy.state.directions):
         for sign in (1.0, -1.0):
-            state = {k: v.double() + sign * direction[k] for k, v in strategy.origin.items()}
+            state = {k: v.double() + sign * direction[k] for k, v in strategy.state.origin.items()}
             joined = strategy._nearest(ClientReply(99, 99, 10, {}, state))
             assert (joined == group) == (sign > 0)
 
@@ -100,7 +101,7 @@ def test_assignment_never_changes_though_updates_do(name: str) -> None:
 
     strategy = finder(name)
     run_planted(strategy, Turncoats(group_of), CLIENTS, rounds=5)
-    assert same_partition(strategy.cluster_of, group_of)
+    assert same_partition(strategy.state.clusters.of, group_of)
 
 
 @pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
@@ -123,7 +124,7 @@ def test_unselected_groups_keep_their_model_to_the_bit(name: str) -> None:
 
     strategy.callbacks.append(Keep())
     outcome = run_planted(strategy, OneGroup(group_of), CLIENTS, rounds=4)
-    trained = strategy.cluster_of[1]
+    trained = strategy.state.clusters.of[1]
     for cluster, (key, model) in enumerate(strategy.models().items()):
         if cluster != trained:
             assert_identical(model, kept[key])
@@ -139,18 +140,18 @@ def test_identical_clients_are_one_cluster(name: str) -> None:
     same = PlantedClients(lambda _: 0, noise=0.0)
     strategy = finder(name)
     run_planted(strategy, same, CLIENTS, rounds=2)
-    assert set(strategy.cluster_of.values()) == {0}
-    assert len(strategy.cluster_models) == 1
+    assert set(strategy.state.clusters.of.values()) == {0}
+    assert len(strategy.state.clusters.models) == 1
 
 
 @pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
 def test_fewer_clients_than_clusters(name: str) -> None:
     strategy = finder(name, num_clusters=5)
     run_planted(strategy, PlantedClients(group_of), 2, rounds=2)
-    assert set(strategy.cluster_of.values()) == {0, 1}
+    assert set(strategy.state.clusters.of.values()) == {0, 1}
     single = finder(name, num_clusters=5)
     run_planted(single, PlantedClients(group_of), 1, rounds=2)
-    assert single.cluster_of == {0: 0}
+    assert single.state.clusters.of == {0: 0}
 
 
 @pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
@@ -168,8 +169,8 @@ def test_a_failed_first_exchange_is_repeated(name: str) -> None:
     outcome = run_planted(strategy, Late(group_of), CLIENTS, rounds=4)
     assert outcome.reports[2].clusters == {}
     assert "round-failed" not in outcome.reports[2].metrics
-    assert same_partition(strategy.cluster_of, group_of)
-    assert outcome.reports[3].clusters == strategy.cluster_of
+    assert same_partition(strategy.state.clusters.of, group_of)
+    assert outcome.reports[3].clusters == strategy.state.clusters.of
 
 
 def test_fedcluster_samples_within_each_cluster() -> None:

@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from typing import Any
 
 import pytest
 
-from fedfusion_flwr.config import STRATEGIES, RunConfig
+from fedfusion_flwr.config import ConfigError, RunConfig
+from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.strategies import (
-    REGISTRY,
-    BaseStrategy,
     FedClusterCycling,
     FedFusion,
-    MultiModelStrategy,
-    SingleModelStrategy,
     build_strategy,
+    keys_of,
+    registry,
+    strategy_class,
 )
 from tests.strategies.fedma.matched import NETWORK
 from tests.support import untrained_state
@@ -48,72 +50,111 @@ CHANGED: dict[str, Any] = {
     "pretrain_clients": 4,
     "inter_group_rate": 0.5,
 }
-HELD_ELSEWHERE = {
-    "server_learning_rate": lambda s: s.step.learning_rate,
-    "server_momentum": lambda s: s.step.momentum,
-    "average_decay": lambda s: s.average.decay,
-    "assignment_smoothing": lambda s: s.memory.smoothing,
-    "mixture": lambda s: s.mixture_kind,
-    "absent": lambda s: "remember" if s.absent is not None else "drop",
-}
 
 
-def built(name: str, **settings: Any) -> BaseStrategy:
+def built(name: str, **settings: Any) -> FederatedStrategy:
     values = {"strategy": name, **settings}
     config = RunConfig.from_run_config({k.replace("_", "-"): v for k, v in values.items()})
-    return build_strategy(config, [], untrained_state, NETWORK)
+    return build_strategy(config, [], untrained_state, lambda: NETWORK)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", registry())
 def test_builds_with_its_keys(name: str) -> None:
     """What the user sets is what the strategy holds."""
-    entry = REGISTRY[name]
-    settings = {key: CHANGED[key] for key in entry.keys if key in CHANGED}
+    cls = registry()[name]
+    settings = {key: CHANGED[key] for key in keys_of(cls) if key in CHANGED}
     strategy = built(name, seed=5, fraction_train=0.5, evaluate_every=4, **settings)
-    assert type(strategy) is entry.strategy
+    assert type(strategy) is cls
     for key, value in settings.items():
-        held = HELD_ELSEWHERE[key](strategy) if key in HELD_ELSEWHERE else getattr(strategy, key)
-        assert held == value, key
+        assert getattr(strategy, key) == value, key
     assert (strategy.seed, strategy.fraction_train, strategy.evaluate_every) == (5, 0.5, 4)
     assert strategy.min_available_nodes == 10
-    if isinstance(strategy, MultiModelStrategy):
+    if "initial_state" in cls.__dataclass_fields__:
         assert strategy.initial_state is untrained_state
+    step, average = strategy.progress.step, strategy.progress.average
+    assert (step.learning_rate, step.momentum) == (
+        strategy.server_learning_rate,
+        strategy.server_momentum,
+    )
+    assert average.decay == strategy.average_decay
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", registry())
 def test_every_argument_of_its_own_is_a_key(name: str) -> None:
-    """What a strategy's class adds to its bases' arguments can be set from a run config."""
-    entry = REGISTRY[name]
-    known = {*entry.keys, "inference", "initial_state", "network"}
-    for part in entry.strategy.__mro__:
-        if part in (SingleModelStrategy, MultiModelStrategy, BaseStrategy):
-            break
-        if "__init__" not in vars(part):
-            continue
-        parameters = inspect.signature(part.__init__).parameters.values()
-        own = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        assert own <= known, own - known
+    """What a strategy adds to the arguments of all can be set from a run config."""
+    cls = registry()[name]
+    shared = FederatedStrategy.__dataclass_fields__.keys()
+    own = {f.name for f in dataclasses.fields(cls) if f.name not in shared}
+    assert own <= {*keys_of(cls), "inference", "initial_state", "network"}
 
 
-def test_the_registry_names_strategies_that_the_config_knows() -> None:
-    assert set(REGISTRY) <= set(STRATEGIES)
-    particular = {key for entry in REGISTRY.values() for key in entry.keys}
-    fields = set(RunConfig.__dataclass_fields__)
-    assert particular <= fields
+@pytest.mark.parametrize("name", registry())
+def test_constructors_show_all_their_arguments(name: str) -> None:
+    """A user's editor completes them, and nothing is passed on unseen."""
+    parameters = inspect.signature(registry()[name]).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    assert kinds == {inspect.Parameter.KEYWORD_ONLY}
+    assert {"fraction_train", "min_valid_replies", "seed", "callbacks"} <= parameters.keys()
+    assert all(p.annotation is not inspect.Parameter.empty for p in parameters.values())
 
 
-@pytest.mark.parametrize("name", REGISTRY)
-def test_keys_that_do_nothing_are_told(name: str, caplog: pytest.LogCaptureFixture) -> None:
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("fedfusion", {"mixture": "uniform"}, "mixture = 'uniform' .*'inferred', 'balanced', 'counts'"),
+    ("fedfusion", {"sampling": "strat"}, "sampling = 'strat' .*'random', 'stratified'"),
+    ("fedfusion", {"balance_exponent": 3.0}, "balance_exponent = 3.0 .*from 0 to 1"),
+    ("fedfusion", {"vae_step": 0}, "vae_step = 0 .*at least 1"),
+    ("fedfusion", {"num_components": "8"}, "num_components = '8' .*at least 1"),
+    ("fedfusion", {"fraction_train": 1.5}, "fraction_train = 1.5 .*from 0 to 1"),
+    ("fedavg", {"min_valid_replies": -1}, "min_valid_replies = -1 .*at least 0"),
+    ("fedavg", {"average_decay": 1.0}, "average_decay = 1.0 .*less than 1"),
+    ("fedprox", {"proximal_mu": -0.1}, "proximal_mu = -0.1 .*at least 0"),
+    ("ifca", {"server_momentum": 0.5}, "leave out server_learning_rate, server_momentum"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "sentence"), REFUSED)
+def test_wrong_arguments_are_refused_in_one_sentence(
+    name: str, arguments: dict[str, Any], sentence: str
+) -> None:
+    cls = registry()[name]
+    with pytest.raises(ValueError, match=f"^{cls.__name__}.*{sentence}") as refusal:
+        cls(**arguments)
+    assert isinstance(refusal.value, FedFusionError)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "fedavgg",
+            r"strategy = 'fedavgg' is not allowed: did you mean 'fedavg'\? one of .*'ifca'",
+        ),
+        ("json:loads", "is not a subclass of fedfusion_flwr.FederatedStrategy"),
+        ("no_such_module:Class", "there is no module 'no_such_module'"),
+    ],
+)
+def test_unknown_strategies_are_refused(name: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        strategy_class(name)
+
+
+def test_every_particular_key_is_a_key_of_the_run_config() -> None:
+    particular = {key for cls in registry().values() for key in keys_of(cls)}
+    assert particular <= set(RunConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", registry())
+def test_keys_that_do_nothing_are_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("flwr").propagate = True
     caplog.set_level(logging.WARNING)
-    read = set(REGISTRY[name].keys)
+    read = set(keys_of(registry()[name]))
     idle = {key: value for key, value in CHANGED.items() if key not in read}
     built(name, **CHANGED)
-    told = {record.getMessage() for record in caplog.records}
-    assert told == {
+    said = {record.getMessage() for record in caplog.records}
+    assert said == {
         f"run-config key '{key.replace('_', '-')}' has no effect with strategy '{name}'"
         for key in idle
-        if any(key in entry.keys for entry in REGISTRY.values())
     }
     caplog.clear()
     built(name, **{key: value for key, value in CHANGED.items() if key in read})
@@ -128,12 +169,12 @@ def test_the_inferences_keys_belong_to_fedfusion(caplog: pytest.LogCaptureFixtur
     strategy = built("fedfusion", vae_steps=7, vae_refit_steps=3, vae_learning_rate=0.5, seed=3)
     assert isinstance(strategy, FedFusion)
     assert not caplog.records
-    inference = strategy.inference
+    inference = strategy.state.inference
     assert (inference.steps, inference.refit_steps, inference.learning_rate) == (7, 3, 0.5)
     assert inference.seed == 3
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", registry())
 def test_settings_are_logged_at_the_start(name: str, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("flwr").propagate = True
     caplog.set_level(logging.INFO)
@@ -155,9 +196,9 @@ def test_settings_are_logged_at_the_start(name: str, caplog: pytest.LogCaptureFi
 
 def test_published_forms_take_no_server_momentum() -> None:
     """Only FedFusion and its control FedAvgM step with momentum and serve an average."""
-    with_step = {name for name, entry in REGISTRY.items() if "server_momentum" in entry.keys}
+    with_step = {name for name, cls in registry().items() if "server_momentum" in keys_of(cls)}
     assert with_step == {"fedfusion", "fedavgm"}
     cycled = built("fedcluster-cycling")
     assert isinstance(cycled, FedClusterCycling)
-    assert cycled.step.is_identity
-    assert cycled.average.decay == 0
+    assert cycled.progress.step.is_identity
+    assert cycled.progress.average.decay == 0

@@ -279,7 +279,7 @@ def test_best_model_is_the_first_of_the_highest(directory: RunDirectory) -> None
         best.on_round_end(
             RoundReport(server_round, metrics={"global-accuracy": accuracy}, model=model)
         )
-    assert (best.server_round, best.value) == (2, 0.5)
+    assert (best.state.server_round, best.state.value) == (2, 0.5)
     with safe_open(directory.path / "best_model.safetensors", framework="pt") as file:
         assert file.get_tensor("x").item() == 2.0
         assert file.metadata() == {"round": "2", "global-accuracy": "0.5"}

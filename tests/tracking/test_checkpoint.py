@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import itertools
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ def test_plain_values_come_back_with_their_types(value: object) -> None:
     assert repr(rebuild(capture(value))) == repr(value)
 
 
+@dataclass
+class Everything:
+    """A state of all kinds of values."""
+
+    tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    array: np.ndarray | None = None
+    posteriors: dict[int, FusionPosterior] = field(default_factory=dict)
+    pair: tuple[int, float | None] = (0, None)
+    nothing: FusionPosterior | None = None
+
+
 def test_tensors_arrays_and_records_come_back_bit_for_bit(directory: RunDirectory) -> None:
     tensors = [
         torch.tensor([1.0, float("nan"), -0.0]),
@@ -78,17 +90,18 @@ def test_tensors_arrays_and_records_come_back_bit_for_bit(directory: RunDirector
         torch.tensor([True, False]),
     ]
     posterior = FusionPosterior(torch.eye(2), torch.ones(2) / 2, torch.zeros(2, 1), -1.25)
-    value = {"tensors": tensors, 7: np.array([1, 2]), "posterior": posterior, "pair": (1, None)}
-    back = through_file(directory, value)
-    assert list(back) == list(value)
-    for before, after in zip(tensors, back["tensors"], strict=True):
+    value = Everything({"a": tensors}, np.array([1, 2]), {3: posterior}, (1, None))
+    back = through_file(directory, value, Everything())
+    for before, after in zip(tensors, back.tensors["a"], strict=True):
         assert before.dtype == after.dtype
         assert before.shape == after.shape
         assert before.contiguous().numpy().tobytes() == after.contiguous().numpy().tobytes()
-    np.testing.assert_array_equal(back[7], value[7])
-    assert isinstance(back["posterior"], FusionPosterior)
-    assert back["posterior"].elbo == -1.25
-    assert back["pair"] == (1, None)
+    np.testing.assert_array_equal(back.array, value.array)
+    assert list(back.posteriors) == [3]
+    assert isinstance(back.posteriors[3], FusionPosterior)
+    assert back.posteriors[3].elbo == -1.25
+    assert back.pair == (1, None)
+    assert back.nothing is None
 
 
 def test_a_tensor_that_occurs_twice_is_stored_once(directory: RunDirectory) -> None:
@@ -97,15 +110,17 @@ def test_a_tensor_that_occurs_twice_is_stored_once(directory: RunDirectory) -> N
     assert path.stat().st_size < 1.5 * big.nbytes
 
 
-def test_state_is_restored_in_place(directory: RunDirectory) -> None:
+def test_states_come_back_and_go_on(directory: RunDirectory) -> None:
     """A momentum step and an average go on as if nothing had happened."""
     step, average = ServerStep(1.0, 0.9), ServedAverage(0.5)
     models = [{"w": torch.tensor([float(i)])} for i in range(4)]
     for before, after in itertools.pairwise(models[:3]):
         average.update(step(before, after))
-    copies = ServerStep(1.0, 0.9), ServedAverage(0.5)
-    for original, copy in zip((step, average), copies, strict=True):
-        assert through_file(directory, original, copy) is copy
+    fresh = ServerStep(1.0, 0.9), ServedAverage(0.5)
+    copies = [
+        through_file(directory, original, new)
+        for original, new in zip((step, average), fresh, strict=True)
+    ]
     expected = average.update(step(models[2], models[3]))
     assert torch.equal(copies[1].update(copies[0](models[2], models[3]))["w"], expected["w"])
 
@@ -127,7 +142,7 @@ def test_inference_goes_on_as_it_would_have(directory: RunDirectory) -> None:
         memory.absorb(inference.fit(memory.vectors(), examples))
     resumed, remembered = fresh()
     through_file(directory, inference, resumed)
-    through_file(directory, memory, remembered)
+    remembered = through_file(directory, memory, remembered)
     assert torch.equal(remembered.vectors(), memory.vectors())
     expected = memory.absorb(inference.fit(vectors[2], examples))
     found = remembered.absorb(resumed.fit(vectors[2], examples))

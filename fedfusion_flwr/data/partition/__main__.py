@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data.partition.overview import PartitionOverview
+from fedfusion_flwr.data.overview import PartitionOverview
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.overrides import parse_overrides
 
@@ -18,7 +18,7 @@ _FIGURES = (".svg", ".png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, write what is asked for; 2 and one sentence where something is wrong."""
+    """Print the table and write what is asked for; 2 and one sentence if something is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m fedfusion_flwr.data.partition",
         description="Show how classes and sizes spread over the clients, without training.",
@@ -31,28 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="figure to write, .svg or .png")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     options = parser.parse_args(arguments)
+    figure, numbers = options.output, options.json
     try:
         config = RunConfig.from_run_config(parse_overrides(options.config))
-        _show(config, options.output, options.json)
+        if figure is not None and figure.suffix.lower() not in _FIGURES:
+            raise ConfigError(f"--output {figure} must end in {' or '.join(_FIGURES)}")
+        overview = PartitionOverview.of(config)
+        print(overview.table())
+        if figure is not None:
+            overview.draw(figure)
+        if numbers is not None:
+            numbers.write_text(json.dumps(overview.to_json(), indent=2) + "\n", encoding="utf-8")
     except (FedFusionError, OSError, ValueError) as problem:
-        return _refuse(str(problem))
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     return 0
-
-
-def _show(config: RunConfig, figure: Path | None, numbers: Path | None) -> None:
-    if figure is not None and figure.suffix.lower() not in _FIGURES:
-        raise ConfigError(f"--output {figure} must end in {' or '.join(_FIGURES)}")
-    overview = PartitionOverview.of(config)
-    print(overview.table())
-    if figure is not None:
-        overview.draw(figure)
-    if numbers is not None:
-        numbers.write_text(json.dumps(overview.to_json(), indent=2) + "\n", encoding="utf-8")
-
-
-def _refuse(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

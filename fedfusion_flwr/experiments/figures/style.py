@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from pandas import DataFrame
 
-from fedfusion_flwr.config import STRATEGIES
 from fedfusion_flwr.experiments.results import CENTRALIZED
+from fedfusion_flwr.strategies import registry
 
 WIDTH = 4.2
 """Inches of every picture: its letters can still be read on a telephone's width."""
@@ -76,8 +76,8 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     Names that a suite made up take the next looks, in their order.
     """
     names = list(dict.fromkeys(names))
-    made_up = [name for name in names if name not in (*STRATEGIES, CENTRALIZED)]
-    numbers = {name: i for i, name in enumerate((*STRATEGIES, *made_up))}
+    made_up = [name for name in names if name not in (*registry(), CENTRALIZED)]
+    numbers = {name: i for i, name in enumerate((*registry(), *made_up))}
     return {
         name: _CENTRALIZED_LOOK if name == CENTRALIZED else _strategy_look(numbers[name])
         for name in names

@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedfusion_flwr.strategies import RunStopped
+from fedfusion_flwr.federation.conversation import RunStopped
 from tests.federation.test_hostile_replies import SPOILED
 from tests.strategies.fedma.matched import HONEST, OUT, Listener, run_fedma
 from tests.support import (

@@ -136,9 +136,9 @@ def test_common_units_are_those_of_most_members() -> None:
     strategy = outcome.strategy
     assert isinstance(strategy, FedMA)
     assert outcome.train_metrics(1)["layer-width"] == 4
-    members = np.bincount(np.concatenate([units[0] for units in strategy.units_of.values()]))
+    members = np.bincount(np.concatenate([units[0] for units in strategy.state.units_of.values()]))
     assert sorted(members.tolist()) == [1, 1, 2, 2]
-    assert members[strategy.common_units[0]].tolist() == [2, 2]
+    assert members[strategy.state.common_units[0]].tolist() == [2, 2]
 
 
 # --- what a user can mend -------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 def test_registry_builds_it() -> None:
     config = RunConfig(strategy="fedma", matching_width="fixed", matching_gamma=2.0)
-    strategy = build_strategy(config, initial_state=other_state, network=NETWORK)
+    strategy = build_strategy(config, initial_state=other_state, network=lambda: NETWORK)
     assert isinstance(strategy, FedMA)
     assert strategy.network is NETWORK
     assert strategy.initial_state is other_state

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests for partitions that cannot be met, and the local split."""
+"""Requests for partitions that cannot be met."""
 
 from __future__ import annotations
 
@@ -7,19 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fedfusion_flwr.data.partition import (
-    PartitionError,
-    local_split,
-    make_partition,
-)
-from tests.data.partitions import (
-    LABELS,
-    made,
-    spec_of,
-)
+from fedfusion_flwr.data.partition import PartitionError, make_partition
+from tests.data.partition.small import LABELS, made, spec_of
 
 
 @pytest.mark.parametrize(
@@ -87,50 +77,3 @@ def test_a_missing_class_cannot_be_planted() -> None:
 
 def test_keys_of_other_kinds_do_not_matter() -> None:
     assert len(made("iid", 3, classes_per_client=99, planted_components=99).indices) == 3
-
-
-def test_redraws_are_silent(recwarn: pytest.WarningsRecorder) -> None:
-    with pytest.raises(PartitionError):
-        made("dirichlet", min_partition_size=40)
-    made("pathological", 2, classes_per_client=1)
-    assert not [str(w.message) for w in recwarn if "min_partition_size" in str(w.message)]
-    assert not [str(w.message) for w in recwarn if "NOT be used" in str(w.message)]
-
-
-# --- local split
-
-
-@given(
-    count=st.integers(1, 50),
-    fraction=st.floats(0, 1, exclude_max=True),
-    seed=st.integers(0, 9),
-    partition_id=st.integers(0, 9),
-)
-def test_local_split(count: int, fraction: float, seed: int, partition_id: int) -> None:
-    indices = np.arange(1000, 1000 + count)
-    train, validation = local_split(indices, fraction, seed, partition_id)
-    assert sorted([*train, *validation]) == list(range(count))
-    assert len(train) >= 1
-    assert (len(validation) >= 1) == (fraction > 0 and count >= 2)
-    again = local_split(indices, fraction, seed, partition_id)
-    np.testing.assert_array_equal(validation, again[1])
-
-
-def test_local_split_differs_between_clients_and_seeds() -> None:
-    indices = np.arange(100)
-    held = [set(local_split(indices, 0.2, *key)[1]) for key in ((0, 0), (0, 1), (1, 0))]
-    assert [len(part) for part in held] == [20, 20, 20]
-    assert held[0] != held[1]
-    assert held[0] != held[2]
-    assert held[1] != held[2]
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
-def test_local_split_refuses_the_fraction(fraction: float) -> None:
-    with pytest.raises(PartitionError, match="validation fraction"):
-        local_split(np.arange(5), fraction, 0, 0)
-
-
-def test_local_split_needs_examples() -> None:
-    with pytest.raises(PartitionError, match="Client 3 has no examples"):
-        local_split(np.arange(0), 0.1, 0, 3)

@@ -1,34 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The partition by user: every client has all examples of some users.
-
-Requests are checked in `fedfusion_flwr.data.partition`.
-"""
+"""The partition by user: every client has all examples of some users."""
 
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedfusion_flwr.data.components import PartitionError, seeded
-
-if TYPE_CHECKING:
-    from fedfusion_flwr.data.partition import PartitionSpec
+from fedfusion_flwr.data.partition.spec import Partition, PartitionError, PartitionSpec, seeded
 
 
-def deal_users(users: np.ndarray | None, spec: PartitionSpec) -> tuple[np.ndarray, ...]:
-    """For each client the sorted indices of its users' examples.
+def deal_users(users: np.ndarray | None, spec: PartitionSpec) -> Partition:
+    """A partition of kind ``user``, from who wrote each example, shape (N,).
 
-    The user with the most examples comes first, and each goes to the client that has the fewest;
-    the seed decides between equals, so that no order of the users shows in the clients.
-
-    Parameters
-    ----------
-    users : np.ndarray or None
-        Who made each example, shape (N,).
-    spec : PartitionSpec
-        Of kind ``user``.
+    Users come by falling number of examples, and each goes to the client that has the fewest; the
+    seed decides between equals, so that the users' order does not show in the clients.
 
     Raises
     ------
@@ -50,7 +36,7 @@ def deal_users(users: np.ndarray | None, spec: PartitionSpec) -> tuple[np.ndarra
         )
     rng = seeded(spec.seed, "partition-user")
     shuffled = rng.permutation(len(sizes))
-    # Examples, tie break and number of each client: a heap, with the smallest client on top.
+    # A heap of (examples, tie break, client), with the smallest client on top.
     clients = [(0, int(tie), k) for k, tie in enumerate(rng.permutation(spec.num_clients))]
     heapq.heapify(clients)
     client_of = np.empty(len(sizes), dtype=np.int64)
@@ -59,4 +45,4 @@ def deal_users(users: np.ndarray | None, spec: PartitionSpec) -> tuple[np.ndarra
         client_of[user] = client
         heapq.heapreplace(clients, (total + int(sizes[user]), tie, client))
     owner = client_of[user_of]
-    return tuple(np.flatnonzero(owner == k) for k in range(spec.num_clients))
+    return Partition(tuple(np.flatnonzero(owner == k) for k in range(spec.num_clients)))

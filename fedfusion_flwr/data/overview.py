@@ -13,14 +13,14 @@ from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data.local import partition_for
 from fedfusion_flwr.data.sources import data_for
 
-MOST_COLUMNS = 20
-"""With more classes the table says only how many a client has."""
+_MOST_COLUMNS = 20
+"""With more classes the table only says how many a client has."""
 _LONGEST_NAME = 10
 
 
 @dataclass(frozen=True)
 class PartitionOverview:
-    """What a run config's partition gives to whom.
+    """What each client gets from a run config's partition.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class PartitionOverview:
     classes : tuple[str, ...]
         Names of the classes.
     components : np.ndarray or None
-        Main planted component of each client, (K,), where components are planted.
+        Main planted component of each client, (K,), if components are planted.
     """
 
     config: RunConfig
@@ -52,15 +52,11 @@ class PartitionOverview:
             If the data is missing or cannot be divided that way.
         """
         data, cut = data_for(config), partition_for(config)
-        labels = data.y_train.numpy()
-        counted = [np.bincount(labels[part], minlength=data.num_classes) for part in cut.indices]
-        return cls(
-            config,
-            np.stack(counted),
-            np.bincount(labels, minlength=data.num_classes),
-            data.classes or tuple(map(str, range(data.num_classes))),
-            cut.main_components,
-        )
+        labels, num_classes = data.y_train.numpy(), data.num_classes
+        counted = [np.bincount(labels[part], minlength=num_classes) for part in cut.indices]
+        available = np.bincount(labels, minlength=num_classes)
+        names = data.classes or tuple(map(str, range(num_classes)))
+        return cls(config, np.stack(counted), available, names, cut.main_components)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -74,9 +70,9 @@ class PartitionOverview:
 
     @property
     def label_skew(self) -> float:
-        """Mean total variation distance of a client's labels from those of all the data.
+        """Mean total variation distance of a client's labels from those of all the data, below 1.
 
-        0 where every client has the classes in the same shares as the whole; below 1.
+        0 if every client has the classes in the same shares as the whole.
         """
         shares = self.counts / self.counts.sum(1, keepdims=True)
         whole = self.available / self.available.sum()
@@ -84,13 +80,11 @@ class PartitionOverview:
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, for `json.dump`."""
-        rows = [
-            {"client": k, "examples": int(counts.sum()), "counts": counts.tolist()}
-            for k, counts in enumerate(self.counts)
-        ]
-        if self.components is not None:
-            for row, component in zip(rows, self.components.tolist(), strict=True):
-                row["component"] = component
+        rows: list[dict[str, Any]] = []
+        for k, counts in enumerate(self.counts):
+            rows.append({"client": k, "examples": int(counts.sum()), "counts": counts.tolist()})
+            if self.components is not None:
+                rows[k]["component"] = int(self.components[k])
         return {
             "config": self.config.to_run_config(),
             "classes": list(self.classes),
@@ -107,25 +101,21 @@ class PartitionOverview:
             columns.append(("component", self.components))
         columns.append(("classes", self.classes_held))
         legend = []
-        if len(self.classes) <= MOST_COLUMNS:
+        if len(self.classes) <= _MOST_COLUMNS:
             names = self.classes
             if max(map(len, names)) > _LONGEST_NAME:
+                numbered = [f"{n} {name}" for n, name in enumerate(names)]
+                legend = ["", f"classes: {', '.join(numbered)}"]
                 names = tuple(map(str, range(len(names))))
-                legend = [f"{n} {name}" for n, name in enumerate(self.classes)]
             columns += zip(names, self.counts.T, strict=True)
         cells = [[name, *map(str, column)] for name, column in columns]
-        widths = [max(map(len, column)) for column in cells]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in zip(*cells, strict=True)
-        ]
-        if legend:
-            lines += ["", "classes: " + ", ".join(legend)]
-        return "\n".join([*lines, "", *self._summary()])
+        padded = [[cell.rjust(max(map(len, column))) for cell in column] for column in cells]
+        lines = map("  ".join, zip(*padded, strict=True))
+        return "\n".join([*lines, *legend, "", *self._summary()])
 
     def draw(self, path: Path) -> None:
-        """Write a figure as the path's suffix says: sizes above, classes by clients below."""
-        # Here and not above: only who draws needs it.
+        """Write a figure, .svg or .png: sizes above, classes by clients below."""
+        # Here and not above: only drawing needs it.
         import matplotlib as mpl
         from matplotlib.figure import Figure
 
@@ -137,32 +127,26 @@ class PartitionOverview:
         upper.set_ylabel("examples")
         upper.set_title(self._summary()[0].replace(": ", "\n"), fontsize="medium", loc="left")
         upper.spines[["top", "right"]].set_visible(False)
-        # Told apart by lightness, also by the colour-blind; white is a class that a client lacks.
-        image = lower.imshow(
-            np.ma.masked_equal(self.counts.T / self.sizes, 0),
-            aspect="auto",
-            cmap="YlGnBu",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-        )
-        if num_classes <= MOST_COLUMNS:
+        # A scale of lightness serves the colour-blind too; white is a class that a client lacks.
+        shares = np.ma.masked_equal(self.counts.T / self.sizes, 0)
+        scale = {"cmap": "YlGnBu", "vmin": 0, "vmax": 1}
+        image = lower.imshow(shares, aspect="auto", interpolation="nearest", **scale)
+        if num_classes <= _MOST_COLUMNS:
             lower.set_yticks(range(num_classes), self.classes)
         lower.xaxis.get_major_locator().set_params(integer=True)
         lower.set_xlabel("client")
         lower.set_ylabel("class")
         figure.colorbar(image, ax=lower, label="share of the client's examples")
-        # The same numbers give the same file.
+        # Without dates and random ids: the same numbers give the same file.
         with mpl.rc_context({"svg.hashsalt": "fedfusion", "svg.fonttype": "none"}):
             date = {"Date": None} if path.suffix.lower() == ".svg" else {}
             figure.savefig(path, dpi=150, metadata=date)
 
     def _summary(self) -> list[str]:
-        given, there = self.sizes.sum(), self.available.sum()
-        config = self.config
+        config, examples, available = self.config, self.sizes.sum(), self.available.sum()
         return [
             f"{config.partition} partition of {config.dataset}, seed {config.seed}: "
-            f"{len(self.counts)} clients, {given} of {there} training examples",
+            f"{len(self.counts)} clients, {examples} of {available} training examples",
             f"examples per client: {_in_words(self.sizes)}",
             f"classes per client: {_in_words(self.classes_held)}",
             f"label skew: {self.label_skew:.3f} (mean total variation distance of a client's "
@@ -171,11 +155,7 @@ class PartitionOverview:
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
-    return {
-        "min": float(values.min()),
-        "median": float(np.median(values)),
-        "max": float(values.max()),
-    }
+    return {name: float(getattr(np, name)(values)) for name in ("min", "median", "max")}
 
 
 def _in_words(values: np.ndarray) -> str:

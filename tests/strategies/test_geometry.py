@@ -9,14 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedfusion_flwr.federation import bounds
-from fedfusion_flwr.federation.bounds import (
+from fedfusion_flwr.federation.bounds import difference, inner_product, squared_distance
+from fedfusion_flwr.strategies import geometry
+from fedfusion_flwr.strategies.geometry import (
     count_different,
-    difference,
     gram_matrix,
-    inner_product,
     principal_coordinates,
-    squared_distance,
 )
 
 State = dict[str, Tensor]
@@ -67,7 +65,7 @@ def test_gram_matrix_holds_the_inner_products_of_the_parameters(
 def test_gram_matrix_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     states, origin = states_of((5, 1, 1.0))
     whole = gram_matrix(states, origin)
-    monkeypatch.setattr(bounds, "_CHUNK", 5)
+    monkeypatch.setattr(geometry, "_CHUNK", 5)
     torch.testing.assert_close(gram_matrix(states, origin), whole)
 
 

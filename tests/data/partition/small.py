@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short ways to make partitions of four hundred labels."""
+"""Partitions of four hundred labels."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, get_args
 
 import numpy as np
 from hypothesis import HealthCheck, settings
 
-from fedfusion_flwr.data.partition import (
-    Partition,
-    PartitionKind,
-    PartitionSpec,
-    make_partition,
-)
+from fedfusion_flwr.data.partition import Partition, PartitionKind, PartitionSpec, make_partition
 
 LABELS = np.arange(10).repeat(40)
 USERS = np.arange(400) % 100
@@ -36,16 +32,12 @@ def sizes(result: Partition) -> list[int]:
     return [len(part) for part in result.indices]
 
 
-def class_sets(result: Partition) -> list[set[int]]:
-    return [set(LABELS[part].tolist()) for part in result.indices]
-
-
-def planted(result: Partition) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
-    assert result.mixtures is not None
-    assert result.main_components is not None
-    assert result.example_components is not None
-    return result.mixtures, result.main_components, result.example_components
-
-
 def same(a: Partition, b: Partition) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a.indices, b.indices, strict=True))
+
+
+def digest(kind: str) -> str:
+    """Of one partition of that kind."""
+    indices = made(kind, 12, 7, component_mixing=0.3).indices
+    joined = b"|".join(part.astype("<i8").tobytes() for part in indices)
+    return hashlib.sha256(joined).hexdigest()[:16]

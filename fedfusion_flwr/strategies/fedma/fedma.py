@@ -24,8 +24,10 @@ With ``matching-width = "fixed"`` no unit is ever added: a deviation from the pa
 
 from __future__ import annotations
 
-from logging import INFO, WARNING
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from logging import WARNING
 
 import numpy as np
 import torch
@@ -33,19 +35,53 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedfusion_flwr import protocol
+from fedfusion_flwr.config import MatchingWidth
+from fedfusion_flwr.config_rules import above, at_least, checked, choice
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.federation.conversation import Setting
-from fedfusion_flwr.federation.engine import BaseStrategy, Exchange, KeepOldModel
+from fedfusion_flwr.federation.bookkeeping import Timer
+from fedfusion_flwr.federation.conversation import Exchange, Setting
 from fedfusion_flwr.federation.replies import BadReply, ClientReply
-from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.federation.round import KeepOldModel, State, Update
+from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
+from fedfusion_flwr.strategies.clusters import InitialState
 from fedfusion_flwr.strategies.fedma.layers import Layer, PlainNetwork, width_of
 from fedfusion_flwr.strategies.fedma.matching import Matching, Units, match_units
-from fedfusion_flwr.strategies.multi import InitialState
 
 
-class FedMA(BaseStrategy):
+@dataclass
+class FedMAState:
+    """The pass in progress and the last complete one.
+
+    Attributes
+    ----------
+    passes, completed_in : int
+        Complete passes, and the round in which the last of them ended.
+    layer : int
+        Of the pass in progress: the layer that is matched next, counted from 0.
+    nets : dict[int, State]
+        What each client trains for it.
+    matchings, units : list
+        Of each layer so far, the matching and each client's units.
+    units_of : dict[int, list[Units]]
+        Of the last complete pass: each client's units of every hidden layer.
+    common_units : list[Units]
+        The same for a newcomer.
+    """
+
+    passes: int = 0
+    completed_in: int = 0
+    layer: int = 0
+    nets: dict[int, State] = field(default_factory=dict)
+    matchings: list[Matching] = field(default_factory=list)
+    units: list[dict[int, Units]] = field(default_factory=list)
+    units_of: dict[int, list[Units]] = field(default_factory=dict)
+    common_units: list[Units] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class FedMA(FederatedStrategy):
     """Layer-wise matched averaging; the global model's hidden layers may be wider than a client's.
 
     Parameters
@@ -61,89 +97,62 @@ class FedMA(BaseStrategy):
         The larger, the sooner it does.
     matching_sweeps : int
         How often every client is matched anew.
-    **base
-        Arguments of `BaseStrategy`; models of different widths have no moving average, so that
-        ``average_decay`` must stay 0.
+
+    Models of different widths have no moving average: ``average_decay`` must stay 0.
     """
 
-    STATE = (
-        *BaseStrategy.STATE,
-        "passes",
-        "completed_in",
-        "layer",
-        "nets",
-        "matchings",
-        "units",
-        "units_of",
-        "common_units",
-    )
+    name = "fedma"
+    single_model = False
 
-    def __init__(
-        self,
-        *,
-        network: PlainNetwork | None = None,
-        initial_state: InitialState | None = None,
-        matching_width: Literal["variable", "fixed"] = "variable",
-        matching_gamma: float = 1e-3,
-        matching_sweeps: int = 5,
-        **base: Any,
-    ) -> None:
-        super().__init__(**base)
-        if network is None:
+    network: PlainNetwork | None = None
+    initial_state: InitialState | None = None
+    matching_width: MatchingWidth = choice(MatchingWidth, "variable")
+    matching_gamma: float = checked(1e-3, above(0))
+    matching_sweeps: int = checked(5, at_least(1))
+    state: FedMAState = field(init=False)
+
+    def initial(self) -> FedMAState:
+        """Before the first pass."""
+        if self.network is None:
             raise FedFusionError(
                 "FedMA needs to know the model's layers: give it network, made by "
                 "fedfusion_flwr.strategies.fedma.network"
             )
-        if self.average.decay > 0:
+        if self.average_decay > 0:
             raise FedFusionError(
                 f"FedMA's models differ in width and have no average: average_decay = "
-                f"{self.average.decay} must be 0"
+                f"{self.average_decay} must be 0"
             )
-        self.network = network
-        self.initial_state = initial_state
-        self.matching_width = matching_width
-        self.matching_gamma = matching_gamma
-        self.matching_sweeps = matching_sweeps
-        self.passes = 0
-        self.completed_in = 0
-        # Of the pass in progress: the layer that is matched next, counted from 0, what each client
-        # trains for it, and the matchings so far, with each client's units.
-        self.layer = 0
-        self.nets: dict[int, State] = {}
-        self.matchings: list[Matching] = []
-        self.units: list[dict[int, Units]] = []
-        # Of the last complete pass: each client's units of every hidden layer, and a newcomer's.
-        self.units_of: dict[int, list[Units]] = {}
-        self.common_units: list[Units] = []
+        return FedMAState()
 
     # --- a pass ---------------------------------------------------------------------------------
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
         """Refuse a run that ends before its first pass."""
-        if self.num_rounds < self.network.depth:
+        if self.num_rounds < self._layers.depth:
             raise FedFusionError(
                 f"num-server-rounds = {self.num_rounds} ends before FedMA's first pass over the "
-                f"model's {self.network.depth} layers; set it to a multiple of "
-                f"{self.network.depth}"
+                f"model's {self._layers.depth} layers; set it to a multiple of "
+                f"{self._layers.depth}"
             )
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
         """Those of the pass that are connected; a new pass begins where that is too few."""
-        members = sorted(self.nets.keys() & set(clients))
-        if self.layer > 0 and len(members) >= max(self.min_valid_replies, 1):
+        members = sorted(self.state.nets.keys() & set(clients))
+        if self.state.layer > 0 and len(members) >= max(self.min_valid_replies, 1):
             return members
         cohort = super().sample_clients(server_round, clients, size)
-        self.layer, self.matchings, self.units = 0, [], []
-        self.nets = {client: self._own_net(client) for client in cohort}
+        self.state.layer, self.state.matchings, self.state.units = 0, [], []
+        self.state.nets = {client: self._own_net(client) for client in cohort}
         return cohort
 
     def sent_to(self, client: int) -> State:
         """The matched layers, and the client's own above them."""
-        return self.nets[client]
+        return self.state.nets[client]
 
     def train_settings(self, client: int) -> dict[str, Setting]:
         """Freeze the matched layers; ask for class counts when the last one is trained."""
-        frozen = self.network.keys_below(self.layer, self.nets[client])
+        frozen = self._layers.keys_below(self.state.layer, self.state.nets[client])
         settings: dict[str, Setting] = {protocol.FROZEN: frozen} if frozen else {}
         return {**settings, protocol.CLASS_COUNTS: True} if self._is_last else settings
 
@@ -151,7 +160,7 @@ class FedMA(BaseStrategy):
         """Refuse class counts that are none."""
         if not self._is_last:
             return
-        classes = width_of(self.network.layers[-1], reply.state)
+        classes = width_of(self._layers.layers[-1], reply.state)
         counts = reply.lists.get(protocol.CLASS_COUNTS, [])
         whole = all(count >= 0 and count == int(count) for count in counts)
         if not whole or len(counts) != classes or sum(counts) != reply.num_examples:
@@ -161,13 +170,12 @@ class FedMA(BaseStrategy):
                 f"sum to {protocol.NUM_EXAMPLES} = {reply.num_examples}",
             )
 
-    def advance(self, replies: list[ClientReply]) -> State:
+    def advance(self, replies: list[ClientReply]) -> Update:
         """Match or average one layer; the global model changes with the last one only."""
-        layer, clients = self.network.layers[self.layer], [reply.client for reply in replies]
+        layer, clients = self._layers.layers[self.state.layer], [reply.client for reply in replies]
         states = [self._trained(reply) for reply in replies]
-        with one_thread():
+        with Timer() as timer, one_thread():
             matching = self._match(layer, states)
-        self._stopwatch.lap(self.report, "infer")
         weights = class_weights(replies) if self._is_last else None
         merged = layer.merge(
             states,
@@ -177,42 +185,53 @@ class FedMA(BaseStrategy):
             pool_moments=self.pool_moments,
         )
         if not all(bool(value.isfinite().all()) for value in merged.values()):
-            raise KeepOldModel(f"layer {self.layer + 1} of the matched model is not finite")
-        self._book(replies, matching)
+            raise KeepOldModel(f"layer {self.state.layer + 1} of the matched model is not finite")
+        update = Update(
+            self.current,
+            [reply.row(1 / len(replies)) for reply in replies],
+            {
+                "pass": float(self.state.passes + 1),
+                "layer": float(self.state.layer + 1),
+                "layer-width": float(matching.width),
+            },
+            seconds={"infer": timer.seconds},
+        )
         states = [{**state, **merged} for state in states]
         if self._is_last:
             self._end_pass(clients)
-            return states[0]
-        self.layer += 1
-        self.matchings.append(matching)
-        self.units.append(dict(zip(clients, matching.units, strict=True)))
-        self.nets = {
-            client: self.network.widen_inputs(state, self.layer, units, matching.width)
+            return dataclasses.replace(update, model=states[0])
+        self.state.layer += 1
+        self.state.matchings.append(matching)
+        self.state.units.append(dict(zip(clients, matching.units, strict=True)))
+        self.state.nets = {
+            client: self._layers.widen_inputs(state, self.state.layer, units, matching.width)
             for client, state, units in zip(clients, states, matching.units, strict=True)
         }
-        return self.current
+        return update
 
     def evaluates(self, server_round: int) -> bool:
         """At the end of a pass, when the global model is a new one; and in the last round."""
-        ended = self.completed_in == server_round > 0
-        due = (ended and self.passes % self.evaluate_every == 0) or server_round == self.num_rounds
+        ended = self.state.completed_in == server_round > 0
+        due = (
+            ended and self.state.passes % self.evaluate_every == 0
+        ) or server_round == self.num_rounds
         return self.fraction_evaluate > 0 and due
 
     @property
     def _is_last(self) -> bool:
-        return self.layer == self.network.depth - 1
+        return self.state.layer == self._layers.depth - 1
 
     def _own_net(self, client: int) -> State:
         """What a client trains first in a pass: a network of the original widths."""
-        if self.passes > 0:
-            units = self.units_of.get(client, self.common_units)
-            return self.network.take(self.current, units)
+        if self.state.passes > 0:
+            units = self.state.units_of.get(client, self.state.common_units)
+            return self._layers.take(self.current, units)
         return self.initial_state(client + 1) if self.initial_state else self.current
 
     def _trained(self, reply: ClientReply) -> State:
         """The client's network, its matched layers as they were sent: nobody may change them."""
-        sent = self.nets[reply.client]
-        matched = self.network.keys_below(self.layer, sent)
+        sent = self.state.nets[reply.client]
+        matched = self._layers.keys_below(self.state.layer, sent)
         return {**reply.state, **{key: sent[key] for key in matched}}
 
     def _match(self, layer: Layer, states: list[State]) -> Matching:
@@ -229,49 +248,48 @@ class FedMA(BaseStrategy):
         )
 
     def _end_pass(self, clients: list[int]) -> None:
-        self.units_of = {client: [units[client] for units in self.units] for client in clients}
-        self.common_units = [
+        self.state.units_of = {
+            client: [units[client] for units in self.state.units] for client in clients
+        }
+        self.state.common_units = [
             np.argsort(-matching.members, kind="stable")[: layer.units]
-            for matching, layer in zip(self.matchings, self.network.layers[:-1], strict=True)
+            for matching, layer in zip(self.state.matchings, self._layers.layers[:-1], strict=True)
         ]
-        self.passes += 1
-        self.completed_in = self.server_round
-        self.layer, self.nets = 0, {}
-
-    def _book(self, replies: list[ClientReply], matching: Matching) -> None:
-        self.report.clients = [
-            reply.row(1 / len(replies)) for reply in replies
-        ] + self.report.clients
-        self.report.metrics["pass"] = float(self.passes + 1)
-        self.report.metrics["layer"] = float(self.layer + 1)
-        self.report.metrics["layer-width"] = float(matching.width)
+        self.state.passes += 1
+        self.state.completed_in = self.server_round
+        self.state.layer, self.state.nets = 0, {}
 
     def num_channels(self) -> int | None:
         """Of what the clients were sent: in a phase all of them train one size, which changes."""
-        return self.channels_of(next(iter(self._round.sent.values()), self.current))
+        return self.channels_of(next(iter(self.round.sent.values()), self.current))
 
-    def summary(self) -> None:
-        """Log the strategy's settings at the start of a run."""
+    @property
+    def _layers(self) -> PlainNetwork:
+        assert self.network is not None
+        return self.network
+
+    def settings(self) -> Iterable[str]:
+        """Passes, widths and starts; warns of rounds that are part of no whole pass."""
         fixed = self.matching_width == "fixed"
-        log(
-            INFO,
-            "\t├──> FedMA: passes of %d rounds, one a layer; %s; %d sweeps; clients start %s",
-            self.network.depth,
+        width = (
             "fixed width: a deviation from the paper"
             if fixed
-            else f"variable width, gamma {self.matching_gamma:g}",
-            self.matching_sweeps,
-            "from networks of their own" if self.initial_state else "from the initial model",
+            else f"variable width, gamma {self.matching_gamma:g}"
         )
-        rest = self.num_rounds % self.network.depth
+        start = "networks of their own" if self.initial_state else "the initial model"
+        depth = self._layers.depth
+        yield (
+            f"FedMA: passes of {depth} rounds, one a layer; {width}; {self.matching_sweeps} "
+            f"sweeps; clients start from {start}"
+        )
+        rest = self.num_rounds % depth
         if rest:
             log(
                 WARNING,
                 "the last %d of %d rounds are part of no whole pass and leave the model as it is; "
                 "make num-server-rounds a multiple of %d",
-                *(rest, self.num_rounds, self.network.depth),
+                *(rest, self.num_rounds, depth),
             )
-        super().summary()
 
 
 def class_weights(replies: list[ClientReply]) -> Tensor:

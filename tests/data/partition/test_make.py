@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Partitions: hand-derived cases, properties of every kind, and the local split."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedfusion_flwr.data.partition import Partition, PartitionError, local_split
+from tests.data.partition.small import FAST, KINDS, LABELS, digest, made, same, sizes
+
+GOLDEN = {
+    "iid": "a52932a636baaa64",
+    "dirichlet": "9c41948a8611dfef",
+    "pathological": "7cf36ddc2923d658",
+    "shards": "70fc9058c05a1aa7",
+    "components": "aaaa8f80a7fb7006",
+}
+
+
+def class_sets(result: Partition) -> list[set[int]]:
+    return [set(LABELS[part].tolist()) for part in result.indices]
+
+
+# --- every kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@FAST
+@given(num_clients=st.integers(5, 30), seed=st.integers(0, 2**40))
+def test_parts_are_disjoint_and_repeatable(kind: str, num_clients: int, seed: int) -> None:
+    result = made(kind, num_clients, seed)
+    assert len(result.indices) == num_clients
+    assert min(sizes(result)) >= 1
+    drawn = np.concatenate(result.indices)
+    assert drawn.dtype == np.int64
+    assert len(np.unique(drawn)) == len(drawn)
+    assert drawn.min() >= 0
+    assert drawn.max() < len(LABELS)
+    assert all((np.diff(part) > 0).all() for part in result.indices)
+    assert same(result, made(kind, num_clients, seed))
+    assert not same(result, made(kind, num_clients, seed + 1))
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "user"])
+def test_nothing_is_left_out(kind: str) -> None:
+    assert sum(sizes(made(kind, 13))) == len(LABELS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_global_random_state_is_untouched(kind: str) -> None:
+    np.random.seed(3)  # noqa: NPY002
+    expected = np.random.random()  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002
+    made(kind)
+    assert np.random.random() == expected  # noqa: NPY002
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_partitions_never_change(kind: str) -> None:
+    """If one must, say so in the changelog: published results would no longer be repeated."""
+    assert digest(kind) == GOLDEN[kind]
+
+
+def test_partitions_are_the_same_in_a_fresh_process() -> None:
+    script = "from tests.data.partition.small import *; print(*map(digest, KINDS))"
+    output = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert output.split() == [digest(kind) for kind in KINDS]
+
+
+# --- Flower's partitioners
+
+
+def test_iid_is_shuffled_and_equal() -> None:
+    result = made("iid", 7)
+    assert max(sizes(result)) - min(sizes(result)) <= 1
+    assert all(len(classes) >= 8 for classes in class_sets(result))
+
+
+def test_dirichlet_keeps_the_minimum() -> None:
+    assert min(sizes(made("dirichlet", 10, min_partition_size=20))) >= 20
+
+
+def test_dirichlet_alpha_decides_the_skew() -> None:
+    few = made("dirichlet", 5, dirichlet_alpha=0.1)
+    many = made("dirichlet", 5, dirichlet_alpha=1e6)
+    assert np.mean([len(s) for s in class_sets(few)]) < 8
+    # 8 of each class, give or take one by rounding.
+    assert sizes(many) == pytest.approx([80] * 5, abs=10)
+
+
+@FAST
+@given(
+    num_clients=st.integers(1, 25), classes_per_client=st.integers(1, 10), seed=st.integers(0, 99)
+)
+def test_pathological_classes(num_clients: int, classes_per_client: int, seed: int) -> None:
+    result = made("pathological", num_clients, seed, classes_per_client=classes_per_client)
+    held = class_sets(result)
+    assert all(len(classes) == classes_per_client for classes in held)
+    # Every class is used if there is room for it.
+    assert len(set().union(*held)) == min(10, num_clients * classes_per_client)
+
+
+def test_shards_hold_runs_of_the_sorted_labels() -> None:
+    # 10 clients * 2 shards of 400 / 20 = 20 examples: each shard is half a class.
+    result = made("shards", 10)
+    assert sizes(result) == [40] * 10
+    assert all(len(classes) <= 2 for classes in class_sets(result))
+
+
+def test_redraws_are_silent(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(PartitionError):
+        made("dirichlet", min_partition_size=40)
+    made("pathological", 2, classes_per_client=1)
+    warned = " ".join(str(warning.message) for warning in recwarn)
+    assert "min_partition_size" not in warned
+    assert "NOT be used" not in warned
+
+
+# --- local split
+
+
+@given(
+    count=st.integers(1, 50),
+    fraction=st.floats(0, 1, exclude_max=True),
+    seed=st.integers(0, 9),
+    partition_id=st.integers(0, 9),
+)
+def test_local_split(count: int, fraction: float, seed: int, partition_id: int) -> None:
+    indices = np.arange(1000, 1000 + count)
+    train, validation = local_split(indices, fraction, seed, partition_id)
+    assert sorted([*train, *validation]) == list(range(count))
+    assert len(train) >= 1
+    assert (len(validation) >= 1) == (fraction > 0 and count >= 2)
+    again = local_split(indices, fraction, seed, partition_id)
+    np.testing.assert_array_equal(validation, again[1])
+
+
+def test_local_split_differs_between_clients_and_seeds() -> None:
+    held = {
+        tuple(local_split(np.arange(100), 0.2, *key)[1].tolist())
+        for key in ((0, 0), (0, 1), (1, 0))
+    }
+    assert [len(part) for part in held] == [20, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "message"),
+    [
+        (5, -0.1, "validation fraction"),
+        (5, 1.0, "validation fraction"),
+        (5, float("nan"), "validation fraction"),
+        (0, 0.1, "Client 3 has no examples"),
+    ],
+)
+def test_local_split_refuses(count: int, fraction: float, message: str) -> None:
+    with pytest.raises(PartitionError, match=message):
+        local_split(np.arange(count), fraction, 0, 3)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `FederatedData` refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedfusion_flwr.data import DataError, FederatedData
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("x_train", torch.zeros(3, 4, 4), r"train split .* shape \(N, C, H, W\)"),
+        ("x_test", torch.zeros(3, 1, 4, 4, dtype=torch.float64), "test split .* float32"),
+        ("y_train", torch.zeros(2, dtype=torch.int64), "one int64 label for each of its 3"),
+        ("y_test", torch.zeros(3), "test split .* int64"),
+        ("y_test", torch.tensor([0, 1, 2]), "labels from 0 to 1, got labels from 0 to 2"),
+        ("y_train", torch.tensor([0, -1, 0]), "got labels from -1 to 0"),
+        ("x_test", torch.zeros(3, 1, 5, 4), "examples of one shape"),
+    ],
+)
+def test_wrong_arrays_are_refused(field: str, value: torch.Tensor, message: str) -> None:
+    x, y = torch.zeros(3, 1, 4, 4), torch.tensor([0, 1, 0])
+    valid = FederatedData("toy", x, y, x, y, num_classes=2)
+    with pytest.raises(DataError, match=message):
+        replace(valid, **{field: value})
+
+
+def test_empty_split_is_refused() -> None:
+    x, y = torch.zeros(3, 1, 4, 4), torch.tensor([0, 1, 0])
+    with pytest.raises(DataError, match="at least one example"):
+        FederatedData("toy", x, y, x[:0], y[:0], num_classes=2)
