@@ -11,6 +11,7 @@ from typing import Any
 from fedfusion_flwr.config import RunConfig, Value
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.experiments.work import Cell, Overrides, Reference
+from fedfusion_flwr.strategies.registry import strategy_class
 
 AXES = {
     "strategies": "strategy",
@@ -19,7 +20,6 @@ AXES = {
     "partitions": "partition",
 }
 """Tables of a suite, and the run-config key that a name without a table is the value of."""
-_TRAINS_EVERYBODY_ONCE = ("fesem", "fedcluster", "fedgroup")
 
 
 class SuiteError(FedFusionError, ValueError):
@@ -203,20 +203,5 @@ def with_equal_steps(config: Mapping[str, Any]) -> Overrides:
         If they are no run config.
     """
     parsed = RunConfig.from_run_config(config)
-    return {**config, "num-server-rounds": equal_rounds(parsed)}
-
-
-def equal_rounds(config: RunConfig) -> int:
-    """Rounds in which a strategy takes as many gradient steps as FedAvg in num-server-rounds.
-
-    Clusters that take turns train a share of the clients a round, so they get more rounds;
-    strategies that train everybody once beforehand get fewer, by what that is worth. Up to the
-    size of the clients, which differ; rows have the steps that were taken.
-    """
-    rounds = config.num_server_rounds
-    if config.strategy == "fedcluster-cycling":
-        return rounds * min(config.num_clusters, config.num_clients)
-    once = config.strategy in _TRAINS_EVERYBODY_ONCE
-    if config.strategy == "fesem":
-        once = config.warm_start
-    return max(1, rounds - round(config.num_clients / config.num_train_clients)) if once else rounds
+    rounds = strategy_class(parsed.strategy).rounds_of_equal_steps(parsed)
+    return {**config, "num-server-rounds": rounds}

@@ -10,7 +10,7 @@ import pytest
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.experiments.results import slug
-from fedfusion_flwr.experiments.suite import SuiteError, equal_rounds
+from fedfusion_flwr.experiments.suite import SuiteError, with_equal_steps
 from fedfusion_flwr.experiments.suite_file import load_suite, parse_suite
 from fedfusion_flwr.strategies import registry
 
@@ -144,7 +144,7 @@ def test_references_have_no_strategy_and_two_orders_of_batches() -> None:
 def test_rounds_of_equal_gradient_steps(strategy: str, keys: dict[str, Any], rounds: int) -> None:
     config = RunConfig(strategy=strategy, num_server_rounds=20, num_clients=20)
     config = RunConfig(**{**vars(config), **keys})
-    assert equal_rounds(config) == rounds
+    assert with_equal_steps(config.to_run_config())["num-server-rounds"] == rounds
 
 
 @pytest.mark.parametrize("name", ["quick", "small", "deep", "paper"])
