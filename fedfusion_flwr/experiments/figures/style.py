@@ -20,7 +20,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from pandas import DataFrame
 
 from fedfusion_flwr.experiments.results import CENTRALIZED
-from fedfusion_flwr.strategies import registry
 
 WIDTH = 4.2
 """Inches of every picture: its letters can still be read on a telephone's width."""
@@ -70,14 +69,18 @@ _CENTRALIZED_LOOK = Look("black", (0, (2, 1)), "|", "")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "|||", "---", "//..", "\\\\..", "xx..")
 
 
-def looks(names: Iterable[str]) -> dict[str, Look]:
-    """The looks of strategies; those of the app look the same in every report.
+_KNOWN = (
+    "fedfusion", "fedavg", "fedavgm", "fedprox", "fed-gn", "fedbn", "fedma", "fesem", "ifca",
+    "fedcluster", "fedcluster-cycling", "fedgroup",
+)  # fmt: skip
+"""Look the same in every report; the order is that of their looks."""
 
-    Names that a suite made up take the next looks, in their order.
-    """
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """The looks of strategies; names that are not known take the next ones, in their order."""
     names = list(dict.fromkeys(names))
-    made_up = [name for name in names if name not in (*registry(), CENTRALIZED)]
-    numbers = {name: i for i, name in enumerate((*registry(), *made_up))}
+    others = [name for name in names if name not in (*_KNOWN, CENTRALIZED)]
+    numbers = {name: i for i, name in enumerate((*_KNOWN, *others))}
     return {
         name: _CENTRALIZED_LOOK if name == CENTRALIZED else _strategy_look(numbers[name])
         for name in names
