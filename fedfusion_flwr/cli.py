@@ -101,8 +101,6 @@ def _root(argument: str) -> tuple[str, str]:
 
 def _compare(options: argparse.Namespace) -> int:
     # Here and not above, as in all commands: --help should not wait for torch.
-    from pandas import DataFrame
-
     from fedfusion_flwr.experiments.compare import Comparison
     from fedfusion_flwr.experiments.jobs import interrupted_by_sigterm, locked
     from fedfusion_flwr.experiments.suite_file import load_suite
@@ -131,10 +129,10 @@ def _compare(options: argparse.Namespace) -> int:
         elif not options.tables:
             print(comparison.plan(), flush=True)
             failed = comparison.run()
-        tuning = comparison.tuning_rows()
+        tuning = comparison.tuning_table()
         write_tables(machine.folder, comparison.rows(), tuning)
-    if options.tune and tuning:
-        print(f"{TITLES['tuning']}\n\n{markdown(DataFrame(tuning))}")
+    if options.tune and not tuning.empty:
+        print(f"{TITLES['tuning']}\n\n{markdown(tuning)}")
     print(f"tables: {machine.folder / 'tables'}")
     if failed:
         print(

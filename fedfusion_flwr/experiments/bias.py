@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,16 @@ def measure_bias(
         ``references``: their digests; ``divergence`` and ``divergence-reversed`` (nats): a value
         for each, empty without running statistics; ``feature-distances``: a list of layers for
         each; ``statistics-gap`` or None; ``channels`` and ``share-outside``; if drawn,
-        ``running-means`` and ``running-deviations``. If a reference or the data cannot be
-        loaded, only ``missing``, a sentence.
+        ``running-means`` and ``running-deviations``. If this cannot be measured, only
+        ``missing``, the reason.
     """
     try:
         return _measured(RunConfig.from_run_config(config), state, references, drawn)
     except (FedFusionError, OSError) as problem:
         return {"missing": str(problem)}
+    except Exception as problem:  # noqa: BLE001 - a run of hours is not lost for it
+        traceback.print_exc()
+        return {"missing": f"{type(problem).__name__}: {problem}"}
 
 
 def _measured(

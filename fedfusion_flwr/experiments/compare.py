@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pandas import DataFrame
+
 from fedfusion_flwr.experiments.jobs import Job, run_jobs
 from fedfusion_flwr.experiments.progress import Clock, Timed, advice, shown
 from fedfusion_flwr.experiments.results import CENTRALIZED, rounds_table
@@ -23,7 +25,7 @@ from fedfusion_flwr.experiments.rows import (
     write_text,
 )
 from fedfusion_flwr.experiments.suite import Suite, SuiteError
-from fedfusion_flwr.experiments.tuning import scores, winners
+from fedfusion_flwr.experiments.tuning import candidates, winners
 from fedfusion_flwr.experiments.work import (
     CELLS,
     TUNE,
@@ -118,29 +120,16 @@ class Comparison:
         """The rows of the groups' cells as the suite has them now."""
         return self._stored(CELLS, self._compared())
 
+    def tuning_table(self) -> DataFrame:
+        """The score of every candidate; empty without a tuning."""
+        if self.suite.tuning is None:
+            return DataFrame()
+        return candidates(self.suite.tuning, self._stored(TUNE, self._tuning()))
+
     def winners(self) -> dict[str, Overrides]:
         """The tuned keys of every strategy whose tuning is finished."""
-        if self.suite.tuning is None:
-            return {}
-        return winners(self.suite.tuning, self._stored(TUNE, self._tuning()))
-
-    def tuning_rows(self) -> list[Row]:
-        """What every candidate reached, as a table."""
-        if self.suite.tuning is None:
-            return []
-        reached = scores(self.suite.tuning, self._stored(TUNE, self._tuning()))
-        chosen = self.winners()
-        return [
-            {
-                "strategy": strategy,
-                "candidate": ", ".join(f"{key} = {value}" for key, value in candidate.items()),
-                "metric": self.suite.tuning.metrics[strategy],
-                "score": reached[strategy].get(number),
-                "chosen": candidate is chosen.get(strategy),
-            }
-            for strategy, candidates in self.suite.tuning.candidates.items()
-            for number, candidate in enumerate(candidates)
-        ]
+        tuning = self.suite.tuning
+        return {} if tuning is None else winners(tuning, self.tuning_table())
 
     def _tuning(self) -> list[Work]:
         return list(self.suite.tune_cells())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,10 @@ def run_cell(
     if drawn is not None:
         from fedfusion_flwr.experiments.inferred import keep_inferred
 
-        keep_inferred(outcome.directory, Path(drawn), outcome.digest)
+        try:
+            keep_inferred(outcome.directory, Path(drawn), outcome.digest)
+        except Exception:  # noqa: BLE001 - a run of hours is not lost for a picture
+            traceback.print_exc()
     return row
 
 

@@ -56,7 +56,7 @@ _COSTS = [
 ]
 
 
-def write_tables(folder: Path, rows: Sequence[Row], tuning: Sequence[Row] = ()) -> list[Path]:
+def write_tables(folder: Path, rows: Sequence[Row], tuning: DataFrame | None = None) -> list[Path]:
     """Write ``tables/*.md``, ``*.csv`` and ``*.json``; empty tables are left out.
 
     Parameters
@@ -65,10 +65,10 @@ def write_tables(folder: Path, rows: Sequence[Row], tuning: Sequence[Row] = ()) 
         Of the suite's results.
     rows : sequence of rows
         Of ``cells.jsonl``.
-    tuning : sequence of rows
-        The score of each of the tuning's candidates.
+    tuning : DataFrame or None
+        See `tuning.candidates`.
     """
-    tables = {"tuning": DataFrame(tuning)}
+    tables = {"tuning": DataFrame() if tuning is None else tuning}
     written = {}
     if rows:
         runs, rounds = runs_table(rows)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from pandas import DataFrame
+
 from fedfusion_flwr.experiments.results import rounds_table
 from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.experiments.suite import Tuning
@@ -25,29 +27,38 @@ def score(row: Row, metric: str) -> float:
     return -mean if metric.endswith("loss") else mean
 
 
-def scores(tuning: Tuning, rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """Strategy -> candidate -> mean score over its cells; only candidates with all their cells."""
+def candidates(tuning: Tuning, rows: Sequence[Row]) -> DataFrame:
+    """Every candidate of every strategy.
+
+    Returns
+    -------
+    DataFrame
+        ``strategy``, ``candidate``, ``metric``, ``score`` (the mean over its cells, NaN if it has
+        not all of them) and ``chosen``: the best of its strategy, the first of equals.
+    """
     grid = tuning.grid
     needed = len(grid.datasets) * len(grid.models) * len(grid.partitions) * len(grid.seeds)
-    found: dict[str, dict[int, list[float]]] = {strategy: {} for strategy in tuning.candidates}
+    found: dict[tuple[str, int], list[float]] = {}
     for row in rows:
-        strategy = row["strategy"]
-        value = score(row, tuning.metrics[strategy])
-        found[strategy].setdefault(row["candidate"], []).append(value)
-    return {
-        strategy: {
-            number: statistics.mean(values)
-            for number, values in sorted(candidates.items())
-            if len(values) == needed
+        value = score(row, tuning.metrics[row["strategy"]])
+        found.setdefault((row["strategy"], row["candidate"]), []).append(value)
+    table = DataFrame(
+        {
+            "strategy": strategy,
+            "candidate": ", ".join(f"{key} = {value}" for key, value in candidate.items()),
+            "metric": tuning.metrics[strategy],
+            "score": statistics.mean(values) if len(values) == needed else float("nan"),
         }
-        for strategy, candidates in found.items()
-    }
+        for strategy, tried in tuning.candidates.items()
+        for number, candidate in enumerate(tried)
+        for values in [found.get((strategy, number), [])]
+    )
+    best = table.groupby("strategy")["score"].transform("max")
+    scored = table[table["score"] == best]
+    return table.assign(chosen=table.index.isin(scored.drop_duplicates("strategy").index))
 
 
-def winners(tuning: Tuning, rows: Sequence[Row]) -> dict[str, Overrides]:
-    """The best candidate of every strategy that has one; the first of equals."""
-    return {
-        strategy: tuning.candidates[strategy][max(found, key=lambda n: found[n])]
-        for strategy, found in scores(tuning, rows).items()
-        if found
-    }
+def winners(tuning: Tuning, table: DataFrame) -> dict[str, Overrides]:
+    """The chosen candidate of every strategy that has one."""
+    tried = [candidate for of in tuning.candidates.values() for candidate in of]
+    return {table["strategy"][i]: tried[i] for i in table.index[table["chosen"]]}

@@ -93,6 +93,9 @@ def test_what_cannot_be_measured_is_a_sentence(real_suite: Path, tmp_path: Path)
     gone = {**row["config"], "data-root": str(tmp_path / "gone.npz")}
     bias = measure_bias(gone, state, [one], drawn=False)
     assert "gone.npz" in bias["missing"]
+    # Also what nobody thought of: a finished run is not lost for it.
+    other = measure_bias(here, {"a": state[next(iter(state))]}, [one], drawn=False)
+    assert "Error: " in other["missing"]
     folder = copied(real_suite, tmp_path / "results")
     rows = lines(folder / "cells.jsonl")
     write_lines(folder / "cells.jsonl", [r | {"bias": bias} for r in rows])

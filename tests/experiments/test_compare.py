@@ -137,7 +137,7 @@ def test_everything_once_and_the_tuning_first(run: Any, tmp_path: Path) -> None:
     comparison, second, failed = run()
     assert (second.done, failed) == ([], 0)
     assert len(comparison.rows()) == 5
-    assert [row["chosen"] for row in comparison.tuning_rows()] == [False, True]
+    assert list(comparison.tuning_table()["chosen"]) == [False, True]
 
 
 def test_rows_say_where_they_stand(run: Any, tmp_path: Path) -> None:
