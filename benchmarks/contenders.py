@@ -25,7 +25,7 @@ from fedfusion_flwr.app.server import run
 from fedfusion_flwr.computation import place_model
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import data_for, local_data
-from fedfusion_flwr.experiments.cell import configured_app
+from fedfusion_flwr.experiments.federated import configured_app
 from fedfusion_flwr.models import model_for
 
 PATIENCE = 600.0

@@ -15,7 +15,7 @@ _INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 1 where something failed, 2 and one sentence where it was asked wrongly."""
+    """Run a command; 1 if something failed, 2 and one sentence if the command was wrong."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -101,10 +101,10 @@ def _root(argument: str) -> tuple[str, str]:
 
 def _compare(options: argparse.Namespace) -> int:
     # Here and not above, as in all commands: --help should not wait for torch.
-    from fedfusion_flwr.experiments.compare import Comparison, locked
-    from fedfusion_flwr.experiments.processes import interrupted_by_sigterm
-    from fedfusion_flwr.experiments.render import TITLES, markdown, write_tables
+    from fedfusion_flwr.experiments.compare import Comparison
+    from fedfusion_flwr.experiments.jobs import interrupted_by_sigterm, locked
     from fedfusion_flwr.experiments.suite_file import load_suite
+    from fedfusion_flwr.experiments.tables import TITLES, markdown, write_tables
     from fedfusion_flwr.experiments.work import Machine
 
     suite = load_suite(options.suite)
@@ -129,9 +129,9 @@ def _compare(options: argparse.Namespace) -> int:
         elif not options.tables:
             print(comparison.plan(), flush=True)
             failed = comparison.run()
-        tuning = comparison.tuning_rows()
+        tuning = comparison.tuning_table()
         write_tables(machine.folder, comparison.rows(), tuning)
-    if options.tune and tuning:
+    if options.tune and not tuning.empty:
         print(f"{TITLES['tuning']}\n\n{markdown(tuning)}")
     print(f"tables: {machine.folder / 'tables'}")
     if failed:
@@ -144,17 +144,17 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from fedfusion_flwr.report import write_report
+    from fedfusion_flwr.experiments.page import write_report
 
     print(write_report(options.path, options.output))
     return 0
 
 
 def _centralized(options: argparse.Namespace) -> int:
-    from fedfusion_flwr.command_line import parse_overrides
     from fedfusion_flwr.experiments.centralized import train_centralized
-    from fedfusion_flwr.experiments.rows import read_rows, write_rows
+    from fedfusion_flwr.experiments.rows import put_row
     from fedfusion_flwr.experiments.work import Machine, Reference
+    from fedfusion_flwr.overrides import parse_overrides
 
     config = {
         **parse_overrides(options.run_config),
@@ -174,9 +174,7 @@ def _centralized(options: argparse.Namespace) -> int:
         options.output or Path("results", "centralized"), data_roots=dict(options.data_root)
     )
     row = {**reference.factors(), **train_centralized(**reference.arguments(machine))}
-    path = machine.folder / reference.file
-    others = [other for other in read_rows(path) if other["cell"] != reference.id]
-    write_rows(path, [*others, row])
+    put_row(machine.folder / f"{reference.kind}.jsonl", row, "cell")
     print(
         f"accuracy {row['accuracy'][-1]:.4f}, loss {row['loss'][-1]:.4f} after {row['steps']} "
         f"steps; {machine.folder / row['model_file']}"

@@ -11,7 +11,7 @@ def test_a_client_does_not_wait_for_the_libraries_of_the_server() -> None:
     """Those of inference, matching and pictures, beyond what Flower itself imports."""
     script = (
         "import sys, flwr.clientapp; before = set(sys.modules); import fedfusion_flwr.app.client;"
-        "print(sorted({'scipy', 'sklearn', 'matplotlib'} & (set(sys.modules) - before)))"
+        "print(sorted({'scipy', 'sklearn', 'matplotlib', 'pandas'} & (set(sys.modules) - before)))"
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

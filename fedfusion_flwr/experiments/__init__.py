@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons: suites of runs, the command that runs them, and the tables made of their rows."""
+"""Suites of runs: jobs make rows, rows make tables, figures and a page."""

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference: one model trained on the pooled data, with a federated run's gradient steps."""
+"""The reference: a model trained on the pooled data, with a federated run's gradient steps."""
 
 from __future__ import annotations
 
 import functools
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,10 @@ import numpy as np
 from fedfusion_flwr.app.training import evaluate, train
 from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import RunConfig
-from fedfusion_flwr.data import (
-    NO_AUGMENTATION,
-    augment,
-    central_test_data,
-    data_for,
-    partition_for,
-)
+from fedfusion_flwr.data import NO_AUGMENTATION, augment, central_test_data, data_for, partition_for
 from fedfusion_flwr.data.partition import local_split
+from fedfusion_flwr.experiments.bias import measure_bias
+from fedfusion_flwr.experiments.results import rounded
 from fedfusion_flwr.experiments.rows import Row, identity
 from fedfusion_flwr.models import model_for
 from fedfusion_flwr.randomness import torch_generator
@@ -34,30 +31,34 @@ def train_centralized(
     model_file: str,
     batch_seed: int,
     steps: int | None = None,
+    references: Sequence[Mapping[str, Any]] = (),
 ) -> Row:
     """Train the model of a run config on the training data of all clients together.
 
-    It begins as the federated run of the same seed does, and has batch size, rate, momentum and
-    weight decay of it. As many examples are held out as clients hold out. After every epoch the
+    It begins as the federated run of the same seed does, with that run's batch size, rate, momentum
+    and weight decay. As many examples are held out as clients hold out. After every epoch the
     model is tested and the optimizer starts anew, as clients' do in every round.
 
     Parameters
     ----------
     config : dict[str, Value]
-        Run-config overrides. The partition says how many steps the federated run takes, and
-        nothing else; a strategy's keys mean nothing here.
+        Run-config overrides. The partition only says how many steps the federated run takes; a
+        strategy's keys mean nothing here.
     folder, model_file : str
         Where the model is saved, as safetensors.
     batch_seed : int
         Of the order of the batches, of crops and flips, and of nothing else.
     steps : int or None
         Gradient steps; by default those of the federated run with this config.
+    references : sequence of Mapping
+        Other such models to compare with, see `bias.measure_bias`.
 
     Returns
     -------
     Row
         ``accuracy``, ``loss`` and ``checkpoints`` (gradient steps so far) of the initial model and
-        after every epoch, ``steps`` in all, ``digest``, ``seconds`` and what identifies the run.
+        after every epoch, ``steps`` in all, ``digest``, ``seconds``, ``bias`` and what identifies
+        the run.
     """
     about, started = identity(), time.perf_counter()
     parsed = RunConfig.from_run_config(config)
@@ -110,18 +111,19 @@ def train_centralized(
     RunDirectory.to_go_on_with(path.parent).write_state(path.name, state, digest=digest)
     return {
         "accuracy": accuracies,
-        "loss": losses,
+        "loss": [rounded(value, 8) for value in losses],
         "checkpoints": checkpoints,
         "steps": checkpoints[-1],
         "model_file": model_file,
         "digest": digest,
         "seconds": round(time.perf_counter() - started, 1),
+        "bias": measure_bias(config, state, references, drawn=True),
         **about,
     }
 
 
 def federated_steps(config: RunConfig) -> int:
-    """Gradient steps of all clients in a federated run in which nobody fails.
+    """Gradient steps of all clients in a federated run without failures.
 
     With partial participation the expected number, rounded.
     """

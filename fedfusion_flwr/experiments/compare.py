@@ -4,25 +4,39 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from pandas import DataFrame
 
-from fedfusion_flwr.computation import choose_device, slow_precision
-from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.experiments.overrides import Overrides
-from fedfusion_flwr.experiments.processes import Job, run_jobs
-from fedfusion_flwr.experiments.progress import Clock, Timed, shown
-from fedfusion_flwr.experiments.rows import Row, append_row, read_rows, write_rows, write_text
+from fedfusion_flwr.experiments.jobs import Job, run_jobs
+from fedfusion_flwr.experiments.progress import Clock, Timed, advice, shown
+from fedfusion_flwr.experiments.results import CENTRALIZED, rounds_table
+from fedfusion_flwr.experiments.rows import (
+    Row,
+    append_row,
+    files_of,
+    put_row,
+    read_rows,
+    write_rows,
+    write_text,
+)
 from fedfusion_flwr.experiments.suite import Suite, SuiteError
-from fedfusion_flwr.experiments.tuning import scores, winners
-from fedfusion_flwr.experiments.work import Machine, Work
+from fedfusion_flwr.experiments.tuning import candidates, winners
+from fedfusion_flwr.experiments.work import (
+    CELLS,
+    TUNE,
+    Machine,
+    Overrides,
+    Reference,
+    Work,
+    is_row_of,
+)
 
-FILES = ("tune.jsonl", "cells.jsonl", "centralized.jsonl")
+KINDS = (TUNE, CENTRALIZED, CELLS)
 FAILURES, OUTDATED = "failures.jsonl", "outdated.jsonl"
 
 
@@ -39,7 +53,7 @@ class Comparison:
     workers : int
         Jobs side by side.
     groups : collection of str
-        Only these groups are run; empty: all.
+        Only these groups are run, and the references that they are compared with; empty: all.
     """
 
     suite: Suite
@@ -58,11 +72,15 @@ class Comparison:
         self.folder = self.machine.folder
 
     def tune(self) -> int:
-        """Run the cells of the tuning; the number of those that failed."""
-        return self._run(self._tuning())
+        """Run the cells of the tuning; the number that failed."""
+        return self._run(self._missing(self._tuning()))
 
     def run(self) -> int:
-        """Run everything that is missing; the number of cells that failed."""
+        """Run everything that is missing; the number of cells that failed.
+
+        The references come first: a run's job compares its model with theirs, and a reference's
+        with those that saw the batches in an earlier order.
+        """
         failed = self.tune()
         tuned = self.winners()
         for strategy in self.suite.tuning.candidates if self.suite.tuning else ():
@@ -70,7 +88,11 @@ class Comparison:
                 print(f"no candidate of '{strategy}' finished: it runs with the suite's own keys")
         work = self._compared()
         self._set_aside_outdated(work)
-        return failed + self._run(self._wanted(work))
+        waves: dict[float, list[Work]] = {}
+        for one in self._missing(self._wanted(work)):
+            wave = one.batch_seed if isinstance(one, Reference) else math.inf
+            waves.setdefault(wave, []).append(one)
+        return failed + self._run(*(waves[number] for number in sorted(waves)))
 
     def plan(self) -> str:
         """What there is to do, and about how long it takes."""
@@ -91,123 +113,166 @@ class Comparison:
             f"{len(todo)} of {len(work)} cells to do: about {shown(total / self.workers)} with "
             f"{self.workers} at a time (engine {self.machine.engine})"
         )
-        lines += _advice(one for one in work if one.id in todo)
+        lines += advice(one for one in work if one.id in todo)
         return "\n".join(lines)
 
     def rows(self) -> list[Row]:
         """The rows of the groups' cells as the suite has them now."""
-        return self._stored("cells.jsonl", self._compared())
+        return self._stored(CELLS, self._compared())
+
+    def tuning_table(self) -> DataFrame:
+        """The score of every candidate; empty without a tuning."""
+        if self.suite.tuning is None:
+            return DataFrame()
+        return candidates(self.suite.tuning, self._stored(TUNE, self._tuning()))
 
     def winners(self) -> dict[str, Overrides]:
         """The tuned keys of every strategy whose tuning is finished."""
-        if self.suite.tuning is None:
-            return {}
-        return winners(self.suite.tuning, self._stored("tune.jsonl", self._tuning()))
-
-    def tuning_rows(self) -> list[Row]:
-        """What every candidate reached, as a table."""
-        if self.suite.tuning is None:
-            return []
-        reached = scores(self.suite.tuning, self._stored("tune.jsonl", self._tuning()))
-        chosen = self.winners()
-        return [
-            {
-                "strategy": strategy,
-                "candidate": ", ".join(f"{key} = {value}" for key, value in candidate.items()),
-                "metric": self.suite.tuning.metrics[strategy],
-                "score": reached[strategy].get(number),
-                "chosen": candidate is chosen.get(strategy),
-            }
-            for strategy, candidates in self.suite.tuning.candidates.items()
-            for number, candidate in enumerate(candidates)
-        ]
+        tuning = self.suite.tuning
+        return {} if tuning is None else winners(tuning, self.tuning_table())
 
     def _tuning(self) -> list[Work]:
         return list(self.suite.tune_cells())
 
     def _compared(self) -> list[Work]:
-        return [*self.suite.cells(self.winners()), *self.suite.references()]
+        return [*self.suite.references(), *self.suite.cells(self.winners())]
 
     def _wanted(self, work: Sequence[Work]) -> list[Work]:
-        return [one for one in work if not self.groups or one.group in self.groups]
+        """The work of the groups, and the references that serve it."""
+        if not self.groups:
+            return list(work)
+        cells = [one for one in work if one.group in self.groups]
+        return [*_serving(work, cells), *cells]
 
-    def _stored(self, name: str, work: Iterable[Work]) -> list[Row]:
-        """The rows of a file that belong to this work, in its order."""
-        found = {row["cell"]: row for row in read_rows(self.folder / name)}
-        of = [one for one in work if one.file == name and one.id in found]
-        return [found[one.id] for one in of if one.is_row(found[one.id])]
+    def _stored(self, kind: str, work: Iterable[Work]) -> list[Row]:
+        """The rows of a kind that belong to this work, in its order, the newest of each.
+
+        References that two machines trained may differ in their last bits: both stay.
+        """
+        of = {one.id: one for one in work if one.kind == kind}
+        found: dict[tuple[str, str], Row] = {}
+        for row in (row for path in files_of(self.folder, kind) for row in read_rows(path)):
+            one = of.get(row["cell"])
+            if one is not None and is_row_of(row, one):
+                found[one.id, str(row.get("digest")) if kind == CENTRALIZED else ""] = row
+        order = {id_: number for number, id_ in enumerate(of)}
+        return sorted(found.values(), key=lambda row: order[row["cell"]])
 
     def _missing(self, work: Sequence[Work]) -> list[Work]:
-        done = {row["cell"] for name in FILES for row in self._stored(name, work)}
+        """Work without a row, and references that it needs, whose models are not here."""
+        done = {row["cell"] for kind in KINDS for row in self._stored(kind, work)}
+        missing = [one for one in work if one.id not in done]
+        needed = _serving(work, missing)
+        done -= {one.id for one in needed if not one.model_file(self.folder).exists()}
         return [one for one in work if one.id not in done]
 
     def _clock(self, work: Sequence[Work]) -> Clock:
         of = {one.id: one for one in work}
         return Clock(
             Timed(of[row["cell"]].group, of[row["cell"]].seconds, row["seconds"])
-            for name in FILES
-            for row in self._stored(name, work)
+            for kind in KINDS
+            for row in self._stored(kind, work)
         )
 
     def _set_aside_outdated(self, work: Sequence[Work]) -> None:
         """Move rows that the suite no longer has, or has with another config, to a file apart."""
         work = [*self._tuning(), *work]
-        for name in FILES:
-            rows, kept = read_rows(self.folder / name), self._stored(name, work)
-            if len(rows) == len(kept):
-                continue
-            for row in rows:
-                if row not in kept:
-                    append_row(self.folder / OUTDATED, {"file": name, **row})
-            write_rows(self.folder / name, kept)
-            print(
-                f"{len(rows) - len(kept)} rows of {name} are not of this suite any more, or not "
-                f"with this config: they lie in {OUTDATED} now",
-                flush=True,
-            )
+        for kind in KINDS:
+            kept = self._stored(kind, work)
+            for path in files_of(self.folder, kind):
+                rows = read_rows(path)
+                outdated = [row for row in rows if row not in kept]
+                if not outdated:
+                    continue
+                for row in outdated:
+                    append_row(self.folder / OUTDATED, {"file": path.name, **row})
+                write_rows(path, [row for row in rows if row in kept])
+                print(
+                    f"{len(outdated)} rows of {path.name} are not of this suite any more, or not "
+                    f"with this config: they are in {OUTDATED} now",
+                    flush=True,
+                )
 
-    def _run(self, work: Sequence[Work]) -> int:
-        """Run what is missing of this; every row is on disk before the next is waited for."""
-        missing = self._missing(work)
+    def _run(self, *waves: Sequence[Work]) -> int:
+        """Run this, wave after wave; every row is on disk before the next job is waited for."""
+        missing = [one for wave in waves for one in wave]
         if not missing:
             return 0
         self._repair()
         write_text(self.folder / "suite.toml", self.suite.text)
         self._forget_failures({one.id for one in missing})
-        clock, left = self._clock(work), {one.id: one for one in missing}
+        clock = self._clock([*self._tuning(), *self._compared()])
+        left = {one.id: one for one in missing}
         failed = 0
-        jobs = run_jobs((self._prepared(one) for one in missing), self.workers)
-        with contextlib.closing(jobs):
-            for job, result in jobs:
-                one = left.pop(job.id)
-                if "row" in result:
-                    row = {**one.factors(), **result["row"]}
-                    append_row(self.folder / one.file, row)
-                    self._tidy(one, job.folder)
-                    clock.finished.append(Timed(one.group, one.seconds, row["seconds"]))
-                    outcome = _outcome(row)
-                else:
-                    failed += 1
-                    append_row(self.folder / FAILURES, {**one.factors(), **result})
-                    outcome = f"FAILED: {result['error']}"
-                rest = sum(clock.expected(o.group, o.seconds) for o in left.values())
-                print(
-                    f"[{len(missing) - len(left)}/{len(missing)}] {one.id} | {outcome} | "
-                    f"about {shown(rest / self.workers)} left",
-                    flush=True,
-                )
+        for wave in waves:
+            jobs = run_jobs((self._prepared(one) for one in wave), self.workers)
+            with contextlib.closing(jobs):
+                for job, result in jobs:
+                    one = left.pop(job.id)
+                    failed += "row" not in result
+                    outcome = self._booked(one, result, job.folder, clock)
+                    rest = sum(clock.expected(o.group, o.seconds) for o in left.values())
+                    print(
+                        f"[{len(missing) - len(left)}/{len(missing)}] {one.id} | {outcome} | "
+                        f"about {shown(rest / self.workers)} left",
+                        flush=True,
+                    )
         return failed
 
+    def _booked(self, one: Work, result: Row, job_folder: Path, clock: Clock) -> str:
+        """Write down what became of a job; in a few words."""
+        if "row" not in result:
+            append_row(self.folder / FAILURES, {**one.factors(), **result})
+            return f"FAILED: {result['error']}"
+        row = {**one.factors(), **result["row"]}
+        path = self.folder / f"{one.kind}.jsonl"
+        if one.kind == CENTRALIZED:
+            put_row(path, row, "cell", "digest")
+        else:
+            append_row(path, row)
+        self._tidy(one, job_folder)
+        clock.finished.append(Timed(one.group, one.seconds, row["seconds"]))
+        if one.kind == CENTRALIZED:
+            accuracy = row["accuracy"][-1]
+        else:
+            accuracy = rounds_table([row["metrics"]])["global-accuracy"].dropna().iat[-1]
+        return f"accuracy {accuracy:.4f} in {shown(row['seconds'])}"
+
     def _prepared(self, one: Work) -> Job:
-        job = one.job(self.machine)
+        job = one.job(self.machine, self._models_for(one))
         # What an interrupted or failed attempt has left.
         shutil.rmtree(job.folder, ignore_errors=True)
         return job
 
+    def _models_for(self, one: Work) -> list[Row]:
+        """The references whose models are here and with which this work's is compared.
+
+        For a run those of its seed, which began as the same model, or all if there are none; for a
+        reference those of its seed that saw the batches in an earlier order.
+        """
+        references = {r.id: r for r in self.suite.references() if r.serves(one)}
+        rows = self._stored(CENTRALIZED, references.values())
+        # Of two rows of one id the last is of the model that is here.
+        here = {
+            row["cell"]: {
+                "config": row["config"],
+                "model_file": str(references[row["cell"]].model_file(self.folder.resolve())),
+                "digest": row.get("digest") or "",
+            }
+            for row in rows
+            if references[row["cell"]].model_file(self.folder).exists()
+        }
+        same = [r for r in references.values() if r.id in here and r.seed == one.seed]
+        if isinstance(one, Reference):
+            return [here[r.id] for r in same if r.batch_seed < one.batch_seed]
+        if not one.is_compared:
+            return []
+        return [here[r.id] for r in same] or list(here.values())
+
     def _repair(self) -> None:
         """Cut off a last line that an interruption left incomplete."""
-        for name in (*FILES, FAILURES, OUTDATED):
-            path = self.folder / name
+        paths = [path for kind in KINDS for path in files_of(self.folder, kind)]
+        for path in (*paths, self.folder / FAILURES, self.folder / OUTDATED):
             if path.exists() and not path.read_text(encoding="utf-8").endswith("\n"):
                 write_rows(path, read_rows(path))
 
@@ -219,7 +284,7 @@ class Comparison:
 
     def _tidy(self, one: Work, folder: Path) -> None:
         """Remove the files of a finished run that the suite does not keep."""
-        if one.file != "cells.jsonl":
+        if one.kind != CELLS:
             shutil.rmtree(folder)
         elif self.suite.keep is not None:
             for path in folder.iterdir():
@@ -227,40 +292,8 @@ class Comparison:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _advice(work: Iterable[Work]) -> list[str]:
-    """What makes these runs slower than the plan thinks, a sentence each."""
-    ways = {(one.config.get("device"), one.config.get("precision")) for one in work}
-    found = (
-        slow_precision(choose_device(str(device or "auto")), str(precision))
-        for device, precision in sorted(ways, key=str)
-        # A GPU that is not there is a sentence of each run itself.
-        if device != "cuda" or torch.cuda.is_available()
-    )
-    return list(dict.fromkeys(f"note: {sentence}" for sentence in found if sentence))
-
-
-def _outcome(row: Row) -> str:
-    rounds = row.get("metrics", [])
-    accuracies = row.get("accuracy") or [r["global-accuracy"] for r in rounds]
-    return f"accuracy {accuracies[-1]:.4f} in {shown(row['seconds'])}"
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """While open, no other comparison may write to the folder.
-
-    Raises
-    ------
-    FedFusionError
-        If one does.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as problem:
-            raise FedFusionError(
-                f"another comparison is writing to '{folder}': wait for it, end it, or choose "
-                "another --output"
-            ) from problem
-        yield
+def _serving(work: Iterable[Work], cells: Iterable[Work]) -> list[Reference]:
+    """The references with which these cells are compared."""
+    compared = [one for one in cells if one.is_compared]
+    references = (one for one in work if isinstance(one, Reference))
+    return [one for one in references if any(one.serves(cell) for cell in compared)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the rest of a comparison will take."""
+"""How long the rest of a comparison will take, and what slows it down."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
+
+from fedfusion_flwr.computation import choose_device, slow_precision
+from fedfusion_flwr.experiments.work import Work
+
 
 class Timed(NamedTuple):
-    """A finished piece of work: its kind, what the suite says it takes (0: nothing), what it took.
-
-    The kind is a cell's group.
-    """
+    """Finished work: its group, the seconds that the suite says (0: none), the seconds it took."""
 
     kind: str
     declared: float
@@ -20,7 +22,7 @@ class Timed(NamedTuple):
 
 
 class Clock:
-    """Expects of work to come what finished work of its kind took, or else what the suite says."""
+    """Expects that work takes as long as finished work of its kind, or else what the suite says."""
 
     def __init__(self, finished: Iterable[Timed] = ()) -> None:
         self.finished = list(finished)
@@ -28,8 +30,8 @@ class Clock:
     def expected(self, kind: str, declared: float) -> float:
         """Seconds; 0 where nothing is known.
 
-        What the suite says is scaled by how much slower or faster than it said work of the same
-        kind was, or where there is none yet, all work.
+        What the suite says is scaled by how far off it was for finished work of the same kind, or,
+        if there is none yet, for all.
         """
         same = [timed for timed in self.finished if timed.kind == kind]
         for known in (same, self.finished):
@@ -48,3 +50,15 @@ def shown(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def advice(work: Iterable[Work]) -> list[str]:
+    """What makes these runs slower than the plan thinks, a sentence each."""
+    ways = {(one.config.get("device"), one.config.get("precision")) for one in work}
+    found = (
+        slow_precision(choose_device(str(device or "auto")), str(precision))
+        for device, precision in sorted(ways, key=str)
+        # Each run itself says that a GPU is not there.
+        if device != "cuda" or torch.cuda.is_available()
+    )
+    return list(dict.fromkeys(f"note: {sentence}" for sentence in found if sentence))

@@ -14,29 +14,62 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedfusion_flwr.errors import FedFusionError
+
 Row = dict[str, Any]
 
 
+class ResultsError(FedFusionError, ValueError):
+    """A folder that holds no results, or records that cannot be read."""
+
+
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; none where it does not exist. A last line that was cut off is no row."""
+    """The rows of a file; none where it does not exist.
+
+    A last line that was cut off, or is just being written, is no row.
+
+    Raises
+    ------
+    ResultsError
+        If any other line is not a JSON object; the sentence names file and line.
+    """
     if not path.exists():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    # Bytes that are not text spoil their own line only.
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(_parsed(path, line, number))
+        except ResultsError:
+            if number < len(lines):
+                raise
+    return rows
+
+
+def files_of(folder: Path, kind: str) -> list[Path]:
+    """The files with rows of a kind: ``<kind>.jsonl`` first, then ``<kind>-*.jsonl`` by name."""
+    return [folder / f"{kind}.jsonl", *sorted(folder.glob(f"{kind}-*.jsonl"))]
 
 
 def append_row(path: Path, row: Row) -> None:
     """Add a row to a file; after this it is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(_line(row))
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace a file by these rows, all at once."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(map(_line, rows)))
+
+
+def put_row(path: Path, row: Row, *keys: str) -> None:
+    """Add a row to a file, in the place of those that have the same values of these keys."""
+    others = [other for other in read_rows(path) if any(other.get(k) != row.get(k) for k in keys)]
+    write_rows(path, [*others, row])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,14 +102,14 @@ def identity() -> Row:
         "torch": torch.__version__,
         "flwr": version("flwr"),
         "commit": _commit(),
-        # With the instructions: processors that have others round differently.
+        # With the instructions: processors with other ones round differently.
         "machine": f"{os.cpu_count()} cores, {platform.machine()} with "
         f"{torch.backends.cpu.get_cpu_capability()}{gpu}",
     }
 
 
 def _commit() -> str:
-    """The commit of this package's clone, marked where files differ from it; or its version."""
+    """The commit of this package's clone, marked if files were changed; or its version."""
     folder = Path(__file__).parents[2]
     if (folder / ".git").exists():
         command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
@@ -84,3 +117,17 @@ def _commit() -> str:
         if done.stdout.strip():
             return done.stdout.strip()
     return f"version {version('fedfusion-flwr')}"
+
+
+def _parsed(path: Path, text: str, line: int) -> Row:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise ResultsError(f"'{path}', line {line}, is not JSON ({problem.msg})") from problem
+    if not isinstance(value, dict):
+        raise ResultsError(f"'{path}', line {line}, is not a JSON object")
+    return value
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, separators=(",", ":")) + "\n"

@@ -6,10 +6,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from fedfusion_flwr.config import RunConfig, Value
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.experiments.overrides import Overrides, merged, with_equal_steps
-from fedfusion_flwr.experiments.work import Cell, Reference
+from fedfusion_flwr.experiments.work import Cell, Overrides, Reference
+from fedfusion_flwr.strategies.registry import strategy_class
 
 AXES = {
     "strategies": "strategy",
@@ -17,11 +19,11 @@ AXES = {
     "models": "model",
     "partitions": "partition",
 }
-"""Tables of a suite, and the run-config key that a name stands for where there is no table."""
+"""Tables of a suite, and the run-config key that a name without a table is the value of."""
 
 
 class SuiteError(FedFusionError, ValueError):
-    """A suite that does not exist or makes no sense."""
+    """A suite that does not exist or cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Candidates of every strategy, tried in one grid; ``metric`` decides, by strategy or for all.
-
-    ``metric`` is that of the last round; a loss is best small.
-    """
+    """Candidates of every strategy, tried in one grid, and the metric that decides for each."""
 
     grid: Grid
     candidates: dict[str, list[Overrides]]
@@ -68,7 +67,7 @@ class Suite:
     centralized : list[Grid]
         Data sets and models that are trained on the pooled data, too; seeds are of the model.
     batch_seeds : list[int]
-        Orders of the batches of each of those.
+        Of the order of the batches; a reference for each.
     """
 
     name: str
@@ -105,7 +104,7 @@ class Suite:
         ]
 
     def references(self) -> list[Reference]:
-        """What is trained on the pooled data, too; of several groups that want it the first counts.
+        """What is trained on the pooled data, too; if several groups want it, the first counts.
 
         The group's first partition says how many gradient steps the reference takes.
         """
@@ -168,7 +167,7 @@ class Suite:
                     f"suite '{self.name}', group '{grid.name}', strategy '{strategy}': {problem}"
                 ) from problem
             names = (grid.name, strategy, dataset, model, partition)
-            yield Cell(*names, seed, config, grid.seconds, candidate)
+            yield Cell(*names, seed, config, grid.seconds, candidate, seed == grid.seeds[0])
 
     def named(self, axis: str, name: str) -> Overrides:
         """The keys that a name of an axis stands for."""
@@ -185,3 +184,24 @@ class Suite:
                 )
             line.insert(0, str(base))
         return line
+
+
+def merged(*overrides: Mapping[str, Value]) -> Overrides:
+    """One table of overrides; if two set a key, the later counts."""
+    result: Overrides = {}
+    for table in overrides:
+        result |= table
+    return result
+
+
+def with_equal_steps(config: Mapping[str, Any]) -> Overrides:
+    """The same overrides with the strategy's own number of rounds; checks them, too.
+
+    Raises
+    ------
+    ConfigError
+        If they are no run config.
+    """
+    parsed = RunConfig.from_run_config(config)
+    rounds = strategy_class(parsed.strategy).rounds_of_equal_steps(parsed)
+    return {**config, "num-server-rounds": rounds}

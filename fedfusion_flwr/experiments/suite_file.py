@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedfusion_flwr.config import BEST_METRICS
-from fedfusion_flwr.experiments.overrides import Overrides, merged
-from fedfusion_flwr.experiments.suite import AXES, Grid, Suite, SuiteError, Tuning
-from fedfusion_flwr.experiments.work import CENTRALIZED, TUNE
+from fedfusion_flwr.experiments.results import CENTRALIZED
+from fedfusion_flwr.experiments.suite import AXES, Grid, Suite, SuiteError, Tuning, merged
+from fedfusion_flwr.experiments.work import TUNE, Overrides
 
 _SUITE = {"name", "keep", "common", "groups", "tune", "centralized", *AXES}
 _GROUP = {"name", "seeds", "seconds", "config", "tuned", *AXES}
@@ -55,11 +55,11 @@ def parse_suite(text: str, name: str = "") -> Suite:
         One sentence: what is wrong with which part.
     """
     try:
-        told = tomllib.loads(text)
+        table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:
         raise SuiteError(f"suite '{name}' is not TOML: {problem}") from problem
     try:
-        return _checked(told, text, name)
+        return _checked(table, text, name)
     except (TypeError, AttributeError, ValueError) as problem:
         if isinstance(problem, SuiteError):
             raise
@@ -69,25 +69,25 @@ def parse_suite(text: str, name: str = "") -> Suite:
         ) from problem
 
 
-def _checked(told: dict[str, Any], text: str, name: str) -> Suite:
-    name = str(told.get("name", name))
-    _only(told, _SUITE, f"suite '{name}'")
-    tables = {axis: dict(told.get(axis, {})) for axis in AXES}
-    groups = told.get("groups", [])
+def _checked(table: dict[str, Any], text: str, name: str) -> Suite:
+    name = str(table.get("name", name))
+    _only(table, _SUITE, f"suite '{name}'")
+    tables = {axis: dict(table.get(axis, {})) for axis in AXES}
+    groups = table.get("groups", [])
     if not groups:
         raise SuiteError(f"suite '{name}' has no [[groups]]")
     grids = [_grid(group, f"suite '{name}', group '{group.get('name')}'") for group in groups]
     suite = Suite(
         name,
         text,
-        dict(told.get("common", {})),
+        dict(table.get("common", {})),
         tables,
         grids,
-        told.get("keep"),
-        _tuning(told.get("tune"), name),
-        *_centralized(told.get("centralized"), grids, name),
+        table.get("keep"),
+        _tuning(table.get("tune"), name),
+        *_centralized(table.get("centralized"), grids, name),
     )
-    # Whatever is wrong shows now and not after hours.
+    # What is wrong shows now and not after hours.
     suite.cells({})
     suite.tune_cells()
     return suite
@@ -113,38 +113,38 @@ def _grid(group: dict[str, Any], where: str, allowed: set[str] = _GROUP) -> Grid
     )
 
 
-def _tuning(told: dict[str, Any] | None, name: str) -> Tuning | None:
-    if told is None:
+def _tuning(table: dict[str, Any] | None, name: str) -> Tuning | None:
+    if table is None:
         return None
     where = f"suite '{name}', tune"
-    candidates = cast(dict[str, list[Overrides]], told.get("candidates", {}))
+    candidates = cast(dict[str, list[Overrides]], table.get("candidates", {}))
     sizes = {len(tried) for tried in candidates.values()}
     if len(sizes) != 1 or 0 in sizes:
         raise SuiteError(
             f"{where}: every strategy must have as many candidates as the others, got "
             + (", ".join(f"{len(c)} for {s}" for s, c in candidates.items()) or "none")
         )
-    metrics = dict.fromkeys(candidates, "global-accuracy") | told.get("metric", {})
+    metrics = dict.fromkeys(candidates, "global-accuracy") | table.get("metric", {})
     _only(metrics, set(candidates), f"{where}, metric")
     for metric in metrics.values():
         if metric not in BEST_METRICS:
             raise SuiteError(f"{where}: metric '{metric}' is none of {', '.join(BEST_METRICS)}")
-    return Tuning(_grid(told, where, _TUNE), candidates, metrics)
+    return Tuning(_grid(table, where, _TUNE), candidates, metrics)
 
 
 def _centralized(
-    told: dict[str, Any] | None, grids: list[Grid], name: str
+    table: dict[str, Any] | None, grids: list[Grid], name: str
 ) -> tuple[list[Grid], list[int]]:
-    """Of the groups named: their data sets, models, rounds and, unless others are told, seeds.
+    """The data sets, models and rounds of the groups named; their seeds if no others are given.
 
-    Of the partitions the first, which says how many gradient steps there are.
+    Only the first partition: it says how many gradient steps there are.
     """
-    if told is None:
+    if table is None:
         return [], []
     where = f"suite '{name}', centralized"
-    _only(told, _CENTRALIZED, where)
+    _only(table, _CENTRALIZED, where)
     known = [grid.name for grid in grids]
-    wanted = told.get("groups", known)
+    wanted = table.get("groups", known)
     for group in wanted:
         if group not in known:
             raise SuiteError(f"{where}: there is no group '{group}'; there are {known}")
@@ -156,17 +156,17 @@ def _centralized(
             grid.datasets,
             grid.models,
             grid.partitions[:1],
-            told.get("seeds", grid.seeds),
-            merged(grid.config, told.get("config", {})),
-            float(told.get("seconds", 0)),
+            table.get("seeds", grid.seeds),
+            merged(grid.config, table.get("config", {})),
+            float(table.get("seconds", 0)),
         )
         for grid in chosen
     ]
-    return references, told.get("batch-seeds", [0])
+    return references, table.get("batch-seeds", [0])
 
 
-def _only(told: Mapping[str, Any], allowed: set[str], where: str) -> None:
-    for key in told:
+def _only(table: Mapping[str, Any], allowed: set[str], where: str) -> None:
+    for key in table:
         if key not in allowed:
             close = difflib.get_close_matches(key, allowed, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known are {sorted(allowed)}"

@@ -1,246 +1,267 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables made of a comparison's rows. Every function takes rows and gives flat records.
+"""Tables of a comparison: group-bys of its runs, and their files.
 
-Numbers are those of a run's last round, never of its best: that one would be chosen by the data it
-is measured on. A setting is (group, data set, model, partition).
+Markdown is to read, CSV and JSON are to compute with. Every function takes the runs of
+`results.runs_table`, whose numbers are those of the last round.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from scipy.stats import rankdata
+import pandas as pd
+from pandas import DataFrame, Series
 
-from fedfusion_flwr.experiments.rows import Row
-from fedfusion_flwr.experiments.statistics import cluster_bootstrap, spread, t_interval
+from fedfusion_flwr.experiments.intervals import cluster_bootstrap, t_interval
+from fedfusion_flwr.experiments.results import (
+    ACCURACIES,
+    METRICS,
+    SETTING,
+    mean_and_spread,
+    runs_table,
+)
+from fedfusion_flwr.experiments.rows import Row, write_text
 
-Records = list[Row]
-METRICS = ("global-accuracy", "personalized-accuracy", "global-loss")
-ACCURACIES = METRICS[:2]
+FOLDER = "tables"
 BASELINE = "fedfusion"
 TARGET_SHARE = 0.9
 """The target accuracy of a setting, as a share of the best strategy's mean."""
+TITLES = {
+    "accuracy": "Accuracy and loss of the last round: mean over seeds, sample standard deviation",
+    "ranks": "Mean rank over settings; 1 is best",
+    "differences": (
+        "Paired differences over (setting, seed): mean, Student's 95 % interval over the pairs, "
+        "95 % bootstrap interval over settings, pairs above and below 0"
+    ),
+    "target": (
+        f"Cost of first reaching {TARGET_SHARE:.0%} of the best strategy's global accuracy: "
+        "means over the seeds that reach it"
+    ),
+    "costs": "Cost of whole runs: means over seeds",
+    "tuning": "Candidates of the tuning; the score is the mean over their cells",
+}
+_RUN = [*SETTING, "strategy"]
+_COSTS = [
+    "rounds",
+    "client-steps",
+    "bytes",
+    "extra-forward-examples",
+    "server-aggregations",
+    "seconds",
+]
 
 
-class Setting(NamedTuple):
-    """What runs have in common that are compared."""
+def write_tables(folder: Path, rows: Sequence[Row], tuning: DataFrame | None = None) -> list[Path]:
+    """Write ``tables/*.md``, ``*.csv`` and ``*.json``; empty tables are left out.
 
-    group: str
-    dataset: str
-    model: str
-    partition: str
+    Parameters
+    ----------
+    folder : Path
+        Of the suite's results.
+    rows : sequence of rows
+        Of ``cells.jsonl``.
+    tuning : DataFrame or None
+        See `tuning.candidates`.
+    """
+    tables = {"tuning": DataFrame() if tuning is None else tuning}
+    written = {}
+    if rows:
+        runs, rounds = runs_table(rows)
+        tables |= {
+            "accuracy": accuracy(runs),
+            "ranks": ranks(runs),
+            "differences": differences(runs),
+            "target": to_target(runs, rounds),
+            "costs": costs(runs),
+        }
+        written["main.md"] = main_table(tables["accuracy"])
+    for name, table in tables.items():
+        if not table.empty:
+            written[f"{name}.md"] = f"# {TITLES[name]}\n\n{markdown(table)}"
+            written[f"{name}.csv"] = table.to_csv(index=False, lineterminator="\n")
+            written[f"{name}.json"] = json.dumps(records(table), indent=1) + "\n"
+    for name, text in written.items():
+        write_text(folder / FOLDER / name, text)
+    return [folder / FOLDER / name for name in written]
 
 
-def setting_of(row: Row) -> Setting:
-    """The setting of a row."""
-    return Setting(row["group"], row["dataset"], row["model"], row["partition"])
+def exact_mean(values: Series) -> float:
+    """The mean of what is not NaN, rounded once: equal sums have equal means and equal ranks."""
+    known = [float(value) for value in values.dropna()]
+    return float(statistics.mean(known)) if known else math.nan
 
 
-def last(row: Row, metric: str) -> float | None:
-    """A metric in the last round after round 0 that has it."""
-    values = [r[metric] for r in row["metrics"] if r["round"] and r.get(metric) is not None]
-    return values[-1] if values else None
-
-
-def total(row: Row, *metrics: str) -> float:
-    """Costs summed over all rounds."""
-    return float(sum(r.get(metric) or 0.0 for r in row["metrics"] for metric in metrics))
-
-
-def accuracy(rows: Sequence[Row]) -> Records:
+def accuracy(runs: DataFrame) -> DataFrame:
     """Mean and spread over seeds of the last round's accuracies and loss, by setting and strategy.
 
-    The spread is the sample standard deviation, and empty where there is one seed.
+    The spread is the sample standard deviation, and NaN where there is one seed.
     """
-    return [
-        {
-            **setting._asdict(),
-            "strategy": strategy,
-            "seeds": len(of),
-            **_summary(of, "global-accuracy"),
-            **_summary(of, "personalized-accuracy"),
-            **_summary(of, "global-loss"),
-        }
-        for setting, strategy, of in _by_strategy(rows)
-    ]
+    by = runs.groupby(_RUN, sort=False)
+    parts = [by.size().rename("seeds")]
+    for metric in METRICS:
+        parts += [by[metric].agg(exact_mean), by[metric].std().rename(f"{metric}-spread")]
+    return _settings_together(pd.concat(parts, axis=1).reset_index())
 
 
-def _summary(rows: Sequence[Row], metric: str) -> Row:
-    values = _values(rows, metric)
-    mean = statistics.mean(values) if values else None
-    return {metric: mean, f"{metric}-spread": spread(values)}
-
-
-def ranks(rows: Sequence[Row]) -> Records:
+def ranks(runs: DataFrame) -> DataFrame:
     """Mean rank of every strategy over the settings of its group, by group and accuracy.
 
-    Ranked are the means over seeds, 1 is best, equals share the mean of their ranks. Only settings
-    in which every strategy of the group has the accuracy count, so that all are ranked over the
-    same.
+    Ranked are the means over seeds, 1 is best, equals share the mean of their ranks. A setting
+    counts only if every strategy of the group has the accuracy in it.
     """
-    records = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        for metric in ACCURACIES:
-            records += _ranks(group, metric, [row for row in rows if row["group"] == group])
-    return records
+    tables = []
+    for (group, metric), of in _by_group_and_accuracy(runs):
+        strategies = of["strategy"].unique()
+        means = (
+            of.groupby(_RUN, sort=False)[metric].agg(exact_mean).unstack()[[*strategies]].dropna()
+        )
+        if means.empty:
+            continue
+        rank = means.rank(axis=1, ascending=False)
+        table = DataFrame(
+            {
+                "group": group,
+                "metric": metric,
+                "strategy": strategies,
+                "rank": rank.mean().to_numpy(),
+                "wins": (rank < 2).sum().to_numpy(),
+                "settings": len(means),
+            }
+        )
+        tables.append(table.sort_values("rank", kind="stable"))
+    return pd.concat(tables, ignore_index=True) if tables else DataFrame()
 
 
-def _ranks(group: str, metric: str, rows: Sequence[Row]) -> Records:
-    means: dict[Setting, dict[str, float]] = {}
-    strategies = dict.fromkeys(row["strategy"] for row in rows)
-    for setting, strategy, of in _by_strategy(rows):
-        if values := _values(of, metric):
-            means.setdefault(setting, {})[strategy] = statistics.mean(values)
-    whole = [found for found in means.values() if found.keys() == strategies.keys()]
-    if not whole:
-        return []
-    of_setting = [rankdata([-found[s] for s in strategies]) for found in whole]
-    records = [
-        {
-            "group": group,
-            "metric": metric,
-            "strategy": strategy,
-            "rank": float(statistics.mean(r[number] for r in of_setting)),
-            "wins": sum(bool(r[number] < 2) for r in of_setting),
-            "settings": len(whole),
-        }
-        for number, strategy in enumerate(strategies)
-    ]
-    return sorted(records, key=lambda record: record["rank"])
-
-
-def differences(rows: Sequence[Row], baseline: str = BASELINE) -> Records:
+def differences(runs: DataFrame, baseline: str = BASELINE) -> DataFrame:
     """The baseline's accuracy minus every other strategy's, paired by (setting, seed).
 
     For each group as a whole, and for each of its settings: mean, Student's 95 % interval over the
     pairs, in how many pairs the baseline is above and below. For a group also the 95 % bootstrap
-    interval that draws whole settings: pairs of one setting are alike, which Student's does not
-    know.
+    interval that draws whole settings: pairs of one setting are alike, which Student's ignores.
     """
-    records = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        of_group = [row for row in rows if row["group"] == group]
-        for metric in ACCURACIES:
-            for strategy in dict.fromkeys(row["strategy"] for row in of_group):
-                if strategy != baseline:
-                    records += _differences(of_group, baseline, strategy, metric)
-    return records
+    found = []
+    for (group, metric), of in _by_group_and_accuracy(runs):
+        ours = of[of["strategy"] == baseline]
+        for strategy in of["strategy"].unique():
+            if strategy == baseline:
+                continue
+            theirs = of[of["strategy"] == strategy]
+            pairs = ours.merge(theirs, on=[*SETTING, "seed"], suffixes=("", " of the other"))
+            values = pairs[metric] - pairs[f"{metric} of the other"]
+            pairs = pairs[SETTING].assign(value=values).dropna()
+            if pairs.empty:
+                continue
+            by = {names: part["value"] for names, part in pairs.groupby(SETTING, sort=False)}
+            everything = (group, "all", "all", "all")
+            clustered = cluster_bootstrap([list(part) for part in by.values()])
+            for setting, part in [(everything, pairs["value"]), *by.items()]:
+                t = t_interval(list(part))
+                bootstrap = clustered if setting is everything else None
+                found.append(
+                    {
+                        **dict(zip(SETTING, setting, strict=True)),
+                        "metric": metric,
+                        "difference": f"{baseline} - {strategy}",
+                        "pairs": len(part),
+                        "mean": exact_mean(part),
+                        "t-low": t and t.low,
+                        "t-high": t and t.high,
+                        "bootstrap-low": bootstrap and bootstrap.low,
+                        "bootstrap-high": bootstrap and bootstrap.high,
+                        "above": int((part > 0).sum()),
+                        "below": int((part < 0).sum()),
+                    }
+                )
+    return DataFrame(found)
 
 
-def _differences(rows: Sequence[Row], baseline: str, strategy: str, metric: str) -> Records:
-    pairs: dict[Setting, list[float]] = {}
-    others = {
-        (setting_of(row), row["seed"]): last(row, metric)
-        for row in rows
-        if row["strategy"] == strategy
-    }
-    for row in rows:
-        if row["strategy"] == baseline:
-            ours, theirs = last(row, metric), others.get((setting_of(row), row["seed"]))
-            if ours is not None and theirs is not None:
-                pairs.setdefault(setting_of(row), []).append(ours - theirs)
-    if not pairs:
-        return []
-    group = rows[0]["group"]
-    everything = Setting(group, "all", "all", "all")
-    together = [value for values in pairs.values() for value in values]
-    bootstrap = cluster_bootstrap(list(pairs.values()))
-    records = []
-    for setting, values in [(everything, together), *pairs.items()]:
-        t = t_interval(values)
-        clustered = bootstrap if setting is everything else None
-        records.append(
-            {
-                **setting._asdict(),
-                "metric": metric,
-                "difference": f"{baseline} - {strategy}",
-                "pairs": len(values),
-                "mean": statistics.mean(values),
-                "t-low": t and t.low,
-                "t-high": t and t.high,
-                "bootstrap-low": clustered and clustered.low,
-                "bootstrap-high": clustered and clustered.high,
-                "above": sum(value > 0 for value in values),
-                "below": sum(value < 0 for value in values),
-            }
-        )
-    return records
-
-
-def to_target(rows: Sequence[Row], share: float = TARGET_SHARE) -> Records:
+def to_target(runs: DataFrame, rounds: DataFrame, share: float = TARGET_SHARE) -> DataFrame:
     """What it costs to first reach a global accuracy, by setting and strategy.
 
     The target is ``share`` of the best strategy's mean in the last round of that setting. Rounds,
     bytes (both ways) and gradient steps up to the first round that reaches it are means over the
-    seeds that do, and empty where none does.
+    seeds that do, and NaN if none does.
     """
-    best: dict[Setting, float] = {}
-    for setting, _, of in _by_strategy(rows):
-        if values := _values(of, "global-accuracy"):
-            best[setting] = max(best.get(setting, 0.0), statistics.mean(values))
-    records = []
-    for setting, strategy, of in _by_strategy(rows):
-        if setting not in best:
-            continue
-        target = share * best[setting]
-        reached = [costs for row in of if (costs := _costs_until(row, target)) is not None]
-        means = [statistics.mean(column) for column in zip(*reached, strict=True)] or [None] * 3
-        records.append(
-            {
-                **setting._asdict(),
-                "strategy": strategy,
-                "target": target,
-                "reached": len(reached),
-                "seeds": len(of),
-                **dict(zip(("rounds", "bytes", "client-steps"), means, strict=True)),
-            }
-        )
-    return records
+    means = runs.groupby(_RUN, sort=False)["global-accuracy"].mean()
+    best = means.groupby(SETTING, sort=False).max().rename("target") * share
+    runs = runs[_RUN].join(best, on=SETTING).dropna(subset="target")
+    later = rounds[rounds["round"] > 0].join(runs["target"], on="run", how="inner")
+    first = later[later["global-accuracy"] >= later["target"]].groupby("run").first()
+    costs = first[["round", "bytes", "steps"]].set_axis(["rounds", "bytes", "client-steps"], axis=1)
+    by = runs.join(costs).groupby(_RUN, sort=False)
+    table = by.agg(
+        target=("target", "first"), reached=("rounds", "count"), seeds=("target", "size")
+    ).join(by[["rounds", "bytes", "client-steps"]].mean())
+    return _settings_together(table.reset_index())
 
 
-def _costs_until(row: Row, target: float) -> tuple[float, float, float] | None:
-    """Rounds, bytes and steps up to the first round after 0 that reaches the target."""
-    moved = steps = 0.0
-    for r in row["metrics"]:
-        moved += (r.get("bytes-down") or 0.0) + (r.get("bytes-up") or 0.0)
-        steps += r.get("client-steps") or 0.0
-        if r["round"] and (r.get("global-accuracy") or 0.0) >= target:
-            return float(r["round"]), moved, steps
-    return None
-
-
-def costs(rows: Sequence[Row]) -> Records:
+def costs(runs: DataFrame) -> DataFrame:
     """What whole runs cost: means over seeds of rounds, gradient steps, bytes and seconds."""
-    measures: dict[str, Callable[[Row], float]] = {
-        "rounds": lambda row: float(row["metrics"][-1]["round"]),
-        "client-steps": lambda row: total(row, "client-steps"),
-        "bytes": lambda row: total(row, "bytes-down", "bytes-up"),
-        "extra-forward-examples": lambda row: total(row, "extra-forward-examples"),
-        "server-aggregations": lambda row: total(row, "server-aggregations"),
-        "seconds": lambda row: float(row["seconds"]),
-    }
-    return [
-        {
-            **setting._asdict(),
-            "strategy": strategy,
-            "seeds": len(of),
-            **{n: statistics.mean(measure(row) for row in of) for n, measure in measures.items()},
-        }
-        for setting, strategy, of in _by_strategy(rows)
-    ]
+    by = runs.groupby(_RUN, sort=False)
+    table = by.size().rename("seeds").to_frame().join(by[_COSTS].mean().astype(float))
+    return _settings_together(table.reset_index())
 
 
-def _values(rows: Sequence[Row], metric: str) -> list[float]:
-    return [value for row in rows if (value := last(row, metric)) is not None]
+def main_table(accuracy: DataFrame) -> str:
+    """Strategies against partitions: what a reader wants first.
+
+    A table for each group, data set and accuracy. The best mean of a column is bold.
+    """
+    parts = []
+    for (group, dataset), of in accuracy.groupby(["group", "dataset"], sort=False):
+        for metric in ACCURACIES:
+            if of[metric].notna().any():
+                parts.append(f"## {group}, {dataset}: {metric}\n\n{_crossed(of, metric)}")
+    return "\n".join(parts)
 
 
-def _by_strategy(rows: Sequence[Row]) -> Iterator[tuple[Setting, str, list[Row]]]:
-    """Rows of one setting and strategy, settings and strategies in the order of their first row."""
-    found: dict[Setting, dict[str, list[Row]]] = {}
-    for row in rows:
-        found.setdefault(setting_of(row), {}).setdefault(row["strategy"], []).append(row)
-    for setting, strategies in found.items():
-        for strategy, of in strategies.items():
-            yield setting, strategy, of
+def _crossed(accuracy: DataFrame, metric: str) -> str:
+    column = accuracy["model"] + ", " + accuracy["partition"]
+    best = accuracy[metric] == accuracy.groupby(column)[metric].transform("max")
+    means = accuracy[[metric, f"{metric}-spread"]].astype(float).itertuples(index=False)
+    text = ["" if math.isnan(mean) else mean_and_spread(mean, spread) for mean, spread in means]
+    text = [f"**{value}**" if bold else value for value, bold in zip(text, best, strict=True)]
+    crossed = accuracy.assign(text=text, column=column).pivot(
+        index="strategy", columns="column", values="text"
+    )
+    crossed = crossed.loc[accuracy["strategy"].unique(), column.unique()]
+    return markdown(crossed.fillna("").reset_index())
+
+
+def records(table: DataFrame) -> list[Row]:
+    """A dict a line; what is missing is None."""
+    lines = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(name): value for name, value in line.items()} for line in lines]
+
+
+def markdown(table: DataFrame) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    for record in records(table):
+        lines.append("| " + " | ".join(map(_shown, record.values())) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def _by_group_and_accuracy(runs: DataFrame) -> Iterator[tuple[tuple[str, str], DataFrame]]:
+    for group, of in runs.groupby("group", sort=False):
+        for metric in ACCURACIES:
+            yield (str(group), metric), of
+
+
+def _settings_together(table: DataFrame) -> DataFrame:
+    """Lines of one setting one after the other, settings in the order of their first line."""
+    number: Series = table.groupby(SETTING, sort=False).ngroup()
+    return table.iloc[number.argsort(kind="stable")].reset_index(drop=True)

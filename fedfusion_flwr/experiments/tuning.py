@@ -6,45 +6,59 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from fedfusion_flwr.experiments.overrides import Overrides
+from pandas import DataFrame
+
+from fedfusion_flwr.experiments.results import rounds_table
 from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.experiments.suite import Tuning
+from fedfusion_flwr.experiments.work import Overrides
 
 LAST_ROUNDS = 5
-"""The tuning judges by the mean of so many last values of its metric: one is too noisy."""
+"""The tuning judges by the mean of this many last values of its metric: one is too noisy."""
 
 
 def score(row: Row, metric: str) -> float:
     """Mean of the metric's last values after round 0, at most `LAST_ROUNDS`; a loss is negated."""
-    values: list[float] = [
-        r[metric] for r in row["metrics"] if r["round"] and r.get(metric) is not None
-    ]
-    if not values:
+    rounds = rounds_table([row["metrics"]])
+    values = rounds.loc[rounds["round"] > 0, metric].dropna()
+    if values.empty:
         return float("-inf")
-    mean = statistics.mean(values[-LAST_ROUNDS:])
+    mean = float(values.iloc[-LAST_ROUNDS:].mean())
     return -mean if metric.endswith("loss") else mean
 
 
-def scores(tuning: Tuning, rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """Strategy -> candidate -> mean score over its cells; only candidates with all their cells."""
+def candidates(tuning: Tuning, rows: Sequence[Row]) -> DataFrame:
+    """Every candidate of every strategy.
+
+    Returns
+    -------
+    DataFrame
+        ``strategy``, ``candidate``, ``metric``, ``score`` (the mean over its cells, NaN if it has
+        not all of them) and ``chosen``: the best of its strategy, the first of equals.
+    """
     grid = tuning.grid
     needed = len(grid.datasets) * len(grid.models) * len(grid.partitions) * len(grid.seeds)
-    result: dict[str, dict[int, float]] = {}
-    for strategy, candidates in tuning.candidates.items():
-        found: dict[int, float] = {}
-        for number in range(len(candidates)):
-            of = [r for r in rows if (r["strategy"], r["candidate"]) == (strategy, number)]
-            if len(of) == needed:
-                metric = tuning.metrics[strategy]
-                found[number] = statistics.mean(score(row, metric) for row in of)
-        result[strategy] = found
-    return result
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        value = score(row, tuning.metrics[row["strategy"]])
+        found.setdefault((row["strategy"], row["candidate"]), []).append(value)
+    table = DataFrame(
+        {
+            "strategy": strategy,
+            "candidate": ", ".join(f"{key} = {value}" for key, value in candidate.items()),
+            "metric": tuning.metrics[strategy],
+            "score": statistics.mean(values) if len(values) == needed else float("nan"),
+        }
+        for strategy, tried in tuning.candidates.items()
+        for number, candidate in enumerate(tried)
+        for values in [found.get((strategy, number), [])]
+    )
+    best = table.groupby("strategy")["score"].transform("max")
+    scored = table[table["score"] == best]
+    return table.assign(chosen=table.index.isin(scored.drop_duplicates("strategy").index))
 
 
-def winners(tuning: Tuning, rows: Sequence[Row]) -> dict[str, Overrides]:
-    """The best candidate of every strategy that has one; of equals the first."""
-    return {
-        strategy: tuning.candidates[strategy][max(found, key=lambda n: found[n])]
-        for strategy, found in scores(tuning, rows).items()
-        if found
-    }
+def winners(tuning: Tuning, table: DataFrame) -> dict[str, Overrides]:
+    """The chosen candidate of every strategy that has one."""
+    tried = [candidate for of in tuning.candidates.values() for candidate in of]
+    return {table["strategy"][i]: tried[i] for i in table.index[table["chosen"]]}

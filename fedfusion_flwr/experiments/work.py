@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces of work of a suite: federated cells, and references trained on the pooled data."""
+"""The work of a suite: federated cells, and references trained on the pooled data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedfusion_flwr.config import Value
-from fedfusion_flwr.experiments.cell import SIMULATION
-from fedfusion_flwr.experiments.overrides import Overrides, slug
-from fedfusion_flwr.experiments.processes import Job
+from fedfusion_flwr.experiments.inferred import FOLDER as INFERRED_FOLDER
+from fedfusion_flwr.experiments.jobs import Job
+from fedfusion_flwr.experiments.results import CENTRALIZED, VARIATIONS, slug
 from fedfusion_flwr.experiments.rows import Row
 
-TUNE, CENTRALIZED = "tune", "centralized"
-"""The groups of the tuning's cells and of the references."""
+Overrides = dict[str, Value]
+CELLS, TUNE = "cells", "tune"
+"""Kinds of rows, with `CENTRALIZED`; the last two are groups as well."""
 RUNS_FOLDER, MODELS_FOLDER = "runs", "models"
 
 
@@ -28,7 +29,7 @@ class Machine:
     folder : Path
         Of the results.
     engine : str
-        One of `cell.ENGINES`.
+        One of `federated.ENGINES`.
     cpus : int
         simulation: CPUs of each job.
     gpus : float
@@ -38,13 +39,13 @@ class Machine:
     """
 
     folder: Path
-    engine: str = SIMULATION
+    engine: str = "simulation"
     cpus: int = 1
     gpus: float = 0.0
     data_roots: Mapping[str, str] | None = None
 
     def local(self, dataset: str) -> dict[str, Value]:
-        """Keys that belong to this machine: no row tells them."""
+        """Keys that belong to this machine and stand in no row."""
         root = (self.data_roots or {}).get(dataset)
         return {} if root is None else {"data-root": root}
 
@@ -65,6 +66,8 @@ class Cell:
         What it takes, as the suite says; 0 where it does not.
     candidate : int or None
         Tuning: which of the strategy's candidates.
+    first : bool
+        Whether its seed is its group's first, whose model and inference pictures show.
     """
 
     group: str
@@ -76,11 +79,17 @@ class Cell:
     config: Overrides
     seconds: float = 0.0
     candidate: int | None = None
+    first: bool = False
 
     @property
-    def file(self) -> str:
-        """The file of its row. Those of the tuning are apart: nothing is compared in them."""
-        return "tune.jsonl" if self.group == TUNE else "cells.jsonl"
+    def kind(self) -> str:
+        """Of its row. Those of the tuning are apart: they are in no comparison."""
+        return TUNE if self.group == TUNE else CELLS
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether strategies are compared in its group, and with centralized training."""
+        return self.group not in (TUNE, *VARIATIONS)
 
     @property
     def id(self) -> str:
@@ -91,25 +100,16 @@ class Cell:
 
     def factors(self) -> Row:
         """The first columns of the cell's row."""
-        row: Row = {
-            "cell": self.id,
-            "strategy": self.strategy,
-            "dataset": self.dataset,
-            "model": self.model,
-            "partition": self.partition,
-            "seed": self.seed,
-            "group": self.group,
-        }
-        if self.candidate is not None:
-            row["candidate"] = self.candidate
-        return row | {"config": self.config}
+        names = ("strategy", "dataset", "model", "partition", "seed", "group")
+        row = {"cell": self.id} | {name: getattr(self, name) for name in names}
+        tried = {} if self.candidate is None else {"candidate": self.candidate}
+        return row | tried | {"config": self.config}
 
-    def is_row(self, row: Row) -> bool:
-        """Whether a stored row is of this cell, with the config that it has now."""
-        return bool(row["cell"] == self.id and row["config"] == self.config)
+    def job(self, machine: Machine, references: Sequence[Row] = ()) -> Job:
+        """A run in a directory of its own, without checkpoints: a job starts from the beginning.
 
-    def job(self, machine: Machine) -> Job:
-        """A run in a directory of its own; checkpoints are of no use in one that starts anew."""
+        ``references`` are what it is compared with, see `bias.measure_bias`.
+        """
         folder = machine.folder / RUNS_FOLDER / self.id
         config = {
             "checkpoint-every": 0,
@@ -117,8 +117,17 @@ class Cell:
             **machine.local(self.dataset),
             "output-dir": str(folder.resolve()),
         }
-        arguments = {"engine": machine.engine, "cpus": machine.cpus, "gpus": machine.gpus}
-        return Job(self.id, {"kind": "cell", "config": config, **arguments}, folder)
+        inferred = machine.folder.resolve() / INFERRED_FOLDER / f"{self.id}.npz"
+        arguments = {
+            "kind": "cell",
+            "config": config,
+            "engine": machine.engine,
+            "cpus": machine.cpus,
+            "gpus": machine.gpus,
+            "references": list(references),
+            "drawn": str(inferred) if self.first and self.is_compared else None,
+        }
+        return Job(self.id, arguments, folder)
 
 
 @dataclass(frozen=True)
@@ -134,29 +143,28 @@ class Reference:
     steps: int | None = None
 
     group = CENTRALIZED
-    file = "centralized.jsonl"
+    kind = CENTRALIZED
+    is_compared = False
 
     @property
     def id(self) -> str:
-        """Made of the factors."""
+        """A file name made of the factors."""
         return slug(self.dataset, self.model, f"s{self.seed}", f"b{self.batch_seed}")
 
     def factors(self) -> Row:
         """The first columns of the row; ``cell`` is the id."""
-        return {
-            "cell": self.id,
-            "dataset": self.dataset,
-            "model": self.model,
-            "seed": self.seed,
-            "batch_seed": self.batch_seed,
-            "config": self.config,
-        }
+        names = ("dataset", "model", "seed", "batch_seed", "config")
+        return {"cell": self.id} | {name: getattr(self, name) for name in names}
 
-    def is_row(self, row: Row) -> bool:
-        """By id and config."""
-        return bool(row["cell"] == self.id and row["config"] == self.config)
+    def serves(self, one: Cell | Reference) -> bool:
+        """Whether it has the data set and model of other work."""
+        return (self.dataset, self.model) == (one.dataset, one.model)
 
-    def arguments(self, machine: Machine) -> dict[str, Any]:
+    def model_file(self, folder: Path) -> Path:
+        """Where its model is saved."""
+        return folder / MODELS_FOLDER / f"{self.id}.safetensors"
+
+    def arguments(self, machine: Machine, references: Sequence[Row] = ()) -> dict[str, Any]:
         """Of `train_centralized`."""
         return {
             "config": {**self.config, **machine.local(self.dataset)},
@@ -164,13 +172,19 @@ class Reference:
             "model_file": f"{MODELS_FOLDER}/{self.id}.safetensors",
             "batch_seed": self.batch_seed,
             "steps": self.steps,
+            "references": list(references),
         }
 
-    def job(self, machine: Machine) -> Job:
+    def job(self, machine: Machine, references: Sequence[Row] = ()) -> Job:
         """The training, which takes no engine."""
         folder = machine.folder / RUNS_FOLDER / f"{CENTRALIZED}-{self.id}"
-        return Job(self.id, {"kind": CENTRALIZED, **self.arguments(machine)}, folder)
+        return Job(self.id, {"kind": CENTRALIZED, **self.arguments(machine, references)}, folder)
 
 
 Work = Cell | Reference
 """What makes one row."""
+
+
+def is_row_of(row: Row, one: Work) -> bool:
+    """Whether a stored row is of this work, with the config that it has now."""
+    return bool(row["cell"] == one.id and row["config"] == one.config)

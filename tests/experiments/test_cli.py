@@ -14,6 +14,7 @@ from fedfusion_flwr.app.training import shuffled_batches
 from fedfusion_flwr.cli import main
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.experiments.centralized import federated_steps, steps_of, train_centralized
+from fedfusion_flwr.experiments.results import runs_table
 from fedfusion_flwr.experiments.rows import read_rows
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.tracking import state_digest
@@ -61,8 +62,8 @@ def test_compare_runs_cells_and_makes_tables(
     command = ["compare", str(tmp_path / "mine.toml"), "--output", str(folder)]
     assert main([*command, "--engine", "in-process", "--workers", "2"]) == 1
     (row,) = read_rows(folder / "cells.jsonl")
-    assert [r["round"] for r in row["metrics"]] == [0, 1, 2]
-    assert row["summary"]["last-round"]["global-accuracy"]["round"] == 2
+    assert row["metrics"]["round"] == [0, 1, 2]
+    assert "bias" not in row
     assert row["engine"] == "in-process"
     assert {"python", "torch", "flwr", "commit", "machine", "seconds"} <= set(row)
     run_directory = folder / "runs" / row["cell"]
@@ -75,15 +76,16 @@ def test_compare_runs_cells_and_makes_tables(
     assert "1 cells failed" in shown.err
     assert sentence in shown.out
     accuracy = json.loads((folder / "tables" / "accuracy.json").read_text())
-    assert accuracy[0]["global-accuracy"] == row["metrics"][-1]["global-accuracy"]
+    assert accuracy[0]["global-accuracy"] == row["metrics"]["global-accuracy"][-1]
 
     # The reference begins as the run did, and takes as many steps as its clients together.
     config = RunConfig.from_run_config(row["config"])
-    assert federated_steps(config) == row["summary"]["costs"]["client-steps"]
+    runs, _ = runs_table([row])
+    assert federated_steps(config) == runs["client-steps"][0]
     reference = train_centralized(dict(row["config"]), str(folder), "models/x.safetensors", 0)
     assert reference["steps"] == federated_steps(config)
-    assert reference["accuracy"][0] == row["metrics"][0]["global-accuracy"]
-    assert reference["loss"][0] == pytest.approx(row["metrics"][0]["global-loss"])
+    assert reference["accuracy"][0] == row["metrics"]["global-accuracy"][0]
+    assert reference["loss"][0] == pytest.approx(row["metrics"]["global-loss"][0])
 
 
 def test_centralized_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

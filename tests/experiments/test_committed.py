@@ -3,44 +3,44 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from fedfusion_flwr.cli import main
-from fedfusion_flwr.experiments.rows import Row, read_rows
+from fedfusion_flwr.experiments.rows import Row, files_of, read_rows, write_rows
 from fedfusion_flwr.experiments.suite_file import load_suite
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 SMALL = RESULTS / "small"
-SUITES = {
-    "small": "small",
-    "deep": "deep",
-    "averaging": str(RESULTS / "averaging" / "suite.toml"),
-}
+SUITES = {"small": "small", "deep": "deep", "averaging": str(RESULTS / "averaging" / "suite.toml")}
 """The folder's name, and what the command is told."""
-RECORDS = ("suite.toml", "tune.jsonl", "cells.jsonl", "centralized.jsonl")
+LARGEST_FILE, LARGEST_FOLDER = 2**20, 5 * 10**6
 SETTING = {"group": "full participation", "dataset": "fashion-mnist", "partition": "components"}
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return read_rows(SMALL / "cells.jsonl")
+    return rows_of("small")
+
+
+def rows_of(suite: str) -> list[Row]:
+    return [row for file in files_of(RESULTS / suite, "cells") for row in read_rows(file)]
 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_tables_come_from_the_rows(suite: str, tmp_path: Path) -> None:
-    for name in RECORDS:
-        if (RESULTS / suite / name).exists():
-            shutil.copy(RESULTS / suite / name, tmp_path / name)
+    for path in (RESULTS / suite).iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
     arguments = ["compare", SUITES[suite], "--tables", "--output", str(tmp_path)]
     assert main([*arguments, "--engine", "in-process"]) == 0
     made, committed = (
-        {path.name: path.read_bytes() for path in (folder / "tables").iterdir()}
+        {path.name: path.read_bytes() for path in (folder / "tables").glob("*.md")}
         for folder in (tmp_path, RESULTS / suite)
     )
     assert made == committed
@@ -54,7 +54,7 @@ def test_the_suite_is_the_one_that_ran(suite: str) -> None:
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_row_tells_where_it_comes_from(suite: str) -> None:
-    for row in read_rows(RESULTS / suite / "cells.jsonl"):
+    for row in rows_of(suite):
         assert all(row[key] for key in ("commit", "machine", "python", "torch", "flwr", "digest"))
         assert not row["commit"].endswith("-dirty")
 
@@ -62,7 +62,7 @@ def test_every_row_tells_where_it_comes_from(suite: str) -> None:
 def test_a_mean_of_the_main_table_is_that_of_the_raw_records(rows: list[Row]) -> None:
     """From single rounds to the table's cell without the package's own arithmetic."""
     finals = [
-        max(row["metrics"], key=lambda r: r["round"])["global-accuracy"]
+        row["metrics"]["global-accuracy"][-1]
         for row in rows
         if row["strategy"] == "fedfusion" and row.items() >= SETTING.items()
     ]
@@ -71,9 +71,57 @@ def test_a_mean_of_the_main_table_is_that_of_the_raw_records(rows: list[Row]) ->
     table = (SMALL / "tables" / "main.md").read_text(encoding="utf-8")
     line = next(line for line in table.splitlines() if line.startswith("| fedfusion |"))
     assert shown in line
-    stored = json.loads((SMALL / "tables" / "accuracy.json").read_text(encoding="utf-8"))
-    [record] = [r for r in stored if r["strategy"] == "fedfusion" and r.items() >= SETTING.items()]
-    assert record["global-accuracy"] == pytest.approx(statistics.mean(finals), abs=1e-12)
+
+
+def test_results_are_light() -> None:
+    """Rows, tables and the pictures that documents show; all else is made of them."""
+    command = ["git", "ls-files", "-z", "results"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    tracked = [ROOT / name for name in done.stdout.split("\0") if name]
+    if not tracked:
+        pytest.skip("not a git clone")
+    sizes = {path: path.stat().st_size for path in tracked if path.exists()}
+    assert max(sizes.values()) <= LARGEST_FILE
+    assert sum(sizes.values()) <= LARGEST_FOLDER
+    pictures = [path for path in sizes if path.suffix == ".svg"]
+    shown = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md",))
+    assert all(path.name in shown and sizes[path] < 200_000 for path in pictures)
+    kinds = {path.suffix for path in sizes}
+    assert kinds == {".jsonl", ".toml", ".md", ".npz", ".svg"}
+
+
+def test_a_page_of_committed_rows(tmp_path: Path) -> None:
+    """One setting, so that it does not take minutes."""
+    folder = tmp_path / "small"
+    shutil.copytree(SMALL / "inferred", folder / "inferred")
+    shutil.copy(SMALL / "centralized.jsonl", folder)
+    write_rows(folder / "cells.jsonl", [r for r in rows_of("small") if r.items() >= SETTING.items()
+                                        and r["strategy"] in ("fedfusion", "fedavg")])  # fmt: skip
+    assert main(["report", str(folder)]) == 0
+    drawn = {path.name.split("-fashion")[0] for path in (folder / "report/figures").glob("*.svg")}
+    assert drawn == {
+        "accuracy",
+        "loss",
+        "accuracy-last",
+        "recovery",
+        "inferred-clients",
+        "inferred-assignments",
+        "inferred-mixture",
+        "inferred-components",
+        "bias",
+        "bias-distributions",
+    }
+
+
+@pytest.mark.slow
+def test_the_page_of_all_committed_rows(tmp_path: Path) -> None:
+    assert main(["report", str(SMALL), "--output", str(tmp_path)]) == 0
+    figures = tmp_path / "figures"
+    stems = [{path.stem for path in figures.glob(f"*.{kind}")} for kind in ("svg", "csv")]
+    assert len(stems[0]) == 145
+    assert stems[0] < stems[1]
+    for picture in (SMALL / "report" / "figures").glob("*.svg"):
+        assert (figures / picture.name).exists()
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/evidence.md"])

@@ -12,8 +12,8 @@ import pytest
 
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.experiments import compare
-from fedfusion_flwr.experiments.compare import Comparison, locked
-from fedfusion_flwr.experiments.processes import Job
+from fedfusion_flwr.experiments.compare import Comparison
+from fedfusion_flwr.experiments.jobs import Job, locked
 from fedfusion_flwr.experiments.rows import Row, append_row, read_rows
 from fedfusion_flwr.experiments.suite import SuiteError
 from fedfusion_flwr.experiments.suite_file import parse_suite
@@ -72,11 +72,14 @@ class Pretended:
 
 
 def good(job: Job) -> Row:
-    """Accuracy is ten times the learning rate."""
+    """Accuracy is ten times the learning rate; a reference leaves its model."""
     if job.arguments["kind"] == "centralized":
-        return {"row": {"accuracy": [0.1, 0.9], "seconds": 1.0}}
+        model = Path(job.arguments["folder"], job.arguments["model_file"])
+        model.parent.mkdir(exist_ok=True)
+        model.touch()
+        return {"row": {"accuracy": [0.1, 0.9], "seconds": 1.0, "digest": job.id}}
     rate = job.arguments["config"].get("learning-rate", 0.02)
-    metrics = [{"round": n, "global-accuracy": n * rate * 10} for n in (0, 1)]
+    metrics = {"round": [0, 1], "global-accuracy": [0, rate * 10]}
     return {"row": {"metrics": metrics, "digest": "d", "seconds": 1.0}}
 
 
@@ -119,7 +122,7 @@ REFERENCE = ["mnist-5k-lenet-s0-b0"]
 def test_everything_once_and_the_tuning_first(run: Any, tmp_path: Path) -> None:
     _, first, failed = run()
     assert failed == 0
-    assert first.done == TUNE + MAIN + OTHER + REFERENCE
+    assert first.done == TUNE + REFERENCE + MAIN + OTHER
     assert cells(tmp_path) == MAIN + OTHER
     assert cells(tmp_path, "tune.jsonl") == TUNE
     assert cells(tmp_path, "centralized.jsonl") == REFERENCE
@@ -134,14 +137,14 @@ def test_everything_once_and_the_tuning_first(run: Any, tmp_path: Path) -> None:
     comparison, second, failed = run()
     assert (second.done, failed) == ([], 0)
     assert len(comparison.rows()) == 5
-    assert [row["chosen"] for row in comparison.tuning_rows()] == [False, True]
+    assert list(comparison.tuning_table()["chosen"]) == [False, True]
 
 
 def test_rows_say_where_they_stand(run: Any, tmp_path: Path) -> None:
     run()
     row = read_rows(tmp_path / "cells.jsonl")[0]
     assert list(row)[:8] == [
-        *("cell", "strategy", "dataset", "model", "partition", "seed", "group", "config"),
+        *("cell", "strategy", "dataset", "model", "partition", "seed", "group", "config")
     ]
     # What belongs to this machine is in no row.
     assert {"output-dir", "data-root"}.isdisjoint(row["config"])
@@ -194,10 +197,11 @@ def test_another_winner_changes_the_cells_that_it_is_in(run: Any, tmp_path: Path
 
 
 def test_one_group_at_a_time(run: Any, tmp_path: Path) -> None:
+    # The reference is that of its data set and model, and its run is compared with it.
     _, first, _ = run(groups=("other",))
-    assert first.done == TUNE + OTHER
+    assert first.done == TUNE + REFERENCE + OTHER
     _, rest, _ = run()
-    assert rest.done == MAIN + REFERENCE
+    assert rest.done == MAIN
     with pytest.raises(SuiteError, match="no group 'mian'; it has main, other"):
         run(groups=("mian",))
 
@@ -222,20 +226,84 @@ def test_an_interruption_keeps_what_is_finished(run: Any, tmp_path: Path) -> Non
         run(answer=interrupted)
     assert cells(tmp_path) == MAIN[:2]
     _, again, _ = run()
-    assert again.done == MAIN[2:] + OTHER + REFERENCE
+    assert again.done == MAIN[2:] + OTHER
 
 
 def test_plan(run: Any, tmp_path: Path) -> None:
     suite = parse_suite(SUITE, "mine")
     plan = Comparison(suite, Machine(tmp_path), workers=2).plan().splitlines()
-    assert plan[1] == "main: 4 cells, 4 to do, about 2 s each, 4 s in all"
+    assert plan[2] == "main: 4 cells, 4 to do, about 2 s each, 4 s in all"
     assert plan[-1].startswith("8 of 8 cells to do: about 6 s with 2 at a time")
     assert list(tmp_path.iterdir()) == []
     run(groups=("main",))
     # Those took half of what the suite says, and so will the others.
     plan = Comparison(suite, Machine(tmp_path), workers=1).plan().splitlines()
-    assert plan[1] == "main: 4 cells, 0 to do, about 0 s each, 0 s in all"
-    assert plan[2] == "other: 1 cells, 1 to do, about 2 s each, 2 s in all"
+    assert plan[2] == "main: 4 cells, 0 to do, about 0 s each, 0 s in all"
+    assert plan[3] == "other: 1 cells, 1 to do, about 2 s each, 2 s in all"
+
+
+def jobs_of(run: Any, suite: str = SUITE) -> dict[str, Job]:
+    """The jobs of a whole comparison, by id."""
+    found: dict[str, Job] = {}
+
+    def answer(job: Job) -> Row:
+        found[job.id] = job
+        return good(job)
+
+    run(suite, answer)
+    return found
+
+
+def test_runs_are_compared_with_the_references_of_their_seed(run: Any, tmp_path: Path) -> None:
+    both = f"{SUITE}batch-seeds = [1, 0]\n"
+    jobs = jobs_of(run, both.replace('name = "other"', 'name = "ablation"'))
+
+    def compared(id_: str) -> list[str]:
+        found = jobs[id_].arguments["references"]
+        assert all(Path(reference["model_file"]).exists() for reference in found)
+        return [reference["digest"] for reference in found]
+
+    references = [*REFERENCE, "mnist-5k-lenet-s0-b1"]
+    # The second order of the batches after the first, with which it is compared.
+    assert [id_ for id_ in jobs if id_ in references] == references
+    assert [compared(id_) for id_ in references] == [[], references[:1]]
+    # There is none of seed 1, so both count.
+    assert [sorted(compared(id_)) for id_ in MAIN] == [references] * 4
+    assert [compared(id_) for id_ in (*TUNE, "ablation-mnist-5k-lenet-iid-fedavg-s0")] == [[]] * 3
+    # Pictures show the first seed.
+    drawn = {id_: job.arguments.get("drawn") for id_, job in jobs.items()}
+    assert drawn[MAIN[0]] == str(tmp_path / "inferred" / f"{MAIN[0]}.npz")
+    assert {id_ for id_, file in drawn.items() if file} == {MAIN[0], MAIN[2]}
+
+
+def test_a_reference_whose_model_is_not_here_is_trained_again_if_a_run_needs_it(
+    run: Any, tmp_path: Path
+) -> None:
+    run(answer=good_but(MAIN[0]))
+    (tmp_path / "models" / f"{REFERENCE[0]}.safetensors").unlink()
+    _, again, _ = run()
+    assert again.done == [*REFERENCE, MAIN[0]]
+    # The same model, so one row; another machine's may differ in its last bits, and both stay.
+    assert cells(tmp_path, "centralized.jsonl") == REFERENCE
+    (row,) = read_rows(tmp_path / "centralized.jsonl")
+    append_row(tmp_path / "centralized.jsonl", {**row, "digest": "of another machine"})
+    _, again, _ = run()
+    assert again.done == []
+    assert cells(tmp_path, "centralized.jsonl") == REFERENCE * 2
+
+
+def test_rows_may_lie_in_several_files(run: Any, tmp_path: Path) -> None:
+    run()
+    rows = read_rows(tmp_path / "cells.jsonl")
+    (tmp_path / "cells.jsonl").unlink()
+    for number, row in enumerate(rows):
+        append_row(tmp_path / f"cells-{number}.jsonl", row)
+    comparison, again, _ = run()
+    assert again.done == []
+    assert comparison.rows() == rows
+    changed = SUITE.replace("[[groups]]", "[strategies.fedbn]\nmomentum = 0.5\n\n[[groups]]", 1)
+    _, again, _ = run(changed)
+    assert again.done == cells(tmp_path) == cells(tmp_path, "outdated.jsonl") == MAIN[2:]
 
 
 def test_data_root_goes_to_the_job_and_not_into_the_row(tmp_path: Path) -> None:

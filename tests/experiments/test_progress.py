@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from fedfusion_flwr.experiments.overrides import Overrides
 from fedfusion_flwr.experiments.progress import Clock, Timed, shown
 from fedfusion_flwr.experiments.suite import Grid, Tuning
-from fedfusion_flwr.experiments.tuning import score, scores, winners
-from tests.experiments.invented import row
+from fedfusion_flwr.experiments.tuning import candidates, score, winners
+from fedfusion_flwr.experiments.work import Overrides
+from tests.experiments.folders import row
 
 
 def test_expected_seconds() -> None:
@@ -61,8 +61,8 @@ def test_winners() -> None:
         # Half of its cells: not in the running.
         row("fedprox", 0, [0.1, 0.9], candidate=0),
     ]
-    assert scores(tuning, rows) == {
-        "fedavg": {0: pytest.approx(0.6), 1: pytest.approx(0.5)},
-        "fedprox": {},
-    }
-    assert winners(tuning, rows) == {"fedavg": a}
+    table = candidates(tuning, rows)
+    assert table["candidate"][1] == "learning-rate = 0.2"
+    assert list(table["score"].dropna()) == [pytest.approx(0.6), pytest.approx(0.5)]
+    assert list(table["chosen"]) == [True, False, False, False]
+    assert winners(tuning, table) == {"fedavg": a}

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from fedfusion_flwr.config import STRATEGIES, RunConfig
-from fedfusion_flwr.experiments.overrides import equal_rounds, slug
-from fedfusion_flwr.experiments.suite import SuiteError
+from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.experiments.results import slug
+from fedfusion_flwr.experiments.suite import SuiteError, with_equal_steps
 from fedfusion_flwr.experiments.suite_file import load_suite, parse_suite
+from fedfusion_flwr.strategies import registry
 
 SMALL = """
 [common]
@@ -143,7 +144,7 @@ def test_references_have_no_strategy_and_two_orders_of_batches() -> None:
 def test_rounds_of_equal_gradient_steps(strategy: str, keys: dict[str, Any], rounds: int) -> None:
     config = RunConfig(strategy=strategy, num_server_rounds=20, num_clients=20)
     config = RunConfig(**{**vars(config), **keys})
-    assert equal_rounds(config) == rounds
+    assert with_equal_steps(config.to_run_config())["num-server-rounds"] == rounds
 
 
 @pytest.mark.parametrize("name", ["quick", "small", "deep", "paper"])
@@ -153,7 +154,7 @@ def test_shipped_suites(name: str) -> None:
     cells = suite.cells({})
     assert all(cell.seconds > 0 for cell in cells)
     if name in ("small", "paper"):
-        assert {cell.config["strategy"] for cell in cells} == set(STRATEGIES)
+        assert {cell.config["strategy"] for cell in cells} == set(registry())
         assert {"hyper-parameters", "ablation"} <= {cell.group for cell in cells}
         assert suite.tuning is not None
         compared = [cell for cell in cells if cell.group not in ("hyper-parameters", "ablation")]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pandas import DataFrame
 
 from fedfusion_flwr.experiments import tables
-from fedfusion_flwr.experiments.render import main_table, markdown, write_tables
-from tests.experiments.invented import row
+from fedfusion_flwr.experiments.results import runs_table
+from fedfusion_flwr.experiments.tables import main_table, markdown, records, write_tables
+from tests.experiments.folders import row
 
 SETTING = {"group": "main", "dataset": "digits", "model": "lenet", "partition": "iid"}
 TWO_SETTINGS = [
@@ -26,14 +28,21 @@ TWO_SETTINGS = [
 ]
 
 
-def only(records: tables.Records, **wanted: Any) -> dict[str, Any]:
+def made(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A table of these rows, a dict a line."""
+    runs, rounds = runs_table(rows)
+    given = (runs, rounds) if name == "to_target" else (runs,)
+    return records(getattr(tables, name)(*given))
+
+
+def only(records: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     found = [r for r in records if all(r[key] == value for key, value in wanted.items())]
     assert len(found) == 1, found
     return found[0]
 
 
 def test_accuracy_is_the_last_rounds_with_its_spread() -> None:
-    record = only(tables.accuracy(TWO_SETTINGS), strategy="fedfusion", partition="iid")
+    record = only(made("accuracy", TWO_SETTINGS), strategy="fedfusion", partition="iid")
     assert record["seeds"] == 2
     assert record["global-accuracy"] == pytest.approx(0.7)
     assert record["global-accuracy-spread"] == pytest.approx(0.2 / math.sqrt(2))
@@ -42,27 +51,27 @@ def test_accuracy_is_the_last_rounds_with_its_spread() -> None:
 
 
 def test_one_seed_claims_no_spread() -> None:
-    record = only(tables.accuracy(TWO_SETTINGS), strategy="fedavg", partition="skewed")
+    record = only(made("accuracy", TWO_SETTINGS), strategy="fedavg", partition="skewed")
     assert record["global-accuracy"] == 0.5
     assert record["global-accuracy-spread"] is None
     assert record["personalized-accuracy"] is None
-    assert "± " not in main_table([record])
+    assert "± " not in main_table(DataFrame([record]))
 
 
 def test_a_round_without_the_metric_does_not_hide_the_one_before() -> None:
-    record = tables.accuracy([row("fedavg", 0, [0.1, 0.4, None])])[0]
+    record = made("accuracy", [row("fedavg", 0, [0.1, 0.4, None])])[0]
     assert record["global-accuracy"] == 0.4
 
 
 def test_round_zero_is_no_result() -> None:
-    record = tables.accuracy([row("fedavg", 0, [0.9])])[0]
+    record = made("accuracy", [row("fedavg", 0, [0.9])])[0]
     assert record["global-accuracy"] is None
-    assert tables.to_target([row("fedavg", 0, [0.9])]) == []
+    assert made("to_target", [row("fedavg", 0, [0.9])]) == []
 
 
 def test_ranks_are_means_over_settings() -> None:
     # iid: fedfusion .7 before fedavg .5; skewed: fedavg .5 before fedfusion .4.
-    ranks = tables.ranks(TWO_SETTINGS)
+    ranks = made("ranks", TWO_SETTINGS)
     for strategy in ("fedfusion", "fedavg"):
         record = only(ranks, strategy=strategy, metric="global-accuracy")
         assert (record["rank"], record["wins"], record["settings"]) == (1.5, 1, 2)
@@ -73,19 +82,19 @@ def test_ranks_are_means_over_settings() -> None:
 
 def test_equals_share_the_mean_of_their_ranks() -> None:
     rows = [row(name, 0, [0.1, value]) for name, value in {"a": 0.5, "b": 0.5, "c": 0.9}.items()]
-    found = {r["strategy"]: r["rank"] for r in tables.ranks(rows)}
+    found = {r["strategy"]: r["rank"] for r in made("ranks", rows)}
     assert found == {"c": 1.0, "a": 2.5, "b": 2.5}
 
 
 def test_a_setting_that_a_strategy_lacks_ranks_nobody() -> None:
     rows = [*TWO_SETTINGS, row("ifca", 0, [0.1, 0.9])]
-    record = only(tables.ranks(rows), strategy="ifca", metric="global-accuracy")
+    record = only(made("ranks", rows), strategy="ifca", metric="global-accuracy")
     assert (record["rank"], record["settings"]) == (1.0, 1)
 
 
 def test_differences_are_paired_by_setting_and_seed() -> None:
-    records = [r for r in tables.differences(TWO_SETTINGS) if r["metric"] == "global-accuracy"]
-    iid = only(records, partition="iid")
+    found = [r for r in made("differences", TWO_SETTINGS) if r["metric"] == "global-accuracy"]
+    iid = only(found, partition="iid")
     # .8 - .5 and .6 - .5: mean .2, deviation .1 sqrt(2), and 12.7062 is t's with one degree.
     assert iid["difference"] == "fedfusion - fedavg"
     assert (iid["pairs"], iid["above"], iid["below"]) == (2, 2, 0)
@@ -93,9 +102,9 @@ def test_differences_are_paired_by_setting_and_seed() -> None:
     assert iid["t-low"] == pytest.approx(0.2 - 12.7062 * 0.1, abs=1e-5)
     assert iid["t-high"] == pytest.approx(0.2 + 12.7062 * 0.1, abs=1e-5)
     assert iid["bootstrap-low"] is None
-    skewed = only(records, partition="skewed")
+    skewed = only(found, partition="skewed")
     assert (skewed["mean"], skewed["t-low"]) == (pytest.approx(-0.1), None)
-    both = only(records, partition="all")
+    both = only(found, partition="all")
     assert (both["pairs"], both["above"], both["below"]) == (3, 2, 1)
     assert both["mean"] == pytest.approx(0.1)
     # One of the two settings drawn twice, with probability 1/4 each.
@@ -105,24 +114,24 @@ def test_differences_are_paired_by_setting_and_seed() -> None:
 
 def test_a_seed_without_a_partner_makes_no_pair() -> None:
     rows = [row("fedfusion", 0, [0.1, 0.9]), row("fedavg", 1, [0.1, 0.5])]
-    assert tables.differences(rows) == []
+    assert made("differences", rows) == []
 
 
 def test_cost_of_reaching_the_target() -> None:
     # The best mean is .7, so the target is .63: seed 0 is there in round 2, seed 1 in round 1.
-    records = tables.to_target(TWO_SETTINGS)
-    record = only(records, strategy="fedfusion", partition="iid")
+    found = made("to_target", TWO_SETTINGS)
+    record = only(found, strategy="fedfusion", partition="iid")
     assert record["target"] == pytest.approx(0.63)
     assert (record["reached"], record["seeds"]) == (2, 2)
     assert record["rounds"] == 1.5
     assert record["bytes"] == 225.0
     assert record["client-steps"] == 15.0
-    never = only(records, strategy="fedavg", partition="iid")
+    never = only(found, strategy="fedavg", partition="iid")
     assert (never["reached"], never["rounds"], never["bytes"]) == (0, None, None)
 
 
 def test_costs_of_whole_runs() -> None:
-    record = only(tables.costs(TWO_SETTINGS), strategy="fedavg", partition="iid")
+    record = only(made("costs", TWO_SETTINGS), strategy="fedavg", partition="iid")
     wanted = {"rounds": 2.0, "client-steps": 20.0, "bytes": 300.0, "seconds": 4.0}
     assert record == {
         **SETTING,
@@ -135,22 +144,19 @@ def test_costs_of_whole_runs() -> None:
 
 
 def test_groups_are_not_compared_with_each_other() -> None:
-    rows = [
-        row("fedfusion", 0, [0.1, 0.9]),
-        row("fedavg", 0, [0.1, 0.5], group="ablation"),
-    ]
-    assert tables.differences(rows) == []
-    assert {r["rank"] for r in tables.ranks(rows)} == {1.0}
+    rows = [row("fedfusion", 0, [0.1, 0.9]), row("fedavg", 0, [0.1, 0.5], group="ablation")]
+    assert made("differences", rows) == []
+    assert {r["rank"] for r in made("ranks", rows)} == {1.0}
 
 
 def test_the_same_numbers_as_markdown_csv_and_json(tmp_path: Path) -> None:
     written = write_tables(tmp_path, TWO_SETTINGS)
     assert {path.suffix for path in written} == {".md", ".csv", ".json"}
-    records = json.loads((tmp_path / "tables" / "accuracy.json").read_text())
-    assert records == tables.accuracy(TWO_SETTINGS)
+    told = json.loads((tmp_path / "tables" / "accuracy.json").read_text())
+    assert told == made("accuracy", TWO_SETTINGS)
     with (tmp_path / "tables" / "accuracy.csv").open() as file:
         lines = list(csv.DictReader(file))
-    for line, record in zip(lines, records, strict=True):
+    for line, record in zip(lines, told, strict=True):
         for key, value in line.items():
             assert value == ("" if record[key] is None else str(record[key]))
     text = (tmp_path / "tables" / "main.md").read_text()
@@ -163,7 +169,10 @@ def test_no_rows_make_no_tables(tmp_path: Path) -> None:
 
 
 def test_large_and_missing_numbers_in_markdown() -> None:
-    assert markdown([{"a": 12345.6, "b": None, "c": 3}]).splitlines()[2] == "| 12346 |  | 3 |"
+    assert (
+        markdown(DataFrame([{"a": 12345.6, "b": None, "c": 3}])).splitlines()[2]
+        == "| 12346 |  | 3 |"
+    )
 
 
 def test_the_main_table_is_one_for_each_group_and_data_set() -> None:
@@ -173,14 +182,13 @@ def test_the_main_table_is_one_for_each_group_and_data_set() -> None:
             ("global-accuracy-spread", "personalized-accuracy")
         )
 
-    table = main_table(
-        [
-            record("one", "p", "fedavg", 0.5),
-            record("one", "q", "fedavg", 0.75),
-            record("one", "p", "fedfusion", 0.625),
-            record("two", "p", "fedavg", 0.25),
-        ]
-    )
+    lines = [
+        record("one", "p", "fedavg", 0.5),
+        record("one", "q", "fedavg", 0.75),
+        record("one", "p", "fedfusion", 0.625),
+        record("two", "p", "fedavg", 0.25),
+    ]
+    table = main_table(DataFrame(lines))
     assert table == (
         "## g, one: global-accuracy\n\n"
         "| strategy | lenet, p | lenet, q |\n"

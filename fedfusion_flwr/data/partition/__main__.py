@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedfusion_flwr.command_line import parse_overrides
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.data.overview import PartitionOverview
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.overrides import parse_overrides
 
 _FIGURES = (".svg", ".png")
 

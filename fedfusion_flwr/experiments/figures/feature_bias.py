@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feature bias in pictures: distributions of running statistics, and three measures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from pandas import DataFrame
+
+from fedfusion_flwr.experiments.bias import SettingBias, read_bias
+from fedfusion_flwr.experiments.figures.style import (
+    Part,
+    Picture,
+    Section,
+    bars,
+    canvas,
+    dots,
+    in_words,
+    legend_above,
+    looks,
+    name_rows,
+    plain_log,
+)
+from fedfusion_flwr.experiments.results import CENTRALIZED, Results
+from fedfusion_flwr.experiments.rows import ResultsError
+
+PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
+    ("fashion-mnist", "lenet"): {
+        "fedfusion": 0.034,
+        "fedma": 0.081,
+        "fedprox": 0.11,
+        "fedavg": 0.13,
+    },
+    ("mnist", "lenet"): {"fedfusion": 0.021, "fedma": 0.043, "fedprox": 0.08, "fedavg": 0.09},
+    ("cifar10", "resnet18"): {"fedfusion": 0.052, "fedma": 0.26, "fedprox": 0.53, "fedavg": 0.62},
+}
+"""Divergences that the authors of FedFusion give; their conventions are not known."""
+_PANELS = {
+    "divergence": "KL divergence of histograms (nats)",
+    "feature-distance": "1 - CKA of features, mean over layers",
+    "statistics-gap": "gap of carried statistics to measured ones",
+}
+
+
+def bias_section(results: Results) -> Section:
+    """Up to three pictures of every setting whose runs were compared with a reference."""
+    section = Section(
+        "feature-bias",
+        "Feature-distribution bias",
+        "How far each strategy's global model is from centralized training in what its "
+        "normalization layers see. Three measures, because the published one compares only which "
+        "values occur; all are zero for the same model, and each is shown with its floor: what two "
+        "centralized runs differ by that see the same batches in another order. Only runs of seeds "
+        "that have a centralized model are measured.",
+    )
+    if results.is_run:
+        section.missing.append(
+            "A single run has no centralized model beside it; the report of a suite has."
+        )
+        return section
+    for setting, runs in results.compared.items():
+        try:
+            found, complaints = read_bias(results, setting, runs)
+        except ResultsError as problem:
+            section.missing.append(f"{setting}: {problem}.")
+            continue
+        section.missing += [f"{setting}: {complaint}." for complaint in complaints]
+        part = Part(str(setting), [_measures(found)])
+        if not found.running.empty:
+            part.pictures.append(_distributions(found))
+        if found.layers["layer"].max() > 2:
+            part.pictures.append(layers_picture(found))
+        section.parts.append(part)
+    return section
+
+
+def _distributions(found: SettingBias) -> Picture:
+    figure, axes = canvas(5.8, 2)
+    styles = looks(found.running["strategy"])
+    for ax, (statistic, of) in zip(
+        axes[:, 0], found.running.groupby("statistic", sort=False), strict=True
+    ):
+        for strategy, curve in of.groupby("strategy", sort=False):
+            pooled = strategy == CENTRALIZED
+            look = styles[strategy].curve(len(curve), 5) | {"linewidth": 2.4 if pooled else 1.3}
+            look |= {"linestyle": "-", "marker": None} if pooled else {}
+            ax.step(curve["value"], curve["share"], where="post", label=strategy, **look)
+        ax.set_xlabel(f"{statistic} of a channel")
+        ax.set_ylabel("share of channels below")
+    legend_above(figure, axes[0, 0])
+    return Picture(
+        f"bias-distributions-{found.setting.slug}",
+        f"Running statistics: {found.setting}",
+        "Cumulative distributions over all channels of all normalization layers, one model of each "
+        "strategy (its first seed). The nearer a line is to the thick black one, the more alike "
+        "are the values that occur; which channel has which value does not show here.",
+        "Cumulative distributions of running means and deviations, each strategy beside "
+        "centralized training.",
+        figure,
+        found.running[["strategy", "statistic", "value", "share"]],
+    )
+
+
+def _measures(found: SettingBias) -> Picture:
+    names, setting = found.strategies, found.setting
+    published = PUBLISHED.get((setting.dataset, setting.model), {})
+    figure, axes = canvas(3 * (0.65 + 0.24 * len(names)), 3)
+    styles = looks(names)
+    for ax, (measure, label) in zip(axes[:, 0], _PANELS.items(), strict=True):
+        values = [found.of(measure, name) for name in names]
+        if measure == "statistics-gap":
+            # From a floor of thousandths to one half: no bars, which would have to start at 0.
+            for y, (name, of) in enumerate(zip(names, values, strict=True)):
+                dots(ax, y, of, styles[name])
+            name_rows(ax, names)
+        else:
+            bars(ax, names, values)
+        for y, of in enumerate(values):
+            if not of:
+                _say_that_there_is_none(ax, y)
+        ax.set_xlabel(label)
+        _draw_floor(ax, found.of(measure, CENTRALIZED))
+        if measure == "statistics-gap":
+            plain_log(ax, "x")
+        if measure == "divergence" and published:
+            shown = [(published[name], y) for y, name in enumerate(names) if name in published]
+            ax.plot(*zip(*shown, strict=True), "D", color="black", markerfacecolor="white",
+                    markersize=5, label="published")  # fmt: skip
+    known = DataFrame({"strategy": published.keys(), "value": published.values()})
+    known = known.assign(measure="divergence-published", run=0)
+    legend_above(figure, axes[0, 0])
+    distances = found.measures[found.measures["measure"] == "feature-distance"]
+    distances = distances[distances["strategy"] != CENTRALIZED]
+    means = in_words(distances.groupby("strategy", sort=False)["value"].mean().items())
+    beside = (
+        " Diamonds are the figures published by FedFusion's authors, who do not give their bins "
+        "nor their smoothing of empty bins: compare orders, not sizes."
+        if published
+        else ""
+    )
+    return Picture(
+        f"bias-{setting.slug}",
+        f"Three measures: {setting}",
+        "Bars and marks: mean over runs; lines: least to greatest run; grey: the floor, least to "
+        "greatest, of centralized runs. Top: divergence of the histogram of running means and "
+        "deviations from the centralized model's, bins of 0.1 on [-2, 2), 0.01 added to each bin's "
+        f"count.{beside} Middle: how differently the two models see the same test examples, 0 "
+        "alike up to rotation. Bottom: how far the statistics that the model carries are from "
+        "those of its own features on the test examples, from 0 to 1 (logarithmic); here the floor "
+        "is that of a centralized model itself.",
+        f"Bar charts of three measures by strategy. Feature distance: {means}.",
+        figure,
+        pd.concat([found.measures, known])[["measure", "strategy", "run", "value"]],
+    )
+
+
+def layers_picture(found: SettingBias) -> Picture:
+    """The feature distance of every layer, mean over runs."""
+    figure, axes = canvas(3.2)
+    ax = axes[0, 0]
+    styles = looks([CENTRALIZED, *found.strategies])
+    for name, layers in found.layers.groupby("strategy", sort=False):
+        look = styles[str(name)].curve(len(layers)) | {"linewidth": 1.4}
+        label = f"{CENTRALIZED} (floor)" if name == CENTRALIZED else name
+        ax.plot(layers["layer"], layers["feature-distance"], label=label, **look)
+    ax.set_xlabel("normalization layer, as the model lists them")
+    ax.set_ylabel("1 - CKA of its input")
+    legend_above(figure, ax)
+    return Picture(
+        f"bias-layers-{found.setting.slug}",
+        f"Layer by layer: {found.setting}",
+        "The middle measure of the bar chart by layer, mean over runs: where in the network the "
+        "models begin to see the same examples differently.",
+        "Line chart of the feature distance by normalization layer, each strategy and the floor.",
+        figure,
+        found.layers,
+    )
+
+
+def _say_that_there_is_none(ax: Any, y: int) -> None:
+    place = {"va": "center", "transform": ax.get_yaxis_transform()}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+    ax.text(0.01, y, "no running statistics", fontsize="small", color="0.3", bbox=box, **place)
+
+
+def _draw_floor(ax: Any, values: list[float]) -> None:
+    if values:
+        ax.axvspan(min(values), max(values), color="0.6", alpha=0.5, label="floor", zorder=0)
+        ax.axvline(sum(values) / len(values), color="0.3", linestyle=":")

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as tables: the runs of a suite's folder or a run directory, their rounds, references.
+
+Every number of a run is that of its last round, never of its best: that one would be chosen by the
+data it is measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from pandas import DataFrame
+
+from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.experiments.rows import ResultsError, Row, files_of, read_rows
+
+SETTING = ["group", "dataset", "model", "partition"]
+"""What runs have in common that are compared."""
+METRICS = ("global-accuracy", "personalized-accuracy", "global-loss")
+ACCURACIES = METRICS[:2]
+RECOVERY = ("adjusted-rand-index", "normalized-mutual-information")
+COSTS = ("bytes-down", "bytes-up", "client-steps", "extra-forward-examples", "server-aggregations")
+CENTRALIZED = "centralized"
+VARIATIONS = ("hyper-parameters", "ablation")
+"""Groups whose runs differ from each other in their config, not in their strategy alone."""
+_MEASURED = (*METRICS, "personalized-loss", *RECOVERY)
+_DIGITS = 6
+_METRIC_DIGITS = {"global-loss": 8, "personalized-loss": 8, **dict.fromkeys(RECOVERY, 5)}
+"""Others have all their digits: whether two strategies are equal must not depend on rounding."""
+_ABOUT = ("python", "torch", "flwr", "commit", "machine")
+
+
+class Setting(NamedTuple):
+    """Names that the suite gave; ``group`` is empty where all compared runs are of one."""
+
+    group: str
+    dataset: str
+    model: str
+    partition: str
+
+    def __str__(self) -> str:
+        named = f"{self.dataset}, {self.model}, {self.partition}"
+        return f"{named} ({self.group})" if self.group else named
+
+    @property
+    def slug(self) -> str:
+        """The same as part of a file name."""
+        return slug(str(self))
+
+
+def slug(*parts: str) -> str:
+    """Lower-case letters, digits, dots and hyphens: fit for a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")
+
+
+def rounded(value: float | None, digits: int = _DIGITS) -> float | int | None:
+    """A number with so many significant digits, as a row holds it; None if it is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    short = float(f"{value:.{digits}g}")
+    return int(short) if short.is_integer() and abs(short) < 1e15 else short
+
+
+def compact(metrics: Sequence[Row]) -> dict[str, Any]:
+    """What a row keeps of the lines of ``metrics.jsonl``: ``round``, and the values of each metric.
+
+    Values are a list; a dict by round if most rounds have none; one number if all rounds but 0,
+    which has none, have the same. Losses have eight significant digits, recovery scores five.
+    """
+    rounds = [int(row["round"]) for row in metrics]
+    kept: dict[str, Any] = {"round": rounds}
+    for name in (*_MEASURED, *COSTS):
+        digits = _METRIC_DIGITS.get(name, 17)
+        values = [rounded(_number(row.get(name)), digits) for row in metrics]
+        found = {str(r): v for r, v in zip(rounds, values, strict=True) if v is not None}
+        if not found:
+            continue
+        if rounds[0] == 0 and values[0] is None and len(rounds) > 2 and len({*values[1:]}) == 1:
+            kept[name] = values[1]
+        else:
+            kept[name] = found if 2 * len(found) < len(values) else values
+    return kept
+
+
+def rounds_table(runs: Sequence[Mapping[str, Any] | Sequence[Row]]) -> DataFrame:
+    """The rounds of runs, one a line, NaN where nothing was measured.
+
+    Beside the metrics: ``run``, the number of its run; ``bytes`` both ways and the clients'
+    ``steps``, both summed up to the round.
+
+    Parameters
+    ----------
+    runs : sequence of mappings or of sequences of rows
+        As `compact` makes them, or the lines of ``metrics.jsonl``.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in ("run", "round", *_MEASURED, *COSTS)}
+    for number, metrics in enumerate(runs):
+        if isinstance(metrics, Mapping):
+            rounds = list(metrics["round"])
+            found = {name: _spread_out(values, rounds) for name, values in metrics.items()}
+        else:
+            rounds = [row["round"] for row in metrics]
+            found = {name: [row.get(name) for row in metrics] for name in columns}
+        found |= {"run": [number] * len(rounds), "round": rounds}
+        for name, column in columns.items():
+            column += found.get(name) or [None] * len(rounds)
+    frame = DataFrame(columns).apply(pd.to_numeric, errors="coerce")
+    frame = frame.replace([np.inf, -np.inf], np.nan)
+    spent = frame[[*COSTS]].fillna(0).groupby(frame["run"]).cumsum()
+    return frame.assign(bytes=spent["bytes-down"] + spent["bytes-up"], steps=spent["client-steps"])
+
+
+def _spread_out(values: Any, rounds: Sequence[int]) -> list[Any]:
+    """The values of a metric in every round: the inverse of what `compact` does."""
+    if isinstance(values, list):
+        return values
+    if isinstance(values, dict):
+        return [values.get(str(number)) for number in rounds]
+    return [values if number else None for number in rounds]
+
+
+def runs_table(rows: Sequence[Row]) -> tuple[DataFrame, DataFrame]:
+    """Rows of ``cells.jsonl`` as two tables: runs and rounds.
+
+    Returns
+    -------
+    runs : DataFrame
+        A line a run: the row without its rounds; of the last round after 0 that has it each of
+        `METRICS`; the sum of each of `COSTS`, ``bytes`` both ways, ``rounds``; ``algorithm``, the
+        app's strategy behind the suite's name.
+    rounds : DataFrame
+        A line a round, see `rounds_table`; ``run`` is the index of its run.
+
+    Raises
+    ------
+    ResultsError
+        If a row lacks what every row has.
+    """
+    for row in rows:
+        for key in ("cell", *SETTING[1:], "strategy", "seed", "config", "metrics"):
+            if key not in row:
+                raise ResultsError(f"a row lacks '{key}'; run its cell again")
+    rounds = rounds_table([row["metrics"] for row in rows])
+    runs = DataFrame([{k: v for k, v in row.items() if k != "metrics"} for row in rows])
+    if not rows:
+        return runs, rounds
+    runs["group"] = runs["group"].fillna("") if "group" in runs else ""
+    runs["config"] = [full_config(row["config"]) for row in rows]
+    runs["algorithm"] = [str(config["strategy"]) for config in runs["config"]]
+    by_run = rounds.groupby("run")
+    last = rounds[rounds["round"] > 0].groupby("run")[[*METRICS]].last()
+    runs[[*METRICS]] = last.reindex(runs.index)
+    runs[[*COSTS]] = by_run[[*COSTS]].sum()
+    runs["bytes"] = runs["bytes-down"] + runs["bytes-up"]
+    runs["rounds"] = by_run["round"].max()
+    return runs, rounds
+
+
+def full_config(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of a run config; not checked, so that results of other versions can be shown."""
+    return {**RunConfig().to_run_config(), **overrides}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report shows.
+
+    Attributes
+    ----------
+    path : Path
+        The suite's folder, or the run directory.
+    runs, rounds : DataFrame
+        See `runs_table`.
+    references : DataFrame
+        A line a model that was trained on the pooled data: ``dataset``, ``model``, ``seed``,
+        ``batch_seed``, ``digest``, ``bias`` and ``accuracy``, the last.
+    about : Mapping[str, list[str]]
+        Versions, commits and machines that made the runs.
+    failed : list[str]
+        Runs without a row.
+    is_run : bool
+        Whether it is one run directory.
+    """
+
+    path: Path
+    runs: DataFrame
+    rounds: DataFrame
+    references: DataFrame
+    about: Mapping[str, list[str]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    is_run: bool = False
+
+    @property
+    def compared(self) -> dict[Setting, DataFrame]:
+        """The runs of every setting in which strategies are compared, in the order of the rows."""
+        runs = self.runs[~self.runs["group"].isin(VARIATIONS)]
+        one = runs["group"].nunique() == 1
+        return {
+            Setting("" if one else names[0], *names[1:]): of
+            for names, of in runs.groupby(SETTING, sort=False)
+        }
+
+    def group(self, name: str) -> DataFrame:
+        """The runs of one group."""
+        return self.runs[self.runs["group"] == name]
+
+    def rounds_of(self, runs: DataFrame) -> DataFrame:
+        """The rounds of some runs, with ``strategy``."""
+        found = self.rounds[self.rounds["run"].isin(runs.index)]
+        return found.join(runs["strategy"], on="run")
+
+    def references_for(self, setting: Setting) -> DataFrame:
+        """The references of the setting's data set and model.
+
+        A model that two rows tell of, as in folders that were put together, counts once.
+        """
+        found = self.references
+        found = found[(found["dataset"] == setting.dataset) & (found["model"] == setting.model)]
+        return found[~found.duplicated("digest") | (found["digest"] == "")]
+
+
+def read_results(path: Path) -> Results:
+    """Read a run directory or a suite's folder.
+
+    Raises
+    ------
+    ResultsError
+        If it is neither, or a record is damaged.
+    """
+    if any(file.exists() for file in files_of(path, "cells")):
+        return _read_suite(path)
+    if (path / "metrics.jsonl").exists():
+        return _read_run(path)
+    raise ResultsError(
+        f"'{path}' is neither a run directory (no metrics.jsonl) nor a suite's folder (no "
+        "cells.jsonl); name one that `flwr run` or `fedfusion compare` has written"
+    )
+
+
+def first_of(names: Iterable[str], count: int = 3) -> str:
+    """``a, b, c and 4 more``: distinct names for a sentence."""
+    distinct = list(dict.fromkeys(names))
+    more = len(distinct) - count
+    return ", ".join(distinct[:count]) + (f" and {more} more" if more > 0 else "")
+
+
+def mean_and_spread(mean: float, spread: float) -> str:
+    """``0.912 ± 0.004``, or the mean alone if there is no spread."""
+    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
+
+
+def _read_run(path: Path) -> Results:
+    config = read_config(path)
+    row = {
+        "cell": path.name,
+        "dataset": config.dataset,
+        "model": config.model,
+        "partition": config.partition,
+        "strategy": config.strategy,
+        "seed": config.seed,
+        "config": config.to_run_config(),
+        "metrics": read_rows(path / "metrics.jsonl"),
+    }
+    return Results(path, *runs_table([row]), _references([]), is_run=True)
+
+
+def read_config(directory: Path) -> RunConfig:
+    """The run config of a run directory."""
+    file = directory / "config.json"
+    if not file.exists():
+        raise ResultsError(f"'{directory}' has no config.json; name a whole run directory")
+    try:
+        overrides = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ResultsError(f"'{file}' is damaged ({problem})") from problem
+    return RunConfig.from_run_config(overrides)
+
+
+def _read_suite(path: Path) -> Results:
+    rows = [row for file in files_of(path, "cells") for row in read_rows(file)]
+    if not rows:
+        raise ResultsError(f"'{path / 'cells.jsonl'}' holds no finished cell yet")
+    pooled = [row for file in files_of(path, CENTRALIZED) for row in read_rows(file)]
+    failed = [str(row.get("cell")) for row in read_rows(path / "failures.jsonl")]
+    about = {
+        key: sorted({str(row[key]) for row in rows if row.get(key)})
+        for key in _ABOUT
+        if any(row.get(key) for row in rows)
+    }
+    return Results(path, *runs_table(rows), _references(pooled), about, failed)
+
+
+def _references(rows: Sequence[Row]) -> DataFrame:
+    names = ["dataset", "model", "seed", "batch_seed", "digest", "bias", "accuracy"]
+    frame = DataFrame(rows).reindex(columns=names)
+    frame["accuracy"] = [values[-1] if values else None for values in frame["accuracy"]]
+    frame["digest"] = [row.get("digest") or "" for row in rows]
+    return frame
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
