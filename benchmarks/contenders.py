@@ -64,7 +64,7 @@ idle_fedavg = functools.partial(_app, "fedavg", "idle")
 def engine_floor(work: Workload, folder: Path) -> list[float]:
     """Flower's own FedAvg with idle clients: what the engine itself needs for a round."""
     config = RunConfig.from_run_config(work.config(folder))
-    arrays = ArrayRecord(model_for(config, data_for(config), seed=0).state_dict())
+    arrays = ArrayRecord(model_for(config, data_for(config)).state_dict())
 
     def main(grid: Grid, context: Context) -> None:
         strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=work.clients)
@@ -96,7 +96,7 @@ def train_share(rank: int, work: Workload, folder: Path, barrier: Barrier, answe
     torch.set_num_threads(1)
     config = RunConfig.from_run_config(work.config(folder))
     shares = [local_data(config, client) for client in range(rank, work.clients, work.actors)]
-    model = place_model(model_for(config, data_for(config), seed=0), torch.device("cpu"))
+    model = place_model(model_for(config, data_for(config)), torch.device("cpu"))
     received = {key: value.clone() for key, value in model.state_dict().items()}
     starts = []
     for _ in range(work.rounds):

@@ -133,7 +133,7 @@ def _run_stock(method: str, config: dict[str, Any], clients: Any, hostile: list[
     settings: dict[str, Any] = {"fraction_evaluate": 0.0, "min_available_nodes": 20}
     if method == "Krum":
         settings["num_malicious_nodes"] = len(hostile)
-    model = model_for(parsed, data_for(parsed), parsed.seed)
+    model = model_for(parsed, data_for(parsed))
     stopped = None
     try:
         getattr(flower, method)(**settings).start(

@@ -21,7 +21,11 @@ def numpy_generator(seed: int, purpose: str, *keys: int) -> np.random.Generator:
     return np.random.default_rng(_sequence(seed, purpose, *keys))
 
 
+def derived_seed(seed: int, purpose: str, *keys: int) -> int:
+    """A seed of 63 bits, for what takes a seed and no generator."""
+    return int(_sequence(seed, purpose, *keys).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+
+
 def torch_generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
     """The same for torch, on the CPU, so that every device draws the same numbers."""
-    state = int(_sequence(seed, purpose, *keys).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(state & (2**63 - 1))
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, *keys))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Certificates and keys of a private federation, made with the `cryptography` that Flower needs.
+"""Certificates and keys for a private federation, made with the `cryptography` package of Flower.
 
-For trials and tests: the authority's key lies unencrypted beside what it signed.
+For trials and tests only: the authority's key is stored unencrypted beside the certificates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LIFETIME = datetime.timedelta(days=30)
 
 @dataclass(frozen=True)
 class ServerCertificate:
-    """Files of a SuperLink's TLS: what signs, what is shown, and the key to what is shown."""
+    """TLS files of a SuperLink: the authority, the server's certificate and its private key."""
 
     authority: Path
     certificate: Path
@@ -36,18 +36,18 @@ class ServerCertificate:
 
 
 def create_server_certificate(folder: Path, hosts: list[str]) -> ServerCertificate:
-    """Make an authority, and a certificate of it for a server.
+    """Create an authority and a server certificate signed by it.
 
     Parameters
     ----------
     folder : Path
-        Where ``ca.pem``, ``server.pem``, ``server.key`` and ``ca.key`` are written.
+        Receives ``ca.pem``, ``server.pem``, ``server.key`` and ``ca.key``.
     hosts : list[str]
         Names and IP addresses under which clients reach the server.
     """
     authority_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     authority_name = _name("Local federation authority")
-    # Python 3.13 checks certificates strictly: the extensions below are not decoration.
+    # Python 3.13 rejects certificates without the extensions below.
     authority_id = x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key())
     authority = (
         _builder(authority_name, authority_name, authority_key.public_key())
@@ -81,7 +81,7 @@ def create_server_certificate(folder: Path, hosts: list[str]) -> ServerCertifica
 
 
 def create_supernode_key(folder: Path, name: str) -> tuple[Path, Path]:
-    """Make a SuperNode's key pair in OpenSSH's format; returns the private and the public file."""
+    """Create a SuperNode's OpenSSH key pair; return the private and the public file."""
     key = ec.generate_private_key(ec.SECP384R1())
     folder.mkdir(parents=True, exist_ok=True)
     private, public = folder / name, folder / f"{name}.pub"
@@ -135,7 +135,7 @@ def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, from its first moment on."""
+    """Create a file that only its owner can ever read."""
     path.unlink(missing_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:

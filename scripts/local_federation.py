@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole federation on this machine: real processes, TLS and SuperNode authentication.
+"""A federation on this machine: real processes, TLS and SuperNode authentication.
 
-`LocalFederation` is what ``scripts/local-federation`` and the deployment tests stand on.
+Used by ``scripts/local-federation`` and the deployment tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.certificates import create_server_certificate, create_supernode_key
-from scripts.processes import (
+from scripts.programs import (
     HOST,
     MARK,
     FederationError,
@@ -33,32 +33,32 @@ from scripts.processes import (
 
 APP = Path(__file__).parents[1]
 PROFILE = "local-federation"
-"""Name of the connection in the federation's Flower configuration."""
+"""Name of the federation's connection in Flower's configuration."""
 
 START_TIMEOUT = 120.0
-"""Seconds for a program to start; generous, for machines that do something else too."""
+"""Seconds that a program may take to start, even on a busy machine."""
 
 Value = str | int | float | bool
 
 
 class LocalFederation:
-    """One SuperLink and its SuperNodes, on loopback; a context manager that ends all of it.
+    """A SuperLink and its SuperNodes on loopback; a context manager that stops them all.
 
-    Every program has a Flower home of its own, as on separate machines.
+    Each program has its own Flower home, as on separate machines.
 
     Parameters
     ----------
     folder : Path
-        For certificates, keys, database, homes and logs.
+        Holds certificates, keys, database, Flower homes and logs.
     num_supernodes : int
-        SuperNodes to register and start; number i serves partition i.
+        How many to register and start; SuperNode i serves partition i.
     port : int or None
-        The SuperLink's; a free one by default.
+        Port of the SuperLink; None takes a free one.
 
     Attributes
     ----------
     supernodes : dict[int, Program]
-        Those that should run, by number. One that ends unasked is an error for all that wait.
+        Those that should be running, by number. Methods that wait raise if one of them ends.
     """
 
     def __init__(self, folder: Path, num_supernodes: int = 3, port: int | None = None) -> None:
@@ -88,7 +88,7 @@ class LocalFederation:
         self.stop()
 
     def prepare(self) -> None:
-        """Make certificates and the Flower configuration of the ``flwr`` command."""
+        """Create the certificates and the configuration of the ``flwr`` command."""
         self.certificate = create_server_certificate(
             self.folder / "certificates", [HOST, "localhost"]
         )
@@ -104,10 +104,10 @@ class LocalFederation:
         )
 
     def environment(self, home: str) -> dict[str, str]:
-        """The environment of one program, with a Flower home of its own."""
+        """Environment variables of one program, with its own Flower home."""
         return {
             **os.environ,
-            # Flower looks its other programs up by name, also where no environment is active.
+            # Flower finds its other programs by name, even if no environment is active.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(self.folder / home),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -117,7 +117,7 @@ class LocalFederation:
         }
 
     def start_superlink(self) -> None:
-        """Start the SuperLink, or start it again with its database, and wait until it answers."""
+        """Start the SuperLink, or restart it with its database, and wait until it answers."""
         self.superlink = self._start(
             "superlink",
             "flower-superlink",
@@ -131,21 +131,21 @@ class LocalFederation:
         self.wait_until(self._answers, START_TIMEOUT, "the SuperLink answers")
 
     def register(self, number: int) -> str:
-        """Make a SuperNode's key and register it; returns the node id."""
+        """Create and register a SuperNode's key; return the node id."""
         private, public = create_supernode_key(self.folder / "keys", f"supernode-{number}")
         self._keys[number] = private
         answer = self.flwr("supernode", "register", str(public), PROFILE, "--format", "json")
         return str(answer["node-id"])
 
     def start_supernode(self, number: int, **node_config: Value) -> Program:
-        """Start a registered SuperNode, or one with a key that nobody registered.
+        """Start a SuperNode; the SuperLink refuses one that was never registered.
 
         Parameters
         ----------
         number : int
-            Of the SuperNode: its partition and its key.
+            Number of its partition and its key.
         **node_config
-            Further keys of its node config.
+            More keys of its node config.
         """
         if number not in self._keys:
             self._keys[number], _ = create_supernode_key(self.folder / "keys", str(number))
@@ -168,29 +168,29 @@ class LocalFederation:
             self.wait_until(accepted, START_TIMEOUT, f"SuperNode {number} is accepted")
 
     def kill_supernode(self, number: int) -> None:
-        """End a SuperNode and its ClientApp as a power cut would."""
+        """Kill a SuperNode and its ClientApp, as a power cut would."""
         self.supernodes.pop(number).kill()
 
     def kill_superlink(self) -> None:
-        """End the SuperLink and its ServerApp as a power cut would."""
+        """Kill the SuperLink and its ServerApp, as a power cut would."""
         if self.superlink is not None:
             self.superlink.kill()
             self.superlink = None
 
     def submit(self, run_config: Mapping[str, Value], app: Path = APP) -> str:
-        """Start a run of an app; returns its id."""
+        """Start a run of an app; return its id."""
         arguments = "--run-config", config_text(run_config), "--format", "json"
         return str(self.flwr("run", str(app), PROFILE, *arguments)["run-id"])
 
     def stream(self, run_config: Mapping[str, Value]) -> tuple[str, str]:
-        """Start a run and print its log until it ends; returns the run's id and that log."""
+        """Start a run and print its log until it ends; return the run's id and the log."""
         arguments = "--stream", "--run-config", config_text(run_config)
         program = self._start("run", "flwr", "run", APP, PROFILE, *arguments, home="flwr-home")
         shown, ended = 0, False
         while not ended:
             ended = program.wait(0.2)
             output = program.output()
-            # Whole lines only: the last one may be half a character.
+            # Print whole lines: the last one may end within a character.
             complete = len(output) if ended else output.rfind("\n") + 1
             sys.stdout.write(output[shown:complete])
             sys.stdout.flush()
@@ -202,13 +202,13 @@ class LocalFederation:
         return started.group(1), output
 
     def status(self, run_id: str) -> tuple[str, str]:
-        """Status of a run, ``finished:completed`` say, and its details."""
+        """Return a run's status, such as ``finished:completed``, and its details."""
         answer = self.flwr("list", PROFILE, "--run-id", run_id, "--format", "json")
         run = answer["runs"][0]
         return str(run["status"]), str(run["status-details"])
 
     def wait_for_run(self, run_id: str, timeout: float) -> tuple[str, str]:
-        """Wait for the end of a run; returns its status and details."""
+        """Wait for the end of a run; return its status and details."""
         deadline = time.monotonic() + timeout
         while not (found := self.status(run_id))[0].startswith("finished"):
             self.check()
@@ -218,7 +218,7 @@ class LocalFederation:
         return found
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
-        """Run a ``flwr`` command that answers with JSON."""
+        """Run a ``flwr`` command; return its JSON answer."""
         done = subprocess.run(
             [find_program("flwr"), *arguments],
             env=self.environment("flwr-home"),
@@ -238,31 +238,31 @@ class LocalFederation:
         return answer
 
     def check(self) -> None:
-        """Raise if a program that should run has ended."""
+        """Raise `FederationError` if a program that should be running has ended."""
         for program in (self.superlink, *self.supernodes.values()):
             if program is not None and program.exit_code is not None:
                 raise FederationError(
-                    f"{program.name} ended unasked with exit code {program.exit_code}; "
+                    f"{program.name} ended unexpectedly with exit code {program.exit_code}; "
                     f"the end of {program.log}:\n{program.tail()}"
                 )
 
     def wait_until(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
-        """Wait for something to become true while every program lives.
+        """Wait until a condition holds, while every program keeps running.
 
         Raises
         ------
         FederationError
-            If a program ends unasked, or ``what`` is not so in time.
+            If a program ends, or the condition does not hold in time.
         """
         deadline = time.monotonic() + timeout
         while not condition():
             self.check()
             if time.monotonic() > deadline:
-                raise FederationError(f"waited {timeout:g} s in vain until {what}")
+                raise FederationError(f"still not so after {timeout:g} s: {what}")
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """End everything, SuperNodes first, so that they can sign off."""
+        """Stop everything, SuperNodes first, so that they can sign off."""
         programs, self._programs = self._programs, []
         stop(program for program in programs if program is not self.superlink)
         stop(program for program in programs if program is self.superlink)
@@ -290,10 +290,10 @@ class LocalFederation:
 
 
 def is_accepted(supernode: Program) -> bool:
-    """Whether the SuperLink has let a SuperNode in."""
+    """Whether the SuperLink has accepted a SuperNode."""
     return "SuperNode ID" in supernode.output()
 
 
 def config_text(config: Mapping[str, Value]) -> str:
-    """Key=value pairs as Flower's commands read them."""
+    """Format key=value pairs as Flower's commands read them."""
     return " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())

@@ -8,6 +8,9 @@ import itertools
 import numpy as np
 import torch
 
+from fedfusion_flwr import RunConfig
+from fedfusion_flwr.data import data_for
+from fedfusion_flwr.models import model_for
 from fedfusion_flwr.randomness import numpy_generator, torch_generator
 
 STREAMS = list(itertools.product((0, 1, 2**63 - 1), ("sampling", "training"), (1, 2), (0, 1, 7)))
@@ -49,3 +52,14 @@ def test_global_generators_are_neither_read_nor_written() -> None:
 
 def test_generators_stay_on_the_cpu() -> None:
     assert torch_generator(0, "training").device == torch.device("cpu")
+
+
+def test_no_two_initial_models_of_any_two_seeds_are_equal() -> None:
+    """The models of IFCA's clusters and FedMA's clients: seed 0's second is not seed 1's first."""
+    data = data_for(RunConfig())
+    firsts = {
+        float(model_for(RunConfig(seed=seed), data, number).features[0][0].weight.flatten()[0])
+        for seed in range(3)
+        for number in range(6)
+    }
+    assert len(firsts) == 18

@@ -265,7 +265,7 @@ def _check_signature(sent: ConfigRecord, config: RunConfig) -> None:
 @functools.lru_cache(maxsize=2)
 def _model(config: RunConfig, device: str) -> nn.Module:
     """A model to load parameters into; its own are of no account."""
-    model = model_for(config, data_for(config), seed=0)
+    model = model_for(config, data_for(config))
     return place_model(model, torch.device(device))
 
 

@@ -78,11 +78,11 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     strategy_class(config.strategy)
     data = data_for(config)
     cut = partition_for(config)
-    model = model_for(config, data, config.seed)
+    model = model_for(config, data)
     check_fits(config, model, shape_of(data).examples(2))
 
     def initial_state(number: int) -> State:
-        return model_for(config, data, config.seed + number).state_dict()
+        return model_for(config, data, number).state_dict()
 
     def network() -> PlainNetwork:
         # Here and not above: one strategy of many needs it.
@@ -179,7 +179,7 @@ def central_evaluation(config: RunConfig) -> EvaluateFn:
     """A function that measures a model on the server's test set."""
     device = choose_device(config.device, config.precision)
     x, y = (tensor.to(device) for tensor in central_test_data(config))
-    model = model_for(config, data_for(config), seed=0)
+    model = model_for(config, data_for(config))
     model = place_model(model, device)
 
     def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:

@@ -123,7 +123,7 @@ def _measured(
 
 def _loaded(config: RunConfig, state: Mapping[str, Tensor]) -> torch.nn.Module:
     """The model with these weights; on a GPU if there is one."""
-    model = fit_to_state(model_for(config, data_for(config), seed=0), state)
+    model = fit_to_state(model_for(config, data_for(config)), state)
     model.load_state_dict(state)
     return model.eval().to(choose_device("auto"))
 

@@ -68,7 +68,7 @@ def train_centralized(
     kept, _ = local_split(everything, parsed.validation_fraction, parsed.seed, 0)
     x = data.inputs(data.x_train[everything[kept]]).to(device)
     y = data.y_train[everything[kept]].to(device)
-    model = place_model(model_for(parsed, data, parsed.seed), device)
+    model = place_model(model_for(parsed, data), device)
     epoch = math.ceil(len(y) / parsed.batch_size)
     total = federated_steps(parsed) if steps is None else steps
 

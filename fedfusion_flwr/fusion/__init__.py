@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method, in torch and NumPy: nothing of Flower, nothing else of this package."""
+"""The method, in torch and NumPy: imports neither Flower nor the rest of this package."""
 
 from fedfusion_flwr.fusion.aggregation import (
     balanced_mixture,
@@ -10,11 +10,7 @@ from fedfusion_flwr.fusion.aggregation import (
     inhabited,
     prune_assignments,
 )
-from fedfusion_flwr.fusion.inference import (
-    DistributionInference,
-    FusionPosterior,
-    InferenceError,
-)
+from fedfusion_flwr.fusion.inference import DistributionInference, FusionPosterior, InferenceError
 from fedfusion_flwr.fusion.memory import StatisticsMemory
 from fedfusion_flwr.fusion.server_step import ServedAverage, ServerStep
 from fedfusion_flwr.fusion.state_dicts import fuse_state_dicts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Last pseudo-gradients of components, for the rounds in which none of their clients takes part."""
+"""Last pseudo-gradients of components, for rounds without any of their clients."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedfusion_flwr.fusion.aggregation import (
-    component_coefficients,
-    inhabited,
-)
+from fedfusion_flwr.fusion.aggregation import component_coefficients, inhabited
 from fedfusion_flwr.fusion.state_dicts import State, fuse_state_dicts, is_parameter
 
 
 @dataclass
 class AbsentComponents:
-    """Remembers, for every component, its last step and running statistics.
+    """Remembers the last step and the running statistics of every component.
 
-    Costs one model per component in memory and one fusion per present component and round; cf.
-    FedVARP (Jhunjhunwala et al. 2022), which keeps one step per client.
+    Costs the memory of one model per component, and one fusion per present component and round;
+    cf. FedVARP (Jhunjhunwala et al. 2022), which keeps one step per client.
 
     Parameters
     ----------
@@ -33,13 +30,9 @@ class AbsentComponents:
     last: dict[int, State] = field(default_factory=dict)
 
     def remember(
-        self,
-        states: Sequence[State],
-        assignments: Tensor,
-        num_examples: Tensor,
-        current: State,
+        self, states: Sequence[State], assignments: Tensor, num_examples: Tensor, current: State
     ) -> None:
-        """Store w_m - w for the components inhabited by this cohort; buffers as they are."""
+        """Store w_m - w of the components that this cohort inhabits; buffers as they are."""
         coefficients = component_coefficients(assignments, num_examples)
         for m in torch.nonzero(inhabited(assignments)).flatten().tolist():
             component = fuse_state_dicts(states, coefficients[m], pool_moments=self.pool_moments)
@@ -53,19 +46,12 @@ class AbsentComponents:
     ) -> tuple[list[State], list[float]]:
         """Models that absent components would have sent, and their weights pi_m.
 
-        Components that were never present have none; their mass stays with the others.
+        A component that was never present has none, and the others keep its mass.
         """
         present = inhabited(assignments)
-        ghosts: list[State] = []
-        weights: list[float] = []
-        for m, last in sorted(self.last.items()):
-            if bool(present[m]) or float(mixture[m]) <= 0:
-                continue
-            ghosts.append(
-                {
-                    key: current[key] + value if is_parameter(key, value) else value
-                    for key, value in last.items()
-                }
-            )
-            weights.append(float(mixture[m]))
-        return ghosts, weights
+        absent = [m for m in sorted(self.last) if not present[m] and mixture[m] > 0]
+        ghosts = [
+            {k: current[k] + v if is_parameter(k, v) else v for k, v in self.last[m].items()}
+            for m in absent
+        ]
+        return ghosts, [float(mixture[m]) for m in absent]

@@ -16,12 +16,8 @@ NEGLIGIBLE_SHARE = 1e-6
 HALF_A_CLIENT = 0.5
 
 
-def client_weights(
-    assignments: Tensor,
-    mixture: Tensor,
-    num_examples: Tensor,
-) -> Tensor:
-    """What each client's model counts in the fused global model.
+def client_weights(assignments: Tensor, mixture: Tensor, num_examples: Tensor) -> Tensor:
+    """Weight of each client's model in the fused global model.
 
     With ``mixture`` equal to the shares of mass B_m / sum_j B_j this is FedAvg, whatever the
     assignments are: the method differs from FedAvg only through the mixture.
@@ -39,7 +35,12 @@ def client_weights(
     -------
     Tensor
         p, shape (K,), float64, non-negative, sums to 1. Components without mass are left out and pi
-        is renormalized; example weights where none that the mixture values has any.
+        is renormalized; if no component with a place in the mixture has mass, example weights.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a value is negative or not finite, or all examples are zero.
     """
     b, pi, n = assignments.double(), mixture.double(), num_examples.double()
     if b.dim() != 2 or n.shape != b.shape[:1] or pi.shape != b.shape[1:]:
@@ -55,15 +56,15 @@ def client_weights(
     contribution = n.unsqueeze(1) * b
     mass = contribution.sum(0)
     own_share = mass / mass.sum()
-    # A trace of a component must not be blown up to what the mixture gives it; where the mixture
-    # gives it no more than its own share, there is nothing to blow up, and FedAvg stays exact.
+    # A trace of a component must not be blown up to its place in the mixture. Where that is no
+    # more than its own share nothing is blown up, and FedAvg stays exact.
     modest = pi <= pi.sum() * own_share * (1 + 1e-9)
     present = (mass > 0) & ((own_share > NEGLIGIBLE_SHARE) | modest)
-    value = torch.where(present, pi, torch.zeros_like(pi))
+    value = pi * present
     if value.sum() <= 0:
         return example_weights(n)
     value = value / value.sum()
-    # Each term in this order makes M = 1 equal example_weights bit for bit.
+    # In this order of operations M = 1 equals example_weights bit for bit.
     share = contribution[:, present] / mass[present]
     return (share * value[present]).sum(1)
 
@@ -75,9 +76,9 @@ def example_weights(num_examples: Tensor) -> Tensor:
 
 
 def cap_weights(weights: Tensor, cap: float) -> Tensor:
-    """Limit every weight to ``cap``; what is cut goes to the others in proportion to theirs.
+    """Limit every weight to ``cap``, and share the excess among the others in proportion.
 
-    With fewer than 1 / cap clients the cap cannot be met: then all weights are equal.
+    With fewer than 1 / cap clients no weights meet the cap; then all are equal.
 
     Raises
     ------
@@ -89,26 +90,20 @@ def cap_weights(weights: Tensor, cap: float) -> Tensor:
         raise ValueError(f"weights must be non-negative and sum to 1, got {p.tolist()[:5]}")
     if cap * len(p) <= 1:
         return torch.full_like(p, 1 / len(p)) if cap < 1 else p
-    if (p <= cap).all():
-        return p
     capped = torch.zeros_like(p, dtype=torch.bool)
-    while True:
-        capped = capped | (p > cap)
-        free = p[~capped].sum()
-        target = 1 - cap * int(capped.sum())
-        scaled = (
-            p * (target / free) if free > 0 else torch.full_like(p, target / int((~capped).sum()))
-        )
-        p = torch.where(capped, torch.full_like(p, cap), scaled)
-        if not (p > cap * (1 + 1e-12)).any():
-            return p
+    while (p > cap * (1 + 1e-12)).any():
+        capped |= p > cap
+        free = p * ~capped if p[~capped].any() else (~capped).double()
+        left = 1 - cap * int(capped.sum())
+        p = torch.where(capped, cap, free * (left / free.sum()))
+    return p
 
 
 def prune_assignments(assignments: Tensor) -> Tensor:
-    """Empty the components that nobody lives in, and renormalize the rows.
+    """Empty the components that are not `inhabited`, and renormalize the rows.
 
-    A soft assignment leaves a trace in every component, which must not pass for a group: a small
-    balance exponent would blow it up.
+    A soft assignment leaves a trace in every component. A trace is not a group, and a small balance
+    exponent would blow it up to one.
 
     Parameters
     ----------
@@ -125,7 +120,7 @@ def prune_assignments(assignments: Tensor) -> Tensor:
 
 
 def inhabited(assignments: Tensor) -> Tensor:
-    """Which components are somebody's main one or hold at least half a client in all.
+    """Which components are some client's main one or hold at least half a client in all.
 
     Parameters
     ----------
@@ -148,7 +143,7 @@ def balanced_mixture(component_mass: Tensor, exponent: float) -> Tensor:
     Parameters
     ----------
     component_mass : Tensor
-        B, shape (M,), of the population that the mixture should describe.
+        B, shape (M,), of the population that the mixture is to describe.
     exponent : float
         rho in [0, 1]: 1 keeps the shares (FedAvg under full participation), 0 counts every
         occupied component the same.
@@ -162,7 +157,7 @@ def balanced_mixture(component_mass: Tensor, exponent: float) -> Tensor:
     if not mass.sum() > 0:
         raise ValueError("no component has any mass")
     share = mass / mass.sum()
-    value = torch.where(share > NEGLIGIBLE_SHARE, share.pow(exponent), torch.zeros_like(share))
+    value = share.pow(exponent) * (share > NEGLIGIBLE_SHARE)
     return value / value.sum()
 
 

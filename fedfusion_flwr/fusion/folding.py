@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wide statistics made narrow, in one reading and without a projection matrix.
+"""Wide statistics made narrow in one pass, without a projection matrix.
 
-A ResNet18 has 19,200 normalization parameters: far more than the inference needs, and a matrix that
-projects them is larger than the statistics of most federations.
+A ResNet18 has 19,200 normalization parameters, far more than the inference needs, and a projection
+matrix would be larger than the statistics of most federations.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedfusion_flwr.fusion.standardizer import COLUMNS, Standardizer
 from fedfusion_flwr.fusion.threads import pieces, side_by_side
 
 ROWS = 64
-"""Clients at a time: their standardized statistics need not all be in memory."""
+"""Clients standardized at a time, so that the memory holds only their statistics."""
 
 
 class Folding:
-    """Feature hashing with equal buckets: standardized features, with random signs and in random
-    order, are added up in ``max_width`` sums, each over the root of how many there are in it.
+    """Feature hashing with equal buckets.
 
-    The squared distance of two clients becomes, in expectation, F / D of what it was (Weinberger et
-    al. 2009, feature hashing; Charikar et al. 2002, count sketch). Narrower statistics stay as they
-    are.
+    Standardized features, in random order and with random signs, are added up in ``max_width``
+    buckets, and each sum is divided by the square root of the size of a bucket. The expected
+    squared distance of two clients is F / D of what it was (Weinberger et al. 2009, feature
+    hashing; Charikar et al. 2002, count sketch). Narrow statistics stay as they are.
 
     Parameters
     ----------
     width : int
-        D, of the statistics.
+        D, the width of the statistics.
     max_width : int
         F, at least 1.
     seed : int
-        Of order and signs.
+        Decides order and signs.
     """
 
     def __init__(self, width: int, max_width: int, seed: int) -> None:
@@ -52,7 +53,12 @@ class Folding:
         folded = torch.empty(len(x), min(x.shape[1], self._max_width))
 
         def fold(rows: slice) -> None:
-            folded[rows] = self._fold(scaler.standardize(x[rows]))
+            part = scaler.standardize(x[rows])
+            if self.folds:
+                missing = self._layers * self._max_width - part.shape[1]
+                part = pad(part[:, self._order].mul_(self._signs), (0, missing))
+                part = part.view(len(part), self._layers, self._max_width).sum(1)
+            folded[rows] = part
 
         side_by_side(fold, pieces(len(x), ROWS))
         return folded
@@ -65,26 +71,26 @@ class Folding:
         scaler: Standardizer,
         x: Tensor,
     ) -> Tensor:
-        """Statistics of components that were decoded as features.
+        """Standardized statistics of components, given their decoded features.
 
-        Every component is the affine combination of the clients' group means that fits it best as
-        features, and the same combination of the groups' standardized statistics is its answer.
+        In the space of features, every component is fitted by an affine combination of the groups'
+        means. The same combination of the groups' standardized statistics is the result.
 
         Parameters
         ----------
         decoded : Tensor
             Components as features, (M, F).
-        features, x : Tensor
-            The clients' folded features (K, F) and their statistics (K, D).
-        assignments : Tensor
-            b, (K, M): clients belong to groups as they say.
+        features, assignments : Tensor
+            The clients' folded features (K, F) and how much of each is in each group, b (K, M).
         scaler : Standardizer
             Of x.
+        x : Tensor
+            The clients' statistics (K, D).
 
         Returns
         -------
         Tensor
-            Standardized statistics, (M, D), float64.
+            Shape (M, D), float64.
         """
         mass = assignments.sum(0)
         shares = (assignments[:, mass > 0] / mass[mass > 0]).T
@@ -101,12 +107,3 @@ class Folding:
         side_by_side(average, pieces(x.shape[1], COLUMNS))
         unfolded: Tensor = weights @ means
         return unfolded
-
-    def _fold(self, standardized: Tensor) -> Tensor:
-        if not self.folds:
-            return standardized
-        mixed = standardized[:, self._order].mul_(self._signs)
-        missing = self._layers * self._max_width - mixed.shape[1]
-        mixed = torch.nn.functional.pad(mixed, (0, missing))
-        folded: Tensor = mixed.view(len(mixed), self._layers, self._max_width).sum(1)
-        return folded

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hard first guess of who belongs together, from which the VAE starts.
+"""The hard partition of the clients from which the VAE starts.
 
-Gradient ascent on the ELBO alone lands in poor optima: it merges true groups or splits one over
-several components, and a split group changes the balanced mixture. A k-means partition, with the
-number of groups chosen by the mean silhouette (Rousseeuw 1987), starts it in the right basin.
+Gradient ascent on the ELBO alone ends in poor optima: it merges true groups or splits one over
+several components, which changes the balanced mixture. A k-means partition, with the number of
+groups chosen by the mean silhouette (Rousseeuw 1987), starts it in the right basin.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 from fedfusion_flwr.fusion.standardizer import some_clients
 
 MIN_SILHOUETTE = 0.1
-"""Below this the clients count as one group: noise in many dimensions scores up to about 0.05."""
+"""Below this all clients are one group: noise in many dimensions scores up to about 0.05."""
 
 PARSIMONY = 0.9
-"""The most groups win whose silhouette reaches this share of the best.
+"""The largest number of groups whose silhouette reaches this share of the best is chosen.
 
-The best alone is too coarse: where one group lies far off, "it against the rest" scores highest,
-although the rest is several groups.
+The best itself is too coarse: if one group lies far off, "this one against the rest" scores
+highest, even where the rest is several groups.
 """
 
 _RESTARTS = 10
 _FEW_CLIENTS = 100
-"""With more, k-means hardly depends on its start, and restarts cost more."""
+"""With more, k-means hardly depends on its start, and a restart costs more."""
 
 
 def starting_partition(x: Tensor, max_groups: int) -> Tensor:
@@ -44,11 +44,11 @@ def starting_partition(x: Tensor, max_groups: int) -> Tensor:
     Tensor
         Labels (K,), int64, the largest group first: stick breaking prefers that order.
     """
-    # Here and not above: clients import this package too, and sklearn takes them a second.
+    # Imported here because clients import this package too, and sklearn takes a second.
     from sklearn.cluster import KMeans
     from sklearn.metrics import pairwise_distances
 
-    # Of very many clients some are partitioned; the others join the nearest group.
+    # Of very many clients a sample is partitioned; the others join the nearest group.
     points = x[some_clients(len(x))].double().numpy()
     restarts = _RESTARTS if len(points) <= _FEW_CLIENTS else 2
     distances = pairwise_distances(points)
@@ -69,7 +69,7 @@ def starting_partition(x: Tensor, max_groups: int) -> Tensor:
 
 
 def agreement(first: Tensor, second: Tensor) -> float:
-    """Adjusted Rand index of two partitions (K,): 1 is the same but for names, 0 is chance."""
+    """Adjusted Rand index of two partitions (K,): 1 for equal up to names, 0 for chance."""
     from sklearn.metrics import adjusted_rand_score
 
     return float(adjusted_rand_score(first.numpy(), second.numpy()))

@@ -3,13 +3,13 @@
 
 Raw statistics of different rounds cannot be compared, because the global model drifts: a client's
 statistics are the round's level plus the client's own deviation, d_kt = level_t + v_k. The level is
-the example-weighted mean of the cohort; but a cohort in which one component happens to be frequent
-has a shifted mean, so what is known of its clients' deviations is taken off first.
+the example-weighted mean of the cohort. Where one component happens to be frequent in a cohort that
+mean is shifted, so the known deviations of its clients are subtracted first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from fedfusion_flwr.fusion.inference import FusionPosterior
 
 FULL_COHORT = 4
-"""From this many clients on, the cohort's own mean is trusted as the centre."""
+"""The smallest cohort whose own mean is trusted as the centre."""
 
 
 @dataclass
@@ -36,11 +36,11 @@ class StatisticsMemory:
 
     Parameters
     ----------
+    smoothing : float
+        In [0, 1): share of a client's earlier assignment that is kept at each inference, against
+        flicker between components. 0 takes the newest posterior as it is.
     update_rate : float
         In (0, 1]: share of the newest deviation in the remembered one; 1 keeps only the newest.
-    smoothing : float
-        In [0, 1): how much of a client's earlier assignment is kept at each inference, so that it
-        does not flicker between components. 0 takes the newest posterior as it is.
     """
 
     smoothing: float = 0.0
@@ -71,7 +71,7 @@ class StatisticsMemory:
             Examples by client id.
         received : Tensor or None
             The statistics (D,) of the model that this cohort received. In cohorts of fewer than
-            four clients the centre is shrunk towards it: the mean of two says little.
+            four clients the centre is shrunk towards it, because the mean of two says little.
         """
         if not vectors:
             return
@@ -106,10 +106,7 @@ class StatisticsMemory:
         return torch.tensor([self.clients[i].num_examples for i in self.ids], dtype=torch.float64)
 
     def absorb(self, posterior: FusionPosterior) -> FusionPosterior:
-        """Align a posterior over all known clients with the past and smooth the assignments.
-
-        Returns the aligned posterior with the smoothed assignments in it.
-        """
+        """Align a posterior over all known clients with the past, with smoothed assignments."""
         width = posterior.assignments.shape[1]
         earlier = [self.clients[i].assignment for i in self.ids]
         zero = torch.zeros(width, dtype=torch.float64)
@@ -119,9 +116,7 @@ class StatisticsMemory:
             new, old = aligned.assignments[row], earlier[row]
             mixed = new if old is None else self.smoothing * old + (1 - self.smoothing) * new
             self.clients[client].assignment = mixed
-        return FusionPosterior(
-            self.assignments(self.ids), aligned.mixture, aligned.components, aligned.elbo
-        )
+        return replace(aligned, assignments=self.assignments(self.ids))
 
     def assignments(self, ids: list[int]) -> Tensor:
         """Smoothed assignments of the given clients, (len(ids), M), float64.
@@ -141,7 +136,7 @@ class StatisticsMemory:
 
 
 def align_components(posterior: FusionPosterior, reference: Tensor) -> FusionPosterior:
-    """Renumber components so that they overlap most with earlier assignments of the same clients.
+    """Renumber components to overlap most with earlier assignments of the same clients.
 
     Parameters
     ----------
@@ -150,15 +145,15 @@ def align_components(posterior: FusionPosterior, reference: Tensor) -> FusionPos
     reference : Tensor
         Earlier assignments (K, M); zero rows for clients that had none.
     """
-    # Here and not above: clients import this package too.
+    # Imported here because clients import this package too, and scipy takes long.
     from scipy.optimize import linear_sum_assignment
 
     overlap = reference.double().T @ posterior.assignments
     _, order = linear_sum_assignment(overlap.numpy(), maximize=True)
     index = torch.as_tensor(order)
-    return FusionPosterior(
-        posterior.assignments[:, index],
-        posterior.mixture[index],
-        posterior.components[index],
-        posterior.elbo,
+    return replace(
+        posterior,
+        assignments=posterior.assignments[:, index],
+        mixture=posterior.mixture[index],
+        components=posterior.components[index],
     )

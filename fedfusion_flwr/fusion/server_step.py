@@ -14,7 +14,7 @@ from fedfusion_flwr.fusion.state_dicts import State, fuse_state_dicts, is_parame
 class ServerStep:
     """w <- w + rate * v with v <- momentum * v + (aggregate - w); Hsu et al. 2019 (FedAvgM).
 
-    Rate 1 and momentum 0 return the aggregate itself, bit for bit. Buffers are replaced.
+    With rate 1 and momentum 0 the result is the aggregate, bit for bit. Buffers are replaced.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class ServerStep:
 
     @property
     def is_identity(self) -> bool:
-        """True where the step returns its aggregate unchanged."""
+        """Whether the step returns its aggregate unchanged."""
         return self.learning_rate == 1.0 and self.momentum == 0.0
 
     def __call__(self, current: State, aggregate: State) -> State:
@@ -43,7 +43,7 @@ class ServerStep:
                 continue
             start = current[key].double()
             step = value.double() - start
-            # In place: a velocity has twice the size of its model.
+            # In place, because a velocity is twice as large as its model.
             velocity = self.velocity.setdefault(key, torch.zeros_like(step))
             velocity.mul_(self.momentum).add_(step)
             stepped[key] = start.add(velocity, alpha=self.learning_rate).to(value.dtype)
@@ -52,7 +52,7 @@ class ServerStep:
 
 @dataclass
 class ServedAverage:
-    """Exponential moving average of the global models, without the bias of its start.
+    """Exponential moving average of the global models, corrected for its start.
 
     After t models the weight of model i is d^(t-i) (1 - d) / (1 - d^t). Normalization statistics
     are averaged as moments.
@@ -69,12 +69,12 @@ class ServedAverage:
     exact: State = field(default_factory=dict)
 
     def update(self, model: State) -> State:
-        """Take in a new global model and return the one to serve."""
+        """Add a new global model and return the one to serve."""
         self.count += 1
         if self.decay == 0.0:
             self.state = {key: value.clone() for key, value in model.items()}
             return self.state
-        # In float64: in a model's own type, small steps towards the newest would be rounded away.
+        # In float64: a model's own type would round small steps towards the newest away.
         exact = {k: v.double() if v.is_floating_point() else v for k, v in model.items()}
         if self.count == 1:
             self.exact = {key: value.clone() for key, value in exact.items()}

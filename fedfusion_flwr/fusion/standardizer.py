@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of layers and kinds differ by orders of magnitude; the VAE sees them on one scale."""
+"""One scale for all statistics, which differ by orders of magnitude between layers and kinds."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ FEATURE_CLAMP = 5.0
 ROBUST_LIMIT = 3.0
 _STD_FLOOR = 1e-8
 MAD_TO_STD = 1.4826
-"""Of a normal distribution: standard deviation over median absolute deviation."""
+"""Standard deviation over median absolute deviation, of a normal distribution."""
 COLUMNS = 128
-"""Features at a time, for all clients."""
+"""Features processed at a time, for all clients."""
 
 _MANY_CLIENTS = 1000
 
 
 def some_clients(count: int) -> Tensor:
-    """Rows of at most a thousand clients, for what costs too much with all; the same every round.
+    """Rows of at most a thousand clients, for what is too slow with more; the same every round.
 
-    Drawn, because clients may be registered in an order that repeats; all of them in order where
-    they are no more than that.
+    A random sample, because clients may be registered in an order that repeats; up to a thousand,
+    all of them in order.
     """
     if count <= _MANY_CLIENTS:
         return torch.arange(count)
@@ -45,7 +45,7 @@ class Standardizer:
         """Measure the clients' statistics x (K, D).
 
         Each feature is first limited to three robust standard deviations (1.4826 MAD) around its
-        median, so that one far client does not squeeze the differences between all others to 0.
+        median: otherwise one far client would shrink the differences between all others to 0.
         """
         center, spread = torch.empty(2, x.shape[1], dtype=torch.float64)
 
@@ -57,7 +57,7 @@ class Standardizer:
         return cls(center, torch.where(informative, spread, torch.ones_like(spread)), informative)
 
     def of_features(self, columns: slice) -> Standardizer:
-        """The part that standardizes some features."""
+        """The standardizer of some of the features."""
         return Standardizer(self.center[columns], self.unit[columns], self.informative[columns])
 
     def standardize(self, x: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ class Standardizer:
 
 def _location_and_scale(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the limited values of some features (K, D')."""
-    # A copy of their own, in which all the rest is done.
+    # A copy, in which the rest is done in place.
     values = columns.T.clone(memory_format=torch.contiguous_format)
     sample = values[:, some_clients(values.shape[1])]
     median = sample.median(1, keepdim=True).values
     deviation = MAD_TO_STD * sample.sub_(median).abs_().median(1, keepdim=True).values
-    # Where most clients agree exactly, the rest is the signal: no limit.
+    # Where most clients agree exactly, the others are the signal: no limit.
     limit = torch.where(deviation > 0, ROBUST_LIMIT * deviation, torch.inf)
     torch.maximum(values, median - limit, out=values)
     torch.minimum(values, median + limit, out=values)

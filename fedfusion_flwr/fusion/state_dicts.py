@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weighted fusion of whole models.
 
-Models are larger than the processor's caches, so everything here goes through them in blocks and
-reads each client's model once.
+Models are larger than the processor's caches, so each client's model is read once, in blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ State = dict[str, Tensor]
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 BLOCK = 1 << 18
-"""Elements at a time: two blocks of float64 stay in the caches, and calls are few."""
+"""Elements of a block: two blocks of float64 fit the caches, and there are few calls."""
 
 
 def is_parameter(key: str, value: Tensor) -> bool:
@@ -30,7 +29,7 @@ def is_parameter(key: str, value: Tensor) -> bool:
 def fuse_state_dicts(
     states: Iterable[Mapping[str, Tensor]], weights: Tensor, *, pool_moments: bool = True
 ) -> State:
-    """Weighted fusion of state dicts; beside them it needs the memory of the result only.
+    """Weighted fusion of state dicts, with no more memory than the result needs.
 
     Parameters and float buffers are averaged, in float64. BatchNorm running statistics are fused as
     moments of the mixture, mean = sum p mu, var = sum p (var + mu^2) - mean^2, because averaging
@@ -40,7 +39,7 @@ def fuse_state_dicts(
     Parameters
     ----------
     states : Iterable[Mapping[str, Tensor]]
-        One state dict per client, equal keys and shapes; consumed once.
+        One state dict per client, with equal keys and shapes; consumed once.
     weights : Tensor
         p, shape (K,), non-negative, sums to 1.
     pool_moments : bool
@@ -97,7 +96,7 @@ def _pooled_variance(
 ) -> Tensor:
     """Variance of the mixture, sum p (var + (mu - r)^2) - (sum p mu - r)^2.
 
-    Around a reference r near the means: mu^2 alone would drown a small variance.
+    The reference r is near the means, because a large mu^2 would drown a small variance.
     """
     reference = means[0].double()
     center, moment = torch.zeros_like(reference), torch.zeros_like(reference)

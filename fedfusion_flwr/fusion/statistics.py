@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Normalization parameters d_k = (mu, sigma, beta, gamma): a client's data as the model sees it.
 
-Pure torch; knows nothing of Flower. The four vectors are those of the FedFusion deck's problem
-definition: means, standard deviations, shifts (``bias``) and scales (``weight``) of the
-normalization layers.
+Means, standard deviations, shifts (``bias``) and scales (``weight``) of the normalization layers.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -30,9 +29,8 @@ class StatisticsError(ValueError):
 class NormalizationStatistics:
     """Per-channel normalization parameters of one model.
 
-    Layers are concatenated in the order in which the model defines them, which is that of its state
-    dict and need not be that of its forward pass: ResNet's shortcuts come after the layers that
-    they bypass.
+    Layers are concatenated in the order of the state dict, which need not be that of the forward
+    pass: ResNet's shortcuts come after the layers that they bypass.
 
     Attributes
     ----------
@@ -54,11 +52,7 @@ class NormalizationStatistics:
 
     @classmethod
     def from_state_dict(
-        cls,
-        state: Mapping[str, Tensor],
-        *,
-        layers: LayerChoice = "all",
-        eps: float = BATCHNORM_EPS,
+        cls, state: Mapping[str, Tensor], *, layers: LayerChoice = "all", eps: float = BATCHNORM_EPS
     ) -> NormalizationStatistics:
         """Read the parameters of every BatchNorm layer in a state dict.
 
@@ -98,23 +92,29 @@ class NormalizationStatistics:
     def probe(
         cls, model: nn.Module, batches: Iterable[Tensor], *, layers: LayerChoice = "all"
     ) -> NormalizationStatistics:
-        """Moments of some data at the input of the model's normalization layers.
+        """Moments of some data at the inputs of the model's normalization layers.
 
-        One forward pass in eval mode; the model is left as it was. Works for BatchNorm, GroupNorm
-        and LayerNorm alike, because it looks at a layer's input and not at its buffers. In a model
-        that mixes them, only BatchNorm layers count, as in `from_state_dict`.
+        One forward pass in eval mode, which leaves the model as it was. BatchNorm, GroupNorm and
+        LayerNorm all work, because their inputs are measured and not their buffers. In a model that
+        mixes them, only BatchNorm layers count, as in `from_state_dict`.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model to measure with.
+        batches : Iterable[Tensor]
+            Its inputs.
+        layers : {"all", "ends"}
+            As in `from_state_dict`.
 
         Raises
         ------
         StatisticsError
             If the model has no normalization layer, there is no data, or the moments are not finite
-            (deep models whose running statistics are still those of the start).
+            (a deep model whose running statistics are still the initial ones).
         """
         modules = dict(normalization_layers(model))
-        batchnorms: dict[str, nn.Module] = {
-            n: m for n, m in modules.items() if isinstance(m, _BatchNorm)
-        }
-        modules = batchnorms or modules
+        modules = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm)} or modules
         with collected_moments(modules) as moments, _evaluating(model), torch.no_grad():
             for batch in batches:
                 model(batch)
@@ -142,10 +142,10 @@ class NormalizationStatistics:
         return found
 
     def blurred(self, amount: float, generator: torch.Generator) -> NormalizationStatistics:
-        """With Gaussian noise of ``amount`` standard deviations of the data, channel by channel.
+        """With Gaussian noise of ``amount`` standard deviations of the data in every channel.
 
         Means move by ``amount`` * std * g and shifts by ``amount`` * abs(scale) * g; std and scale
-        are multiplied by exp(``amount`` * g), every g a standard normal draw of its own.
+        are multiplied by exp(``amount`` * g). Every g is an independent standard normal draw.
         """
         draws = torch.randn(4, len(self.mean), generator=generator)
         by_mean, by_std, by_shift, by_scale = amount * draws
@@ -163,24 +163,22 @@ class NormalizationStatistics:
 
 
 class ChannelMoments:
-    """Exact running count, mean and second moment per channel, in float64."""
+    """Running count, sum and sum of squares per channel, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.total: Tensor | None = None
-        self.total_square: Tensor | None = None
+        self.total = self.total_square = torch.zeros((), dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
         """Add rows of shape (N, C)."""
         values = values.double()
-        total, square = values.sum(0), values.square().sum(0)
-        self.count += values.shape[0]
-        self.total = total if self.total is None else self.total + total
-        self.total_square = square if self.total_square is None else self.total_square + square
+        self.count += len(values)
+        self.total = self.total + values.sum(0)
+        self.total_square = self.total_square + values.square().sum(0)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance, each (C,), float64."""
-        if self.total is None or self.total_square is None or not self.count:
+        if not self.count:
             raise StatisticsError("no data passed through the normalization layer")
         mean = self.total / self.count
         return mean, (self.total_square / self.count - mean.square()).clamp_min(0)
@@ -188,18 +186,15 @@ class ChannelMoments:
 
 @contextmanager
 def collected_moments(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, ChannelMoments]]:
-    """While open, record the per-channel input moments of the given normalization modules."""
+    """Record the per-channel input moments of normalization modules within a ``with`` block."""
     moments = {name: ChannelMoments() for name in modules}
 
-    def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         value = inputs[0].detach()
         channel_dim = -1 if isinstance(module, nn.LayerNorm) else 1
         moments[name].add(value.movedim(channel_dim, -1).reshape(-1, value.shape[channel_dim]))
 
-    handles = [
-        module.register_forward_pre_hook(lambda m, i, name=name: hook(name, m, i))
-        for name, module in modules.items()
-    ]
+    handles = [m.register_forward_pre_hook(partial(record, name)) for name, m in modules.items()]
     try:
         yield moments
     finally:
@@ -225,7 +220,7 @@ def batchnorm_prefixes(state: Mapping[str, object]) -> list[str]:
 
 
 def select_layers(names: list[str], layers: LayerChoice) -> list[str]:
-    """All names, or the first and the last."""
+    """All names, or only the first and the last."""
     return names if layers == "all" or len(names) <= 2 else [names[0], names[-1]]
 
 
@@ -239,12 +234,17 @@ def pooled_moments(means: Tensor, variances: Tensor, weights: Tensor) -> tuple[T
     means, variances : Tensor
         Shape (K, C); variances non-negative.
     weights : Tensor
-        Shape (K,), non-negative, not all zero; normalized here.
+        Shape (K,), non-negative, not all zero; need not sum to 1.
 
     Returns
     -------
     tuple[Tensor, Tensor]
         Mean and variance, each (C,), float64.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit.
     """
     if means.shape != variances.shape or means.shape[:1] != weights.shape:
         raise ValueError(
@@ -255,7 +255,7 @@ def pooled_moments(means: Tensor, variances: Tensor, weights: Tensor) -> tuple[T
     p = p / p.sum()
     mu = means.double()
     mean = p @ mu
-    # The centred form equals the textbook one and loses no digits when |mean| >> sigma.
+    # The centred form equals the textbook's but loses no digits where |mean| >> sigma.
     variance = p @ (variances.double() + (mu - mean).square())
     return mean, variance.clamp_min(0)
 

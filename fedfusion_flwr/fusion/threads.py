@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums that threads share depend on how many there are; what decides a model must not.
+"""Equal bits on any number of cores.
 
-So no sum is shared: work is done by one thread, or cut into parts of a fixed size, each of which
-one thread does.
+A sum that threads share depends on their number. So no sum is shared: work is done by one thread,
+or cut into parts of a fixed size, each done by one thread.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread in torch, BLAS and OpenMP: equal bits on any number of cores.
+    """Compute with one thread in torch, BLAS and OpenMP.
 
-    Small problems gain nothing from more threads anyway; large ones are for `side_by_side`.
+    Small problems gain nothing from more threads; for large ones there is `side_by_side`.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -36,11 +36,11 @@ def one_thread() -> Iterator[None]:
 
 
 def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
-    """Apply ``work`` to every part, on as many cores as there are; results in the parts' order.
+    """Apply ``work`` to every part, on all cores; results in the order of the parts.
 
-    To be called within `one_thread`: threads that begin there compute alone, so that a part's bits
-    do not depend on the number of cores. What is large is better written to its place in one tensor
-    than returned: small results between large temporaries leave holes in the memory, a part each.
+    Call it within `one_thread`: threads started there compute alone, so that a part's bits do not
+    depend on the number of cores. Write large results to their place in one tensor instead of
+    returning them: results between large temporaries fragment the memory.
     """
     waiting = list(parts)
     threads = min(len(waiting), os.cpu_count() or 1)
@@ -51,5 +51,5 @@ def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[
 
 
 def pieces(length: int, size: int) -> list[slice]:
-    """The range from 0 to ``length`` in slices of ``size``, the last one shorter."""
+    """Slices of ``size`` that cover the range from 0 to ``length``; the last can be shorter."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -11,88 +11,87 @@ Generative story for K clients, M virtual components and standardized statistics
 
 Posterior family: b_k by a Gumbel-softmax of encoder logits (Jang et al. 2017; Maddison et al.
 2017), v_m by a Kumaraswamy (Nalisnick & Smyth 2017), z_m by a diagonal Gaussian.
-
-Gradients are written out, see `Perceptron`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedfusion_flwr.fusion.perceptron import Floats, Perceptron, shared, shared_gradient
-from fedfusion_flwr.fusion.sticks import (
-    TINY,
-    inside,
-    kept,
-    kumaraswamy_beta_kl,
-    kumaraswamy_mean,
-    sample_kumaraswamy,
-    stick_breaking,
-    stick_breaking_gradient,
-)
+TINY = 1e-6
+"""Uniform noise and stick fractions stay this far from 0 and 1."""
 
+_EULER_GAMMA = 0.5772156649015329
+_SERIES_TERMS = 11
 _LOG_STD = (-6.0, 3.0)
 _LOG_STICK = (-4.0, 6.0)
 
 
 def sample_gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Standard Gumbel noise g = -log(-log u), u ~ Uniform(0, 1)."""
-    u = torch.rand(shape, generator=generator).clamp(TINY, 1 - TINY)
-    return -(-u.log()).log()
+    return -(-_sample_uniform(shape, generator).log()).log()
 
 
-def softmax(logits: Floats) -> Floats:
-    """Rows of logits (K, M) -> rows that sum to 1."""
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    shares: Floats = powers / powers.sum(1, keepdims=True)
-    return shares
+def sample_kumaraswamy(a: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
+    """Samples v = (1 - u^(1/c))^(1/a), u ~ Uniform(0, 1), differentiable in a and c."""
+    u = _sample_uniform(a.shape, generator)
+    return _inside(_inside(1 - u.pow(1 / c)).pow(1 / a))
 
 
-class CategoricalKl(NamedTuple):
-    """Divergences (K,), and each one's derivatives by its own logits and by log pi, (K, M)."""
-
-    value: Floats
-    by_logits: Floats
-    by_log_pi: Floats
+def kumaraswamy_mean(a: Tensor, c: Tensor) -> Tensor:
+    """E[v] = c B(1 + 1/a, c)."""
+    return c * _log_beta(1 + 1 / a, c).exp()
 
 
-def categorical_kl(logits: Floats, log_pi: Floats) -> CategoricalKl:
-    """KL(Categorical(softmax logits_k) || Categorical(pi)) per row of logits (K, M).
+def kumaraswamy_beta_kl(a: Tensor, c: Tensor, alpha: float) -> Tensor:
+    """KL(Kumaraswamy(a, c) || Beta(1, alpha)), elementwise; Nalisnick & Smyth 2017, eq. 10.
 
-    From logits, because log q is infinite where a probability q underflows.
+    The infinite series is cut after eleven terms, as the paper suggests. Its tail, which matters
+    for small c, is replaced by an integral, with B(x, c) ~ Gamma(c) (x + (c - 1) / 2)^-c for
+    large x.
     """
-    below = logits - logits.max(1, keepdims=True)
-    powers = np.exp(below)
-    sums = powers.sum(1, keepdims=True)
-    q = powers / sums
-    excess = below - np.log(sums) - log_pi
-    value = (q * excess).sum(1, keepdims=True)
-    return CategoricalKl(value[:, 0], q * (excess - value), -q)
+    value = (a - 1) / a * (-_EULER_GAMMA - torch.digamma(c) - 1 / c)
+    value = value + (a * c / alpha).log() - (c - 1) / c
+    if alpha == 1:  # the factor of the series is zero
+        return value
+    m = torch.arange(1, _SERIES_TERMS + 1).unsqueeze(1)
+    series = (_log_beta(m / a, c).exp() / (m + a * c)).sum(0)
+    start = _SERIES_TERMS + 0.5 + a * c / 2  # the shift that fits both factors
+    tail = (c * (a / start).log() + torch.lgamma(c)).exp() / c
+    return value + (alpha - 1) * c * (series + tail)
 
 
-@dataclass(frozen=True)
-class ElboTerms:
-    """The terms of one evidence lower bound, each in nats per client."""
+def stick_breaking(v: Tensor) -> Tensor:
+    """Fractions v (M-1,) in (0, 1) -> mixture (M,) that sums to 1."""
+    one = v.new_ones(1)
+    return torch.cat([v, one]) * torch.cat([one, (1 - v).cumprod(0)])
 
-    reconstruction: float
-    assignment_kl: float
-    latent_kl: float
-    stick_kl: float
 
-    def total(self, latent_kl_weight: float) -> float:
+def categorical_kl(logits: Tensor, log_pi: Tensor) -> Tensor:
+    """KL(Categorical(softmax logits_k) || Categorical(pi)) per row of logits (K, M) -> (K,).
+
+    From logits, because q log q has no finite gradient where a probability q underflows.
+    """
+    log_q = F.log_softmax(logits, -1)
+    return (log_q.exp() * (log_q - log_pi)).sum(-1)
+
+
+class ElboTerms(NamedTuple):
+    """The terms of the evidence lower bound: scalars, in nats per client."""
+
+    reconstruction: Tensor
+    assignment_kl: Tensor
+    latent_kl: Tensor
+    stick_kl: Tensor
+
+    def total(self, latent_kl_weight: float) -> Tensor:
         """Reconstruction - KL(b) - weight * KL(z) - KL(v)."""
-        return (
-            self.reconstruction
-            - self.assignment_kl
-            - latent_kl_weight * self.latent_kl
-            - self.stick_kl
-        )
+        divergence = self.assignment_kl + latent_kl_weight * self.latent_kl + self.stick_kl
+        return self.reconstruction - divergence
 
 
 class FusionVAE(nn.Module):
@@ -112,8 +111,6 @@ class FusionVAE(nn.Module):
         Concentration of the Beta(1, alpha) stick prior; small values prefer few components.
     noise_variance : float
         Observation variance of a standardized feature.
-    latent_kl_weight : float
-        Weight of the components' KL term in the gradient.
     """
 
     def __init__(
@@ -125,63 +122,43 @@ class FusionVAE(nn.Module):
         latent: int,
         alpha: float,
         noise_variance: float,
-        latent_kl_weight: float,
     ) -> None:
         super().__init__()
+        self.num_features = num_features
         self.alpha = alpha
         self.noise_variance = noise_variance
-        self.latent_kl_weight = latent_kl_weight
-        self.encoder = Perceptron(num_features, *hidden, num_components)
-        self.decoder = Perceptron(latent, *reversed(hidden), num_features)
+        self.encoder = _perceptron(num_features, *hidden, num_components)
+        self.decoder = _perceptron(latent, *reversed(hidden), num_features)
         self.component_mean = nn.Parameter(torch.randn(num_components, latent))
         self.component_log_std = nn.Parameter(torch.full((num_components, latent), -2.0))
         self.log_a = nn.Parameter(torch.zeros(num_components - 1))
         self.log_c = nn.Parameter(torch.zeros(num_components - 1))
 
-    def sticks(self) -> tuple[Floats, Floats]:
-        """The Kumaraswamy parameters a and c, each (M-1,), kept in [e^-4, e^6]."""
-        return _stick(self.log_a), _stick(self.log_c)
+    def sticks(self) -> tuple[Tensor, Tensor]:
+        """The Kumaraswamy parameters a and c, each (M-1,), in [e^-4, e^6]."""
+        return self.log_a.clamp(*_LOG_STICK).exp(), self.log_c.clamp(*_LOG_STICK).exp()
 
     def mixture(self) -> Tensor:
         """Posterior mean of pi, shape (M,); the sticks are independent, so their means multiply."""
-        return torch.as_tensor(stick_breaking(inside(kumaraswamy_mean(*self.sticks()))))
+        return stick_breaking(_inside(kumaraswamy_mean(*self.sticks())))
 
     def assignments(self, x: Tensor) -> Tensor:
         """q(b | x), shape (K, M), without noise."""
-        return F.softmax(self.encoder(x), dim=-1)
+        return F.softmax(self.encoder(x), -1)
 
     def component_features(self) -> Tensor:
         """Every component's own decoded statistics, shape (M, D), standardized units."""
         decoded: Tensor = self.decoder(self.component_mean)
         return decoded
 
-    def partition_gradient(self, x: Tensor, labels: Tensor, centers: Tensor) -> None:
-        """Set the gradient of a hard partition's loss, of the parameters it depends on.
+    def partition_loss(self, x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+        """How far the network is from a partition of clients x (K, D) into G groups, G at most M.
 
-        The loss is the encoder's cross entropy, mean over clients, plus the mean squared distance
-        of the first components' decoded statistics from the groups' centres.
-
-        Parameters
-        ----------
-        x : Tensor
-            Standardized statistics (K, D).
-        labels : Tensor
-            Group of every client, (K,), int64, below G.
-        centers : Tensor
-            Mean of every group's statistics, (G, D), G at most M.
+        Mean cross entropy of the encoder against the clients' labels (K,), plus mean squared
+        distance of the first G components' decoded statistics from the groups' centres (G, D).
         """
-        encoded = self.encoder.trace(x.numpy())
-        by_logits = softmax(encoded[-1])
-        by_logits[np.arange(len(x)), labels.numpy()] -= 1
-        self.encoder.backward(encoded, by_logits / len(x))
-
-        groups = slice(len(centers))
-        decoded = self.decoder.trace(shared(self.component_mean)[groups])
-        by_decoded = (decoded[-1] - centers.numpy()) * (2 / centers.numel())
-        by_sums = self.decoder.backward(decoded, by_decoded)
-        by_mean = shared_gradient(self.component_mean)
-        by_mean[:] = 0
-        by_mean[groups] = self.decoder.by_input(by_sums)
+        decoded = self.decoder(self.component_mean[: len(centers)])
+        return F.cross_entropy(self.encoder(x), labels) + F.mse_loss(decoded, centers)
 
     def elbo(
         self,
@@ -191,7 +168,7 @@ class FusionVAE(nn.Module):
         generator: torch.Generator,
         clients: int | None = None,
     ) -> ElboTerms:
-        """One-sample estimate of the evidence lower bound; sets the gradient of its negative.
+        """One-sample estimate of the evidence lower bound.
 
         Parameters
         ----------
@@ -204,66 +181,46 @@ class FusionVAE(nn.Module):
         generator : torch.Generator
             Source of all noise.
         clients : int, optional
-            How many clients these stand for, who share the divergences of components and sticks;
-            K unless given.
+            Number of clients that these are a sample of, who share the divergences of components
+            and sticks; K by default.
         """
-        statistics = x.numpy()
-        weight = weights.numpy()[:, None] / len(x)
-        share = 1 / (clients or len(x))
-        mean, log_std = shared(self.component_mean), shared(self.component_log_std)
-        kept_log_std = kept(log_std, *_LOG_STD)
-        std = np.exp(kept_log_std)
+        logits = self.encoder(x)
+        b = F.softmax((logits + sample_gumbel(logits.shape, generator)) / temperature, -1)
+        mean, log_std = self.component_mean, self.component_log_std.clamp(*_LOG_STD)
+        std = log_std.exp()
+        z = mean + std * torch.randn(std.shape, generator=generator)
+        squared_error = (x - self.decoder(b @ z)).square().sum(-1)
 
-        encoded = self.encoder.trace(statistics)
-        logits = encoded[-1]
-        b = softmax((logits + sample_gumbel(logits.shape, generator).numpy()) / temperature)
-        noise = std * torch.randn(std.shape, generator=generator).numpy()
-        z = mean + noise
-        decoded = self.decoder.trace(b @ z)
-        error = decoded[-1] - statistics
-
-        # Reconstruction.
-        by_sums = self.decoder.backward(decoded, error * (weight / self.noise_variance))
-        by_latent = self.decoder.by_input(by_sums)
-        by_z = b.T @ by_latent
-        by_b = b * (by_latent @ z.T)
-        by_logits = (by_b - b * by_b.sum(1, keepdims=True)) / temperature
-
-        # Assignments.
         a, c = self.sticks()
-        v = sample_kumaraswamy(a, c, generator)
-        pi = stick_breaking(v.value)
-        assignment_kl = categorical_kl(logits, np.log(np.maximum(pi, TINY)).astype(logits.dtype))
-        self.encoder.backward(encoded, by_logits + weight * assignment_kl.by_logits)
+        pi = stick_breaking(sample_kumaraswamy(a, c, generator))
+        assignment_kl = categorical_kl(logits, pi.clamp_min(TINY).log())
+        latent_kl = (mean.square() + std.square() - 1 - 2 * log_std).sum() / 2
+        stick_kl = kumaraswamy_beta_kl(a, c, self.alpha).sum()
 
-        # Components.
-        kl_weight = share * self.latent_kl_weight
-        variance = std * std
-        by_log_std = (by_z * noise + kl_weight * (variance - 1)) * (kept_log_std == log_std)
-        shared_gradient(self.component_mean)[:] = by_z + kl_weight * mean
-        shared_gradient(self.component_log_std)[:] = by_log_std
-
-        # Sticks.
-        by_log_pi = (weight * assignment_kl.by_log_pi).sum(0) * (pi >= TINY)
-        by_v = stick_breaking_gradient(v.value, by_log_pi)
-        kl = kumaraswamy_beta_kl(a, c, self.alpha)
-        _set_gradient(self.log_a, (by_v * v.by_a + share * kl.by_a) * a)
-        _set_gradient(self.log_c, (by_v * v.by_c + share * kl.by_c) * c)
-
-        latent_kl = (mean * mean + variance - 1 - 2 * kept_log_std).sum() / 2
+        clients = clients or len(x)
         return ElboTerms(
-            reconstruction=-float((weight * error * error).sum()) / (2 * self.noise_variance),
-            assignment_kl=float(weight[:, 0] @ assignment_kl.value),
-            latent_kl=share * float(latent_kl),
-            stick_kl=share * float(kl.value.sum()),
+            reconstruction=-(weights @ squared_error) / (2 * self.noise_variance * len(x)),
+            assignment_kl=weights @ assignment_kl / len(x),
+            latent_kl=latent_kl / clients,
+            stick_kl=stick_kl / clients,
         )
 
 
-def _stick(log_stick: nn.Parameter) -> Floats:
-    return np.exp(kept(shared(log_stick), *_LOG_STICK).astype(np.float64))
+def _perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
-def _set_gradient(log_stick: nn.Parameter, by_log_stick: Floats) -> None:
-    """Beyond its bounds a parameter changes nothing."""
-    values = shared(log_stick)
-    shared_gradient(log_stick)[:] = by_log_stick * (kept(values, *_LOG_STICK) == values)
+def _sample_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return _inside(torch.rand(shape, generator=generator))
+
+
+def _inside(values: Tensor) -> Tensor:
+    return values.clamp(TINY, 1 - TINY)
+
+
+def _log_beta(x: Tensor, y: Tensor) -> Tensor:
+    return torch.lgamma(x) + torch.lgamma(y) - torch.lgamma(x + y)

@@ -16,6 +16,7 @@ from fedfusion_flwr.models.entry import DataShape, ModelEntry, ModelError
 from fedfusion_flwr.models.lenet import LeNet
 from fedfusion_flwr.models.normalization import Normalization, convert_normalization
 from fedfusion_flwr.models.small_image import densenet121, mobilenetv2, resnet18
+from fedfusion_flwr.randomness import derived_seed
 
 __all__ = [
     "MODELS",
@@ -103,8 +104,12 @@ def shape_of(data: FederatedData) -> DataShape:
     return DataShape(data.input_shape, data.num_classes, len(data.vocabulary))
 
 
-def model_for(config: RunConfig, data: FederatedData, seed: int) -> nn.Module:
-    """The model that a run config names, for the given data."""
+def model_for(config: RunConfig, data: FederatedData, number: int = 0) -> nn.Module:
+    """The untrained model that a run config names, for the given data.
+
+    Number 0 is the global model of the config's seed; every other number differs in its weights.
+    """
+    seed = derived_seed(config.seed, "initial-model", number)
     return build_model(
         config.model,
         data.input_shape,

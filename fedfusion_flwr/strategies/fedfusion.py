@@ -45,7 +45,7 @@ from fedfusion_flwr.fusion import (
 from fedfusion_flwr.fusion.absent import AbsentComponents
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes, normalization_layers
 from fedfusion_flwr.models import ModelError
-from fedfusion_flwr.randomness import numpy_generator
+from fedfusion_flwr.randomness import derived_seed, numpy_generator
 
 
 @dataclass
@@ -139,8 +139,8 @@ class FedFusion(FederatedStrategy):
     absent: Absent = choice(Absent, "drop")
     assignment_smoothing: float = checked(0.5, DECAY)
     vae_step: int = checked(1, at_least(1))
-    vae_steps: int = checked(150, at_least(1))
-    vae_refit_steps: int = checked(30, at_least(1))
+    vae_steps: int = checked(60, at_least(1))
+    vae_refit_steps: int = checked(5, at_least(1))
     vae_learning_rate: float = checked(3e-3, RATE)
     inference: DistributionInference | None = None
     state: FedFusionState = field(init=False)
@@ -149,7 +149,7 @@ class FedFusion(FederatedStrategy):
         """Nothing is known of anybody."""
         inference = self.inference or DistributionInference(
             self.num_components,
-            self.seed,
+            derived_seed(self.seed, "inference"),
             steps=self.vae_steps,
             refit_steps=self.vae_refit_steps,
             learning_rate=self.vae_learning_rate,

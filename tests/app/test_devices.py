@@ -69,7 +69,7 @@ def ask(
     config: dict[str, Any], node: dict[str, Any], *, kind: str = "train", **sent: Any
 ) -> Message:
     typed = RunConfig.from_run_config(config)
-    model = model_for(typed, data_for(typed), seed=0)
+    model = model_for(typed, data_for(typed))
     grid = InProcessGrid(app, 0, config)
     node_id = grid.add_node(node)
     content = RecordDict(

@@ -112,7 +112,7 @@ def test_the_bare_loop_takes_as_many_gradient_steps_as_our_client(tmp_path: Path
     work.write_pictures(tmp_path)
     config = RunConfig.from_run_config(work.config(tmp_path))
     share = local_data(config, 0)
-    model = model_for(config, data_for(config), seed=0)
+    model = model_for(config, data_for(config))
     steps = []
     model.register_forward_pre_hook(lambda *_: steps.append(1))
     bare_loop(model, model, share.x, share.y, "fp32")

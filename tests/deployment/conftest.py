@@ -8,6 +8,6 @@ from tests.deployment.harness import Deployment
 
 @pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """A SuperLink and three SuperNodes, TLS and authentication on, shared by the tests."""
+    """A SuperLink and three SuperNodes with TLS and authentication, shared by the tests."""
     with Deployment(tmp_path_factory.mktemp("deployment")) as deployment:
         yield deployment

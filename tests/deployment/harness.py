@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fault tests do to a federation of real processes, and read of its runs."""
+"""A federation of real processes for the fault tests, and what its runs write."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from scripts.local_federation import APP, LocalFederation, Value, is_accepted
-from scripts.processes import FederationError
+from scripts.programs import FederationError
 
 PATIENCE = 600.0
-"""Seconds for what takes seconds on an idle machine; not a measurement."""
+"""Seconds to wait for what takes a few on an idle machine."""
 
 RETURN_TIMEOUT = 180.0
-"""Flower holds a vanished node for online for up to 60 s, and lets it in only after that."""
+"""Seconds; for up to 60 s Flower takes a vanished node for online and refuses its return."""
 
 CONFIG: dict[str, Value] = {
     "num-clients": 3,
@@ -28,18 +28,18 @@ CONFIG: dict[str, Value] = {
 
 
 class Run:
-    """One run: its id, and what it has written so far."""
+    """A run: its id and what it has written so far."""
 
     def __init__(self, run_id: str, directory: Path) -> None:
         self.run_id = run_id
         self.directory = directory
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rounds after round 0, which is the untrained model's."""
+        """Rows of all rounds but round 0, which tests the untrained model."""
         return [row for row in self._rows("metrics.jsonl") if row["round"] > 0]
 
     def clients(self, server_round: int) -> dict[int | None, str]:
-        """What became of each client's reply in a round: ``ok`` or why it was dropped."""
+        """Each client's reply in a round: ``ok`` or why it was dropped."""
         rows = [row for row in self._rows("clients.jsonl") if row["round"] == server_round]
         return {row.get("client"): row.get("dropped", "ok") for row in rows}
 
@@ -51,7 +51,7 @@ class Run:
 
 
 class Deployment(LocalFederation):
-    """A federation whose runs lie in its folder, and that can be brought back to health."""
+    """A federation with its runs in its folder; `heal` restarts what a test has stopped."""
 
     _count = itertools.count(1)
 
@@ -63,7 +63,7 @@ class Deployment(LocalFederation):
         return Run(run_id, directory)
 
     def finish(self, run: Run) -> str:
-        """Wait for a run's end; returns its status."""
+        """Wait for a run's end; return its status."""
         return self.wait_for_run(run.run_id, PATIENCE)[0]
 
     def wait_for_round(self, run: Run, number: int) -> None:
@@ -73,7 +73,7 @@ class Deployment(LocalFederation):
         )
 
     def trainings(self, number: int) -> int:
-        """Train messages that a SuperNode has received since it was started."""
+        """Count the train messages that a SuperNode has received since its start."""
         return self.supernodes[number].output().count("Receiving: train message")
 
     def wait_for_training(self, number: int, count: int) -> None:
@@ -82,7 +82,7 @@ class Deployment(LocalFederation):
         self.wait_until(lambda: self.trainings(number) >= count, PATIENCE, what)
 
     def bring_back(self, number: int) -> int:
-        """Start a SuperNode as a supervisor would, again and again; returns the refusals."""
+        """Start a SuperNode until it is let in, as a supervisor would; return the refusals."""
         deadline = time.monotonic() + RETURN_TIMEOUT
         for refusals in itertools.count():
             self.start_supernode(number)
@@ -93,10 +93,10 @@ class Deployment(LocalFederation):
                 self.supernodes[number] = program
                 return refusals
             if time.monotonic() > deadline:
-                raise FederationError(f"SuperNode {number} is not let in:\n{program.tail()}")
+                raise FederationError(f"SuperNode {number} is still refused:\n{program.tail()}")
         raise AssertionError("unreachable")
 
     def heal(self) -> None:
-        """Start what a test before this one has ended."""
+        """Start the SuperNodes that an earlier test has stopped."""
         for number in set(range(self.num_supernodes)) - set(self.supernodes):
             self.bring_back(number)

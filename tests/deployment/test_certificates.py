@@ -23,7 +23,7 @@ from scripts.certificates import (
 
 
 def shake_hands(server: ServerCertificate, authority: Path, name: str) -> None:
-    """A TLS handshake, checked as Python 3.13 does by default."""
+    """Make a TLS handshake, with the checks that are Python 3.13's default."""
     server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_context.load_cert_chain(server.certificate, server.key)
     client_context = ssl.create_default_context(cafile=authority)

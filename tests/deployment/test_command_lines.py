@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands in docs/deploy.md and deploy/ against the real programs and formats."""
+"""Commands in docs/deploy.md and deploy/ fit the real programs and formats."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unit_command(unit: Path) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every command line of Flower's that the project tells anybody to type, or types itself."""
+    """Every Flower command in the guide, the units and the compose file."""
     lines = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
     inline = re.findall(r"`((?:flwr|flower-\w+) [^`]*--[^`]*)`", GUIDE)
     lines += [shlex.split(text) for text in inline]

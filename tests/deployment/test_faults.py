@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a federation of real processes survives. See docs/deploy.md, which promises it."""
+"""Faults that a federation of real processes survives, as docs/deploy.md promises."""
 
 from __future__ import annotations
 
-import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from scripts.local_federation import APP
-from scripts.processes import stop
+from scripts.programs import stop
 from tests.deployment.harness import PATIENCE, Deployment
+from tests.engine.harness import copy_of_app
 
 pytestmark = [
     pytest.mark.engine,
@@ -32,12 +31,7 @@ def healthy(deployment: Deployment) -> Deployment:
 @pytest.fixture(scope="module")
 def hanging_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the app in which the client of partition 2 never ends its training."""
-    app = tmp_path_factory.mktemp("hanging") / "app"
-    app.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "server_app.py"):
-        shutil.copy(APP / name, app / name)
-    skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(APP / "fedfusion_flwr", app / "fedfusion_flwr", ignore=skip)
+    app = copy_of_app(tmp_path_factory.mktemp("hanging"))
     (app / "client_app.py").write_text(HANGING_CLIENT_APP, encoding="utf-8")
     return app
 
@@ -67,17 +61,17 @@ def test_a_killed_supernode_costs_its_reply_and_may_return(healthy: Deployment) 
     healthy.wait_for_round(run, 1)
     healthy.wait_for_training(1, 2)
     healthy.kill_supernode(1)
-    # The SuperLink takes it for online until its heartbeats are overdue, and refuses it until then.
+    # Until its heartbeats are overdue the SuperLink takes it for online and refuses it.
     assert healthy.bring_back(1) > 0
     assert healthy.finish(run) == "finished:completed"
     valid = [row["replies-valid"] for row in run.metrics()]
-    # In the round in which it was killed, or in the next if it had answered a moment before.
+    # The round in which it was killed, or the next one if it had just answered.
     lost = [number for number, count in enumerate(valid, start=1) if count == 2]
     assert lost in ([2], [3], [2, 3])
     assert run.clients(1) == run.clients(4) == ALL
     for server_round in lost:
         answers = run.clients(server_round)
-        # Missing where it was asked; in the next round it may still be away, and is not asked.
+        # Missing in the round that asked it; the next round may not ask it at all.
         assert answers[0] == answers[2] == "ok" != answers.get(1)
     assert run.clients(lost[0]).get(1) == "missing"
 
@@ -114,7 +108,7 @@ def test_a_hanging_client_is_given_up_after_the_round_timeout(
     assert run.clients(1) == {0: "ok", 1: "ok", 2: "missing"}
     seconds = run.metrics()[0]["seconds"]
     assert seconds["train"] + seconds["transfer"] == pytest.approx(timeout, rel=0.2)
-    # One message at a time: its SuperNode would wait for that ClientApp in later runs too.
+    # Its SuperNode would wait for the hanging ClientApp in later runs too.
     healthy.kill_supernode(2)
 
 
@@ -126,7 +120,7 @@ def test_a_superlink_that_restarts_with_its_database_keeps_the_federation(
     healthy.wait_for_round(interrupted, 1)
     healthy.kill_superlink()
     healthy.start_superlink()
-    # The ServerApp died with its SuperLink; its lease runs out, and the run has failed.
+    # The ServerApp died with its SuperLink: its lease runs out and the run fails.
     assert healthy.finish(interrupted) == "finished:failed"
     assert 1 <= len(interrupted.metrics()) < 20
     assert (interrupted.directory / "best_model.safetensors").exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/local-federation: a run, and that nothing is left behind whatever happens."""
+"""scripts/local-federation makes a run and leaves nothing behind, whatever happens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts import launcher
 from scripts.local_federation import LocalFederation
-from scripts.processes import HOST, MARK, FederationError, Program, kill_marked, marked, stop
+from scripts.programs import HOST, MARK, FederationError, Program, kill_marked, marked, stop
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "local-federation"
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
@@ -64,7 +66,7 @@ def test_one_command_runs_a_federation_and_leaves_nothing(tmp_path: Path) -> Non
     rows = [json.loads(line) for line in (output / "clients.jsonl").read_text().splitlines()]
     assert [(row["round"], row["partition"]) for row in rows] == [(1, 0), (1, 1)]
     assert not any("dropped" in row for row in rows)
-    # Not all of the folder: torch leaves an empty cache folder where TMPDIR is.
+    # torch leaves an empty cache folder in TMPDIR.
     assert list(tmp_path.glob("local-federation-*")) == []
     folder = re.search(r"Work folder: (\S+)", said)
     assert folder is not None
@@ -98,22 +100,32 @@ def test_early_death_is_one_message_with_the_end_of_the_log(
     with pytest.raises(FederationError) as caught, federation:
         pytest.fail("the federation started on a port that is taken")
     text = str(caught.value)
-    assert "superlink ended unasked with exit code" in text
+    assert "superlink ended unexpectedly with exit code" in text
     assert str(tmp_path / "superlink.log") in text
     assert "address already in use" in text
     assert marked(str(tmp_path)) == []
 
 
-def test_bad_run_config_and_full_work_folder_are_refused(tmp_path: Path) -> None:
-    for arguments, message in (
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (("--run-config", "a=b=c"), "--run-config: The provided configuration string"),
         (("--workdir", str(SCRIPT.parent)), "is not empty; name a new folder"),
-    ):
-        script = start_script(*arguments, folder=tmp_path)
-        said, _ = script.communicate(timeout=120)
-        assert script.returncode == 1
-        assert message in said
-        assert list(tmp_path.iterdir()) == []
+    ],
+)
+def test_bad_run_config_and_full_work_folder_are_refused(
+    arguments: tuple[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # pytest keeps its own signal handlers.
+    monkeypatch.setattr(launcher, "SIGNALS", ())
+    assert launcher.main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("halted", [False, True])
@@ -130,7 +142,7 @@ def test_stop_ends_programs_that_do_not_listen(tmp_path: Path, halted: bool) -> 
 def test_programs_that_left_their_group_are_found_and_ended(tmp_path: Path) -> None:
     environment = {**os.environ, MARK: str(tmp_path)}
     child = subprocess.Popen(SLEEPER, env=environment, stdout=subprocess.DEVNULL)
-    # Somebody has to take note of its end, or it stays as a zombie.
+    # Without a wait it would stay as a zombie.
     threading.Thread(target=child.wait, daemon=True).start()
     assert marked(str(tmp_path)) == [child.pid]
     assert marked(str(tmp_path / "other")) == []

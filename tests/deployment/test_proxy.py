@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deploy/nginx.conf: SuperNodes come through, nothing else does."""
+"""deploy/nginx.conf lets SuperNodes through and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scripts.local_federation import START_TIMEOUT, LocalFederation
-from scripts.processes import HOST, Program, free_port, stop
+from scripts.programs import HOST, Program, free_port, stop
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 
@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[LocalFederation]:
-    """A SuperLink with one registered key, and no SuperNode yet."""
+    """A SuperLink with one registered key and no SuperNode."""
     with LocalFederation(tmp_path, num_supernodes=0) as federation:
         federation.register(0)
         yield federation
@@ -33,7 +33,7 @@ def federation(tmp_path: Path) -> Iterator[LocalFederation]:
 
 @pytest.fixture
 def proxy(federation: LocalFederation) -> Iterator[int]:
-    """The port of an nginx with the project's configuration, moved to this machine."""
+    """Port of an nginx with the project's configuration, adapted to this machine."""
     port = free_port()
     server = CONFIG.read_text(encoding="utf-8")
     for there, here in (
@@ -92,7 +92,7 @@ def test_a_supernode_comes_through_and_control_does_not(
         "//v1/control/start-run",
     ):
         assert status(federation, proxy, path) == 403, path
-    # Straight to the SuperLink they are there, and ask for no login.
+    # The SuperLink itself answers, and asks for no login.
     assert status(federation, federation.port, "/v1/control/start-run") not in (401, 403, 404)
 
     federation.address = f"{HOST}:{proxy}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/security.md says about Flower's privacy tools is so."""
+"""Statements in docs/security.md about Flower's privacy tools hold."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_local_differential_privacy_makes_an_error_of_every_reply() -> None:
         return mod(message, context, app)
 
     config = RunConfig()
-    model = model_for(config, data_for(config), seed=0)
+    model = model_for(config, data_for(config))
     content = RecordDict(
         {
             protocol.ARRAYS: protocol.record_from_state(model.state_dict()),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of the README and of docs/defaults.md are those of committed rows; keys exist."""
+"""Numbers in the README and docs/defaults.md match committed rows; keys exist."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from tests.engine.harness import Engine
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Flower's own engine with a home, ports and a SuperLink of its own."""
+    """Flower's engine with its own home, ports and SuperLink, so that workers do not meet."""
     engine = Engine(tmp_path_factory.mktemp("engine"))
     try:
         yield engine

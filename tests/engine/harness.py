@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts real `flwr run`s, apart from any SuperLink that the user may have running."""
+"""Starts real `flwr run`s on a SuperLink of our own, beside any that the user has running."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class EngineRun:
-    """One finished run: the status that Flower keeps of it, its log and its artifacts."""
+    """One finished run: Flower's status of it, its log and its artifacts."""
 
     status: str
     details: str
@@ -41,23 +41,35 @@ class EngineRun:
         assert found, self.log[-3000:]
         return found.group(1)
 
+    def part(self, folder: str) -> EngineRun:
+        """The run in a folder of the run directory, if the app made several runs."""
+        directory = self.directory / folder
+        # A run names its directory before it starts and after its end.
+        log = re.split(rf"Run directory: {re.escape(str(directory))}\s", self.log)[1]
+        return EngineRun(self.status, self.details, log, directory)
+
     def _rows(self, name: str) -> list[dict[str, Any]]:
         text = (self.directory / name).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
 
 class Engine:
-    """`flwr run` against a SuperLink of our own."""
+    """`flwr run` against a SuperLink of our own.
+
+    A run takes some 40 seconds of CPU time before its first round, mostly for imports: 10 for the
+    server, 8 for each actor, 10 for Ray. So runs have one actor, and tests share runs.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.home = folder / "flwr-home"
+        self.app = copy_of_app(folder)
         self.count = 0
         self.orphans: set[int] = set()
         first, second = _free_ports(2)
         self.environment = {
             **os.environ,
-            # flwr looks its other programs up by name, also where the environment is not activated.
+            # Flower finds its other programs by name, even if no environment is active.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(self.home),
             "FEDFUSION_CACHE": str(folder / "cache"),
@@ -71,27 +83,27 @@ class Engine:
         self,
         config: dict[str, Any],
         *,
-        app: Path = ROOT,
+        app: Path | None = None,
         supernodes: int = 10,
-        cpus_per_client: int = 1,
+        actors: int = 1,
     ) -> EngineRun:
-        """Run the app to its end; the run directory is a fresh one."""
+        """Run an app, ours by default, to its end in a new run directory."""
         self.count += 1
         directory = self.folder / f"run-{self.count}"
         overrides = {"output-dir": str(directory), **config}
         log = self._flwr(
             "run",
-            str(app),
+            str(app or self.app),
             "--stream",
             "--federation-config",
-            f"num-supernodes={supernodes} client-resources-num-cpus={cpus_per_client}",
+            f"num-supernodes={supernodes} client-resources-num-cpus=1 init-args-num-cpus={actors}",
             "--run-config",
             " ".join(f"{key}={json.dumps(value)}" for key, value in overrides.items()),
         )
         started = re.search(r"started run (\d+)", log)
         assert started, log
         status, details = self._status(started.group(1))
-        return EngineRun(status, details, log, directory)
+        return EngineRun(status, details, log, Path(str(overrides["output-dir"])))
 
     def _status(self, run_id: str) -> tuple[str, str]:
         for _ in range(60):
@@ -102,10 +114,9 @@ class Engine:
             time.sleep(0.5)
         raise AssertionError(f"run {run_id} did not finish: {run}")
 
-    def _flwr(self, command: str, *arguments: str) -> str:
-        flwr = Path(sys.executable).with_name("flwr")
+    def _flwr(self, *arguments: str) -> str:
         done = subprocess.run(
-            [str(flwr), command, *arguments],
+            [str(Path(sys.executable).with_name("flwr")), *arguments],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -120,12 +131,12 @@ class Engine:
         """SIGKILL the process of the run in progress, in which the ServerApp is."""
         port = self.environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
         (server,) = _pgrep("-f", rf"flwr-simulation .*127\.0\.0\.1:{port}\b")
-        # Ray's: some of them do not notice.
+        # Some of Ray's processes do not notice that it is gone.
         self.orphans |= _descendants(server)
         os.kill(server, signal.SIGKILL)
 
     def stop(self) -> None:
-        """End the SuperLink that the first run started, and orphans: nobody else does."""
+        """End the SuperLink that the first run started, and orphans; nothing else does."""
         for pid in self.orphans & set(_pgrep("-f", "/ray/")):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -134,7 +145,7 @@ class Engine:
 
 
 def copy_of_app(folder: Path) -> Path:
-    """The app's sources in ``folder / "app"``, to put modules of one's own beside."""
+    """Copy the app's sources to ``folder / "app"``: without tests, results and environments."""
     app = folder / "app"
     app.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "client_app.py", "server_app.py"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deep models, and one of one's own, through `flwr run` on image files."""
+"""The deep models through `flwr run` on image files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fedfusion_flwr.models import build_model
-from tests.engine.harness import ROOT, Engine, EngineRun, copy_of_app
+from tests.engine.harness import ROOT, Engine, EngineRun
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 CLIENTS = 4
 CONFIG: dict[str, Any] = {
@@ -64,13 +64,7 @@ def check(done: EngineRun, channels: int) -> None:
         assert fusion["components"].shape[2] == 4 * channels
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mobilenetv2",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("densenet121", "resnet18")),
-    ],
-)
+@pytest.mark.parametrize("name", sorted(CHANNELS))
 def test_deep_models_run_on_an_image_folder(engine: Engine, pictures: Path, name: str) -> None:
     config = {**CONFIG, "data-root": str(pictures), "model": name}
     done = engine.run(config, supernodes=CLIENTS)
@@ -91,7 +85,6 @@ IN_OTHER_WAYS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not cifar_zip().exists(), reason="no cifar10-images.zip in FEDFUSION_SHARED_DATA"
 )
@@ -114,32 +107,3 @@ def test_cifar_10(engine: Engine, tmp_path: Path, name: str) -> None:
         **IN_OTHER_WAYS.get(name, {}),
     }
     check(engine.run(config, supernodes=CLIENTS), CHANNELS[name])
-
-
-NETS = """
-from torch import nn
-
-
-def shallow(shape):
-    channels, height, width = shape.image
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(channels * height * width, 12),
-        nn.BatchNorm1d(12),
-        nn.ReLU(),
-        nn.Linear(12, shape.num_classes),
-    )
-"""
-
-
-@pytest.mark.slow
-def test_a_model_beside_the_app_goes_into_the_bundle(
-    engine: Engine, pictures: Path, tmp_path: Path
-) -> None:
-    app = copy_of_app(tmp_path)
-    (app / "my_nets.py").write_text(NETS, encoding="utf-8")
-    config = {**CONFIG, "data-root": str(pictures), "model": "my_nets:shallow"}
-    check(engine.run(config, app=app, supernodes=CLIENTS), 12)
-    refused = engine.run({**config, "normalization": "group"}, app=app, supernodes=CLIENTS)
-    assert refused.status == "finished:failed"
-    assert "model = 'my_nets:shallow' with normalization = 'group' has no BatchNorm" in refused.log

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LeNet on Fashion-MNIST's own files through `flwr run`: generated ones, and the real 60,000."""
+"""LeNet on files in Fashion-MNIST's format through `flwr run`: generated and the real 60,000."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.data.files import idx_bytes
 from tests.engine.harness import Engine, EngineRun
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 CLIENTS = 4
 CONFIG: dict[str, Any] = {
@@ -26,7 +26,7 @@ REAL = Path(os.environ.get("FEDFUSION_FASHION_MNIST", "/usr/share/datasets/fashi
 
 
 def write_stripes(folder: Path) -> None:
-    """Pictures of 28x28 pixels in which class c is a bright stripe at rows 2c and 2c + 1."""
+    """Write images of 28x28 pixels; those of class c have a bright stripe at rows 2c and 2c + 1."""
     generator = np.random.default_rng(0)
     for prefix, count in (("train", 800), ("t10k", 100)):
         labels = np.arange(count) % 10
@@ -47,20 +47,18 @@ def check(done: EngineRun, least: float) -> None:
     )
 
 
-@pytest.mark.slow
 def test_generated_pictures_learn(engine: Engine, tmp_path: Path) -> None:
     write_stripes(tmp_path)
     config = {**CONFIG, "data-root": str(tmp_path), "batch-size": 8}
     check(engine.run(config, supernodes=CLIENTS), 0.5)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (REAL / "train-images-idx3-ubyte.gz").exists(),
     reason="no Fashion-MNIST: install Debian's package or set FEDFUSION_FASHION_MNIST",
 )
 def test_the_real_sixty_thousand(engine: Engine) -> None:
-    """All are there; nine tenths are held out, so that a tenth is trained."""
+    """All are read; nine tenths are held out, so that a tenth is trained."""
     config = {**CONFIG, "data-root": str(REAL), "validation-fraction": 0.9}
     done = engine.run(config, supernodes=CLIENTS)
     check(done, 0.5)

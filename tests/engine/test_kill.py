@@ -33,7 +33,7 @@ ROUNDS = 20
 
 @contextmanager
 def killed_in_round(engine: Engine, folder: Path, after_round: int, delay: float) -> Iterator[None]:
-    """While open, wait for the end of a round and a moment more, and kill the server."""
+    """While open: wait for the end of a round and ``delay`` seconds, then kill the server."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -65,7 +65,7 @@ def test_killed_at_random_and_the_same_in_the_end(
         "num-server-rounds": ROUNDS,
         "strategy": strategy,
     }
-    # In process, which tests/engine/test_flwr_run.py shows to be the same run.
+    # In process, which tests/engine/test_flwr_run.py shows to be the same.
     whole = run_in_process({**config, "output-dir": str(tmp_path / "whole")})
     cut = tmp_path / "cut"
     generator = np.random.default_rng([9, len(strategy)])

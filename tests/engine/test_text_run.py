@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tweets through `flwr run`, Ray and all."""
+"""Tweets through `flwr run`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.data.tweets import REAL, needs_real, toy_rows, write_tweets
 from tests.engine.harness import Engine, EngineRun
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 CONFIG: dict[str, Any] = {
     "dataset": "sentiment140",
@@ -41,12 +41,11 @@ def test_generated_tweets_by_user(engine: Engine, tmp_path: Path) -> None:
     assert finished.metrics()[2]["global-accuracy"] > 0.95
 
 
-@pytest.mark.slow
 @needs_real
 def test_real_tweets(engine: Engine, tmp_path: Path) -> None:
     with gzip.open(REAL, "rt", encoding="latin-1", newline="") as file:
         tweets = write_tweets(tmp_path / "tweets.csv", islice(csv.reader(file), 3000))
     keys = {"batch-size": 32, "vocabulary-size": 3000, "local-epochs": 3}
     finished = run_tweets(engine, tweets, partition="iid", **keys)
-    # Of 300 held out, so that guessing stays below 0.6 by three standard deviations.
+    # 300 are held out: guessing stays below 0.6 by three standard deviations.
     assert finished.metrics()[2]["global-accuracy"] > 0.6

@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from torch import Tensor
 
 from fedfusion_flwr.fusion.absent import AbsentComponents
-
-State = dict[str, Tensor]
-
-
-def f64(*values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+from tests.fusion.tensors import State, f64, values
 
 
 def model(weight: float, mean: float, batches: int = 0) -> State:
@@ -21,10 +16,6 @@ def model(weight: float, mean: float, batches: int = 0) -> State:
         "n.running_mean": torch.tensor([mean]),
         "n.num_batches_tracked": torch.tensor(batches),
     }
-
-
-def values(state: State) -> dict[str, object]:
-    return {key: value.squeeze().item() for key, value in state.items()}
 
 
 def after_one_round() -> AbsentComponents:
@@ -56,18 +47,23 @@ def test_an_absent_component_repeats_its_step_from_the_current_model() -> None:
     assert weights == [0.5]
 
 
-def test_present_components_and_ones_never_seen_have_no_ghost() -> None:
-    """Components 0 and 1 are present; component 2 never was, whatever the mixture says of it."""
-    ghosts, weights = after_one_round().recall(
-        f64([0.5, 0.5, 0]), f64(0.2, 0.2, 0.6), model(0.0, 0.0)
-    )
-    assert ghosts == []
-    assert weights == []
-
-
-def test_a_component_without_a_place_in_the_mixture_has_no_ghost() -> None:
-    ghosts, _ = after_one_round().recall(f64([0, 1, 0]), f64(0, 1, 0), model(0.0, 0.0))
-    assert ghosts == []
+@pytest.mark.parametrize(
+    ("present", "mixture", "steps", "weights"),
+    [
+        # all that ever were are present, whatever the mixture says of the third
+        ([0.5, 0.5, 0], (0.2, 0.2, 0.6), [], []),
+        # no place in the mixture
+        ([0, 1, 0], (0, 1, 0), [], []),
+        # two, in the order of the components
+        ([0, 0, 1], (0.3, 0.2, 0.5), [5.0, -1.0], [0.3, 0.2]),
+    ],
+)
+def test_ghosts_are_of_absent_components_that_the_mixture_has_a_place_for(
+    present: list[float], mixture: tuple[float, ...], steps: list[float], weights: list[float]
+) -> None:
+    ghosts, found = after_one_round().recall(f64(present), f64(*mixture), model(0.0, 0.0))
+    assert [values(ghost)["w"] for ghost in ghosts] == steps
+    assert found == weights
 
 
 def test_a_trace_counts_as_absent() -> None:
@@ -80,12 +76,6 @@ def test_a_trace_counts_as_absent() -> None:
     absent.remember([model(300.0, 0.0)], b, f64(8), current)
     assert values(absent.last[0])["w"] == 5.0
     assert values(absent.last[1])["w"] == 200.0
-
-
-def test_several_ghosts_come_in_the_order_of_their_components() -> None:
-    ghosts, weights = after_one_round().recall(f64([0, 0, 1]), f64(0.3, 0.2, 0.5), model(0.0, 0.0))
-    assert [values(ghost)["w"] for ghost in ghosts] == [5.0, -1.0]
-    assert weights == [0.3, 0.2]
 
 
 def test_neither_the_models_nor_the_memory_change_by_recalling() -> None:

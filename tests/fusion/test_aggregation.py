@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,12 +20,7 @@ from fedfusion_flwr.fusion import (
     inhabited,
     prune_assignments,
 )
-
-many = settings(deadline=None, max_examples=60)
-
-
-def f64(*values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+from tests.fusion.tensors import f64, many
 
 
 @st.composite

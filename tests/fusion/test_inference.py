@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,8 +20,11 @@ from fedfusion_flwr.fusion import (
     client_weights,
     example_weights,
 )
+from fedfusion_flwr.fusion import inference as inference_module
+from fedfusion_flwr.fusion.folding import Folding
 from fedfusion_flwr.fusion.initialization import starting_partition
 from fedfusion_flwr.fusion.vae import ElboTerms, FusionVAE
+from tests.fusion.tensors import f64
 
 SEEDS = range(10)
 
@@ -149,6 +153,33 @@ def test_equal_seeds_give_equal_posteriors_and_other_seeds_do_not(easy: Planted)
     assert not same(fits[0], fits[2])
 
 
+def test_seeds_and_fits_share_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they share it with the network's start or the folding of wide statistics."""
+    x, noise, start, folding = planted(0, clients=8, width=40, groups=2).x, set(), set(), set()
+
+    class Watched(FusionVAE):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            start.add(torch.default_generator.initial_seed())
+            super().__init__(*arguments, **options)
+
+        def elbo(self, *arguments: Any) -> ElboTerms:
+            noise.add(arguments[3].initial_seed())
+            return super().elbo(*arguments)
+
+    def watched(width: int, max_width: int, seed: int) -> Folding:
+        folding.add(seed)
+        return Folding(width, max_width, seed)
+
+    monkeypatch.setattr(inference_module, "FusionVAE", Watched)
+    monkeypatch.setattr(inference_module, "Folding", watched)
+    for seed in range(3):
+        inference = small(3, seed, steps=1, refit_steps=1, max_features=16)
+        for _ in range(3):
+            inference.fit(x, examples(8))
+    assert (len(noise), len(start), len(folding)) == (9, 3, 3)
+    assert len(noise | start | folding) == 15
+
+
 def test_global_random_states_are_neither_read_nor_written(easy: Planted) -> None:
     def draws() -> tuple[float, float, float]:
         return torch.rand(()).item(), np.random.rand(), random.random()  # noqa: NPY002
@@ -263,25 +294,29 @@ def test_constant_features_are_ignored_and_come_back_as_they_are(easy: Planted) 
     assert len(fit.components[:, 3].unique()) == 1
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_statistics_that_are_not_finite_are_refused(value: float) -> None:
-    x = torch.zeros(3, 2)
-    x[1, 1] = value
-    with pytest.raises(ValueError, match="statistics must be finite"):
-        small().fit(x, torch.ones(3))
-
-
 @pytest.mark.parametrize(
     ("x", "n", "message"),
     [
+        (f64([0, 0], [0, math.nan]), torch.ones(2), "statistics must be finite"),
+        (f64([0, 0], [0, math.inf]), torch.ones(2), "statistics must be finite"),
+        (f64([0, 0], [0, -math.inf]), torch.ones(2), "statistics must be finite"),
         (torch.zeros(3, 2), torch.tensor([1, 0, 2]), "examples positive"),
+        (torch.zeros(3, 2), f64(1, math.nan, 2), "examples positive"),
         (torch.zeros(3, 2), torch.ones(2), "expected"),
         (torch.zeros(0, 2), torch.ones(0), "expected"),
+        (torch.zeros(3), torch.ones(3), "expected"),
     ],
 )
-def test_input_that_does_not_fit_is_refused(x: Tensor, n: Tensor, message: str) -> None:
+def test_impossible_input_is_refused(x: Tensor, n: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small().fit(x, n)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_components must be at least 1, got 0"):
+        DistributionInference(0)
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        DistributionInference(3, -1)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -293,7 +328,7 @@ def test_a_diverged_fit_is_reported_and_never_a_warm_start(
         inference.fit(easy.x, examples(24))
 
     def diverged(*_: object) -> ElboTerms:
-        return ElboTerms(*[float("nan")] * 4)
+        return ElboTerms(*torch.full((4,), float("nan")))
 
     with monkeypatch.context() as patch:
         patch.setattr(FusionVAE, "elbo", diverged)

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfusion_flwr.fusion import FusionPosterior, StatisticsMemory
 from fedfusion_flwr.fusion.memory import align_components
-
-
-def f64(*values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+from tests.fusion.tensors import f64, many
 
 
 def posterior(*rows: object) -> FusionPosterior:
@@ -49,7 +46,7 @@ def test_components_take_the_names_of_the_earlier_ones_they_overlap() -> None:
     assert aligned.elbo == -1.5
 
 
-@settings(deadline=None, max_examples=60)
+@many
 @given(st.permutations(range(5)), st.integers(0, 100))
 def test_a_renamed_posterior_is_renamed_back(order: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -102,7 +99,7 @@ def test_a_lopsided_cohort_does_not_shift_the_deviations() -> None:
     assert memory.num_examples().tolist() == [20, 20, 20, 10, 20, 10, 10, 10]
 
 
-@settings(deadline=None, max_examples=60)
+@many
 @given(
     levels=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=6),
     true=st.lists(st.floats(-5, 5), min_size=4, max_size=8),
@@ -135,31 +132,27 @@ def test_newest_deviation_counts_as_much_as_the_update_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cohort", "expected"),
+    ("cohort", "received", "expected"),
     [
         # trust 1/4: centre 8 / 4 + 3/4 * 4 = 5
-        ({0: 8.0}, [3.0]),
+        ({0: 8.0}, f64(4), [3.0]),
         # trust 2/4: centre (8 + 4) / 2 = 6
-        ({0: 6.0, 1: 10.0}, [0.0, 4.0]),
+        ({0: 6.0, 1: 10.0}, f64(4), [0.0, 4.0]),
         # trust 3/4: centre 3/4 * 8 + 1/4 * 4 = 7
-        ({0: 6.0, 1: 8.0, 2: 10.0}, [-1.0, 1.0, 3.0]),
+        ({0: 6.0, 1: 8.0, 2: 10.0}, f64(4), [-1.0, 1.0, 3.0]),
         # four are trusted: centre 8
-        ({0: 6.0, 1: 8.0, 2: 8.0, 3: 10.0}, [-2.0, 0.0, 0.0, 2.0]),
+        ({0: 6.0, 1: 8.0, 2: 8.0, 3: 10.0}, f64(4), [-2.0, 0.0, 0.0, 2.0]),
+        # nothing to lean on: centre 8
+        ({0: 6.0, 1: 10.0}, None, [-2.0, 2.0]),
     ],
 )
 def test_small_cohorts_lean_on_the_received_model(
-    cohort: dict[int, float], expected: list[float]
+    cohort: dict[int, float], received: Tensor | None, expected: list[float]
 ) -> None:
     """The received model's statistic is 4, the cohort's mean 8."""
     memory = StatisticsMemory()
-    remember(memory, 1, cohort, received=f64(4))
+    remember(memory, 1, cohort, received=received)
     assert deviations(memory) == pytest.approx(expected)
-
-
-def test_a_small_cohort_without_a_received_model_uses_its_own_mean() -> None:
-    memory = StatisticsMemory()
-    remember(memory, 1, {0: 6.0, 1: 10.0})
-    assert deviations(memory) == [-2, 2]
 
 
 def test_a_late_client_joins_on_the_scale_of_the_others() -> None:
@@ -202,17 +195,12 @@ def filled(smoothing: float, clients: int = 2) -> StatisticsMemory:
     return memory
 
 
-def test_a_first_posterior_is_taken_as_it_is() -> None:
-    memory = filled(0.75)
-    absorbed = memory.absorb(posterior([0.9, 0.1], [0.2, 0.8]))
-    assert absorbed.assignments.tolist() == [[0.9, 0.1], [0.2, 0.8]]
-    assert absorbed.elbo == -1.5
-
-
-def test_later_posteriors_are_smoothed_by_the_formula() -> None:
+def test_posteriors_after_the_first_are_smoothed_by_the_formula() -> None:
     """3/4 * (1, 0) + 1/4 * (.6, .4) = (.9, .1), and then 3/4 * (.9, .1) + 1/4 * (.6, .4)."""
     memory = filled(0.75)
-    memory.absorb(posterior([1, 0], [0, 1]))
+    first = memory.absorb(posterior([1, 0], [0, 1]))
+    assert first.assignments.tolist() == [[1, 0], [0, 1]]
+    assert first.elbo == -1.5
     for expected in ([0.9, 0.1], [0.825, 0.175]):
         absorbed = memory.absorb(posterior([0.6, 0.4], [0, 1]))
         torch.testing.assert_close(absorbed.assignments, f64(expected, [0, 1]))

@@ -14,34 +14,35 @@ from torch import Tensor, nn
 
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError, pooled_moments
 from fedfusion_flwr.models import build_model
+from tests.fusion.tensors import many
 
 EPS = 1e-5
-many = settings(deadline=None, max_examples=60)
 
 
-def test_two_separated_clients_pool_to_variance_five() -> None:
-    """mean (-2 + 2) / 2 = 0; E[x^2] = ((1 + 4) + (1 + 4)) / 2 = 5; averaging would say 1."""
-    mean, variance = pooled_moments(
-        torch.tensor([[-2.0], [2.0]]), torch.ones(2, 1), torch.tensor([7.0, 7.0])
-    )
-    assert mean.tolist() == [0.0]
-    assert variance.tolist() == [5.0]
-    assert mean.dtype == variance.dtype == torch.float64
-
-
-def test_unequal_weights_pool_by_hand() -> None:
-    """p = (1/4, 3/4): mean (0 + 3 * 4) / 4 = 3; var (2 + 9) / 4 + 3 (6 + 1) / 4 = 8."""
-    mean, variance = pooled_moments(
-        torch.tensor([[0.0], [4.0]]), torch.tensor([[2.0], [6.0]]), torch.tensor([10, 30])
-    )
-    assert mean.tolist() == [3.0]
-    assert variance.tolist() == [8.0]
-
-
-def test_a_client_without_weight_does_not_count() -> None:
-    means, variances = torch.tensor([[1.0], [900.0]]), torch.tensor([[2.0], [5.0]])
-    mean, variance = pooled_moments(means, variances, torch.tensor([3.0, 0.0]))
-    assert (mean.item(), variance.item()) == (1.0, 2.0)
+@pytest.mark.parametrize(
+    ("means", "variances", "weights", "mean", "variance"),
+    [
+        # (-2 + 2) / 2 = 0; E[x^2] = ((1 + 4) + (1 + 4)) / 2 = 5, where averaging would say 1
+        ((-2, 2), (1, 1), (7, 7), 0, 5),
+        # p = (1/4, 3/4): (0 + 3 * 4) / 4 = 3; (2 + 9) / 4 + 3 (6 + 1) / 4 = 8
+        ((0, 4), (2, 6), (10, 30), 3, 8),
+        # without weight a client does not count
+        ((1, 900), (2, 5), (3, 0), 1, 2),
+    ],
+)
+def test_two_clients_pool_by_hand(
+    means: tuple[float, ...],
+    variances: tuple[float, ...],
+    weights: tuple[int, ...],
+    mean: float,
+    variance: float,
+) -> None:
+    columns = torch.tensor([means, variances], dtype=torch.float32).unsqueeze(2)
+    pooled = pooled_moments(*columns, torch.tensor(weights))
+    assert [(moment.dtype, moment.tolist()) for moment in pooled] == [
+        (torch.float64, [mean]),
+        (torch.float64, [variance]),
+    ]
 
 
 @many

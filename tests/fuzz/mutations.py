@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Valid replies, spoiled in one to five ways: so that checks behind the first ones are reached."""
+"""Valid replies with one to five faults each, so that every check is reached."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SHAPE = st.lists(EXTENT, max_size=40).map(lambda parts: f"({''.join(f'{p}, ' for
 
 
 def _set(data: Any, key: str, value: object) -> None:
-    """Past Flower's own check of keys and types, which a hostile client need not have."""
+    """Set a value without Flower's checks of keys and types, which a hostile client can skip."""
     data.__dict__["_data"][key] = value
 
 
@@ -68,7 +68,7 @@ KINDS = {"arrays": ArrayRecord, "normalization": ArrayRecord, "metrics": MetricR
 
 
 def _of(reply: Message, name: str) -> Any:
-    """A record of the reply; one of no reply if an earlier mutation took or replaced it."""
+    """A record of the reply; an empty one if an earlier mutation removed or replaced it."""
     kind = KINDS.get(name, ConfigRecord)
     found = reply.content.get(name)
     return found if isinstance(found, kind) else kind()
@@ -76,7 +76,7 @@ def _of(reply: Message, name: str) -> Any:
 
 @st.composite
 def _payloads(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Changes the bytes of an array."""
+    """Change the bytes of an array."""
     kind = draw(st.sampled_from(["cut", "more", "flip", "other", "header"]))
     if kind == "header":
         order = draw(st.sampled_from(["True", "False", "1", "None"]))
@@ -111,7 +111,7 @@ def _payload(draw: st.DrawFn) -> Spoil:
         draw(st.integers(0, 9)),
         draw(_payloads()),
     )
-    # Labels are not believed; of another serialization than NumPy's, nothing would be read.
+    # The server ignores these labels, but reads no serialization other than NumPy's.
     stype = st.sampled_from(["numpy.ndarray"] * 4 + ["torch.tensor"])
     shape = st.lists(st.integers(), max_size=3).map(tuple)
     labels = draw(st.none() | st.tuples(NAME, shape, stype))
@@ -131,7 +131,7 @@ def _payload(draw: st.DrawFn) -> Spoil:
 
 @st.composite
 def _values(draw: st.DrawFn) -> Spoil:
-    """Changes numbers, and sometimes their type or how many there are, as NumPy would write it."""
+    """Change numbers, and sometimes their type or count, in valid NumPy bytes."""
     record, index = draw(st.sampled_from(RECORDS)), draw(st.integers(0, 9))
     place, value = draw(st.integers(0, 9)), draw(REAL | st.floats(width=32))
     factor = draw(st.none() | st.sampled_from([-1.0, 0.0, 1.5, 10.0, 1e3, 1e20]))
@@ -146,7 +146,7 @@ def _values(draw: st.DrawFn) -> Spoil:
         try:
             array = np.array(arrays[key].numpy())
         except (ValueError, TypeError, EOFError, AttributeError, SyntaxError, OverflowError):
-            return  # spoiled before
+            return  # an earlier mutation has broken it
         flat = array.reshape(-1)
         with np.errstate(all="ignore"):
             if factor is not None:
@@ -213,7 +213,7 @@ def _identity(draw: st.DrawFn) -> Spoil:
 
 @st.composite
 def _records(draw: st.DrawFn) -> Spoil:
-    """Takes a record away, or puts one of any kind in a place."""
+    """Remove a record, or replace it by one of any kind."""
     name = draw(st.sampled_from(["arrays", "normalization", "metrics", "client"]) | NAME)
     other = draw(
         st.sampled_from([None, ArrayRecord, MetricRecord, ConfigRecord])
@@ -243,7 +243,7 @@ MUTATION = st.one_of(_payload(), _values(), _keys(), _metrics(), _identity(), _r
 
 
 def apply_all(mutations: list[Spoil]) -> Spoil:
-    """Several mutations, one after the other."""
+    """Apply several mutations in order."""
 
     def spoil(reply: Message) -> None:
         for mutation in mutations:
@@ -254,4 +254,4 @@ def apply_all(mutations: list[Spoil]) -> Spoil:
 
 _SEVERAL = st.lists(MUTATION, min_size=1, max_size=5).map(apply_all)
 SPOIL = st.integers(0, 19).flatmap(lambda number: _SEVERAL if number else _crash())
-"""One reply in twenty is an error; the others have one to five things wrong."""
+"""One reply in twenty is an error; the others have one to five faults."""

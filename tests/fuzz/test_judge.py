@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The judgement of replies alone, which takes milliseconds: many examples, and bytes of messages.
+"""`ReplyJudge` alone, which takes milliseconds: many made-up replies, and changed bytes.
 
-`FUZZ_EXAMPLES` asks for more of them; see `tests/fuzz/test_replies.py`.
+`FUZZ_EXAMPLES` sets how many; see `tests/fuzz/test_replies.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def judge(replies: list[Message], **settings: Any) -> tuple[list[ClientReply], l
 
 
 def reply_of(node: int, spoil: Spoil | None = None) -> Message:
-    """A client's answer in round 4; an error where making it fails."""
+    """A client's reply in round 4; an error if making it fails."""
     grid = TamperingGrid(FakeClient(), 0)
     content = RecordDict({"arrays": protocol.record_from_state(SENT)})
     content["config"] = ConfigRecord({"server-round": 4})
@@ -63,7 +63,7 @@ def reply_of(node: int, spoil: Spoil | None = None) -> Message:
 
 
 def check(good: list[ClientReply], bad: list[Any]) -> None:
-    """Every client is there once, and the honest ones as they were sent."""
+    """Every client is counted once, and honest replies are unchanged."""
     assert [reply.client for reply in good] == sorted({reply.client for reply in good})
     ours = [row.client for row in bad if row.dropped not in ("stranger", "duplicate")]
     assert sorted([reply.client for reply in good] + ours) == sorted(NODES.values())
@@ -89,7 +89,7 @@ def test_any_reply_in_any_order(spoil: Spoil, order: list[int]) -> None:
 @fuzzing(max_examples=EXAMPLES or 20)
 @given(SPOIL, st.sampled_from([11, 12, 14, 1, 0, -1]), st.booleans())
 def test_any_reply_in_anothers_name(spoil: Spoil, name: int, first: bool) -> None:
-    """The judge takes the first of two in one name; `CarefulGrid` lets no false one through."""
+    """The judge takes the first of two replies in one name; `CarefulGrid` stops forged ones."""
     forged = reply_of(FUZZED, spoil)
     forged.metadata.__dict__["_src_node_id"] = name
     honest = [reply_of(11), reply_of(12)]
@@ -109,10 +109,10 @@ CHANGE = st.tuples(
 @fuzzing(max_examples=EXAMPLES or 100)
 @given(st.lists(CHANGE, min_size=1, max_size=3))
 def test_bytes_changed_on_the_way(changes: list[tuple[int, float, bytes, int]]) -> None:
-    """Flower's own decoding comes first: what it lets through is judged like any reply."""
+    """Flower decodes first: what it accepts is judged like any reply."""
     objects = get_all_nested_objects(reply_of(FUZZED))
     contents = {key: value.deflate() for key, value in objects.items()}
-    # In the order of nesting, which is always the same; their keys are hashes of clocks too.
+    # In the order of nesting, which is fixed; the keys are hashes that depend on the clock.
     keys = list(contents)
     top = next(key for key, value in objects.items() if isinstance(value, Message))
     for index, place, junk, kept in changes:
@@ -134,7 +134,7 @@ def test_bytes_changed_on_the_way(changes: list[tuple[int, float, bytes, int]]) 
 @pytest.mark.parametrize("record", ["arrays", "normalization"])
 @pytest.mark.parametrize("kind", ["payload", "claimed"])
 def test_memory_is_bounded_before_decoding(record: str, kind: str) -> None:
-    """64 MiB that are really there, and terabytes that a header claims: neither is copied."""
+    """Neither 64 MiB of real data nor terabytes that a header claims are copied."""
     header = "{'descr': '<f4', 'fortran_order': False, 'shape': (%d,)}"
     payload = {
         "payload": npy_payload(header % 2**24, bytes(2**26)),
@@ -156,7 +156,7 @@ def test_memory_is_bounded_before_decoding(record: str, kind: str) -> None:
 
 
 def test_flowers_own_decoding_is_not_bounded() -> None:
-    """As docs/security.md says; where this fails, Flower has become better than its word there."""
+    """As docs/security.md says; if this fails, Flower has improved and the page is out of date."""
     array = Array(np.zeros(10_000, dtype="f4"))
     contents = {key: chunk.deflate() for key, chunk in array.slice_array()}
     body = json.loads(get_object_body(array.deflate(), Array))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replies that were made up to break the server: it neither stops nor believes them.
+"""Made-up replies neither stop the server nor enter its model.
 
-A short run, always of the same examples. For a long one of new examples:
+A short run with fixed examples. For a long one with new examples:
 
     FUZZ_EXAMPLES=1200 pytest tests/fuzz --timeout 0 --hypothesis-show-statistics
 """
@@ -64,7 +64,7 @@ STRATEGIES = ("fedfusion", "fedavg", "ifca")
 
 
 def federation(name: str, client: FakeClient, count: int, folder: Path) -> Outcome:
-    """Two rounds with all that looks at a round and writes of it."""
+    """Run two rounds with every callback."""
     recorder, directory = Recorder(), RunDirectory(folder)
     strategy = make_strategy(name, recorder, fraction_evaluate=1.0, evaluate_every=2)
     strategy.callbacks += [
@@ -101,7 +101,7 @@ def test_a_run_survives_any_reply(
 
 
 def check(outcome: Outcome, honest: Outcome) -> None:
-    """Books balance, the model is finite, and of dropped replies there is no trace in it."""
+    """Counts add up, the model is finite, and dropped replies leave no trace in it."""
     believed = False
     for report in outcome.reports[1:]:
         assert report.num_sampled == HONEST + 1

@@ -146,7 +146,7 @@ def test_conversion_draws_no_random_numbers() -> None:
 
 def test_run_config_decides() -> None:
     config = RunConfig(normalization="group", normalization_groups=4)
-    norm = model_for(config, data_for(config), seed=0).get_submodule("features.0.1")
+    norm = model_for(config, data_for(config)).get_submodule("features.0.1")
     assert isinstance(norm, nn.GroupNorm)
     assert norm.num_groups == 4
 

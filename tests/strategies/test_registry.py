@@ -13,6 +13,7 @@ import pytest
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.federation.strategy import FederatedStrategy
+from fedfusion_flwr.randomness import derived_seed
 from fedfusion_flwr.strategies import (
     FedClusterCycling,
     FedFusion,
@@ -86,6 +87,9 @@ def test_every_argument_of_its_own_is_a_key(name: str) -> None:
     shared = FederatedStrategy.__dataclass_fields__.keys()
     own = {f.name for f in dataclasses.fields(cls) if f.name not in shared}
     assert own <= {*keys_of(cls), "inference", "initial_state", "network"}
+    keys = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+    for f in dataclasses.fields(cls):
+        assert f.name not in own & keys.keys() or f.default == keys[f.name], f.name
 
 
 @pytest.mark.parametrize("name", registry())
@@ -171,7 +175,7 @@ def test_the_inferences_keys_belong_to_fedfusion(caplog: pytest.LogCaptureFixtur
     assert not caplog.records
     inference = strategy.state.inference
     assert (inference.steps, inference.refit_steps, inference.learning_rate) == (7, 3, 0.5)
-    assert inference.seed == 3
+    assert inference.seed == derived_seed(3, "inference")
 
 
 @pytest.mark.parametrize("name", registry())

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedfusion_flwr.data import partition
 from fedfusion_flwr.data.partition import Partition, PartitionError, local_split
 from tests.data.partition.small import FAST, KINDS, LABELS, digest, made, same, sizes
 
@@ -78,6 +81,16 @@ def test_partitions_are_the_same_in_a_fresh_process() -> None:
         check=True,
     ).stdout
     assert output.split() == [digest(kind) for kind in KINDS]
+
+
+def test_imports_point_down() -> None:
+    """The spec at the bottom, the kinds above it, and nothing from the rest of `data`."""
+    ranks = {"spec": 0, "components": 1, "flower": 1, "users": 1, "make": 2, "__init__": 3}
+    folder = Path(partition.__file__).parent
+    for name, rank in ranks.items():
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        imported = re.findall(r"from fedfusion_flwr\.data\.(?:partition\.)?(\w+) import", text)
+        assert all(ranks.get(other, rank) < rank for other in imported), name
 
 
 # --- Flower's partitioners

@@ -50,7 +50,7 @@ def accuracy_of_unmatched_mean() -> float:
     grid = InProcessGrid(app, CLIENTS, config.to_run_config())
     messages = []
     for k, node in enumerate(grid.nodes):
-        state = model_for(config, data_for(config), config.seed + k + 1).state_dict()
+        state = model_for(config, data_for(config), k + 1).state_dict()
         settings = ConfigRecord({protocol.SERVER_ROUND: 1})
         content = RecordDict({"arrays": protocol.record_from_state(state), "config": settings})
         messages.append(Message(content, node, "train"))
@@ -93,7 +93,7 @@ def test_a_wide_model_is_evaluated_saved_and_trained_on(tmp_path: Path) -> None:
     assert state_digest(final) == outcome.digest
     assert metrics[9]["global-accuracy"] == metrics[8]["global-accuracy"]
     best = load_file(tmp_path / "run" / "best_model.safetensors")
-    model = model_for(RunConfig.from_run_config(CONFIG), data_for(RunConfig()), 0)
+    model = model_for(RunConfig.from_run_config(CONFIG), data_for(RunConfig()))
     fit_to_state(model, best).load_state_dict(best)
 
 

@@ -19,13 +19,13 @@ from click import ClickException
 from flwr.common.config import parse_config_args
 
 from scripts.local_federation import APP, PROFILE, LocalFederation, Value
-from scripts.processes import FederationError
+from scripts.programs import FederationError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """A signal asked to end; like `KeyboardInterrupt`, no error of anything."""
+    """A signal asked the program to end; like `KeyboardInterrupt`, not an error."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -33,7 +33,7 @@ class Interrupted(BaseException):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one federation; returns the exit code: 0 only if the run has completed."""
+    """Run one federation; return 0 only if the run completed."""
     options = _parser().parse_args(arguments)
     for number in SIGNALS:
         signal.signal(number, _interrupt)
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="local-federation",
-        description="Run the app on a SuperLink and SuperNodes of this machine, with TLS and "
-        "SuperNode authentication, and end all of it afterwards.",
+        description="Run the app on a local SuperLink and SuperNodes with TLS and SuperNode "
+        "authentication, then stop them all.",
     )
     parser.add_argument(
         "--nodes", type=_positive, default=3, help="SuperNodes to start (default: 3)"
@@ -75,20 +75,22 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="'KEY=VALUE ...'",
-        help='keys of the run, as for `flwr run`; first come num-clients=NODES partition="iid"',
+        help='keys of the run, as for `flwr run`; default: num-clients=NODES partition="iid"',
     )
-    parser.add_argument("--port", type=_positive, help="the SuperLink's (default: a free one)")
+    parser.add_argument(
+        "--port", type=_positive, help="port of the SuperLink (default: a free one)"
+    )
     parser.add_argument(
         "--workdir",
         type=Path,
-        help="new or empty folder for certificates, keys, database and logs; it is kept "
-        "(default: a temporary one)",
+        help="new or empty folder for certificates, keys, database and logs, which is kept "
+        "(default: a temporary folder)",
     )
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder")
     parser.add_argument(
         "--up",
         action="store_true",
-        help="do not start a run: stay, and print the commands that start one; Ctrl-C ends it",
+        help="start no run: print the commands that start one and wait for Ctrl-C",
     )
     return parser
 
@@ -101,7 +103,7 @@ def _positive(text: str) -> int:
 
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
-    # Once is enough: a second Ctrl-C must not interrupt the tidying up.
+    # A second Ctrl-C must not interrupt the clean-up.
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise Interrupted(number)
@@ -146,7 +148,7 @@ def _stay(federation: LocalFederation) -> NoReturn:
     config = f'num-clients={federation.num_supernodes} partition="iid"'
     print(
         f"""Logs: {federation.folder}/*.log
-Use it, in an environment with flwr, like this; Ctrl-C here ends it:
+Use it from an environment with flwr; Ctrl-C here ends it:
   export FLWR_HOME={home}
   flwr run {APP} {PROFILE} --stream --run-config '{config}'
   flwr list {PROFILE}

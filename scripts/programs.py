@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that run beside this one: started with a log file of their own, and surely ended."""
+"""Child programs: each has a log file, and all of them are stopped in the end."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 MARK = "FEDFUSION_LOCAL_FEDERATION"
-"""Environment variable by which everything that a federation started is found again."""
+"""Environment variable that marks every process of a federation."""
 
 HOST = "127.0.0.1"
 
 
 class FederationError(RuntimeError):
-    """Something of the federation failed; one message with the end of the log that tells why."""
+    """A part of the federation failed; the message ends with the end of its log."""
 
 
 class Program:
-    """A program in a process group of its own; its output goes to a file.
+    """A program in its own process group; its output goes to a file.
 
     Parameters
     ----------
     name : str
-        For messages and the log's name.
+        Used in messages and in the name of the log.
     command : list[str]
-        What to run.
+        The program and its arguments.
     environment : Mapping[str, str]
-        All of it.
+        All its environment variables.
     folder : Path
-        Where ``<name>.log`` is written; an earlier one of that name is added to.
+        Holds ``<name>.log``; an existing log is appended to.
     """
 
     def __init__(
@@ -56,39 +56,39 @@ class Program:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative after a signal."""
+        """Exit code; None while the program runs, negative after a signal."""
         return self._process.poll()
 
     def output(self) -> str:
-        """What it wrote, without what an earlier program of its name wrote."""
+        """Output of this program, without that of earlier ones with the same log."""
         with self.log.open("rb") as file:
             file.seek(self._offset)
             return file.read().decode(errors="replace")
 
     def tail(self, lines: int = 15) -> str:
-        """The last lines of its output."""
+        """Last lines of the output."""
         return "\n".join(self.output().rstrip().splitlines()[-lines:])
 
     def send(self, number: signal.Signals) -> None:
-        """Signal the program and what it started; one that is gone is left in peace."""
+        """Send a signal to the program and its children, if it still runs."""
         if self.exit_code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
     def kill(self) -> None:
-        """End it and what it started without a chance to say good-bye, as a power cut would."""
+        """Kill the program and its children at once, as a power cut would."""
         self.send(signal.SIGKILL)
         self._process.wait()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ended by itself in time."""
+        """Wait for the program to end; return whether it ended in time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, seconds))
         return self.exit_code is not None
 
 
 def stop(programs: Iterable[Program], seconds: float = 10.0) -> None:
-    """Ask all programs at once to end, also halted ones; kill those that do not in time."""
+    """Ask all programs to end, halted ones too; kill those that are not gone in time."""
     programs = list(programs)
     for program in programs:
         program.send(signal.SIGTERM)
@@ -100,7 +100,7 @@ def stop(programs: Iterable[Program], seconds: float = 10.0) -> None:
 
 
 def marked(mark: str) -> list[int]:
-    """Process ids with ``mark`` in their environment; none where there is no ``/proc``."""
+    """Return the process ids with ``mark`` in their environment; needs ``/proc``."""
     wanted = f"{MARK}={mark}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -111,9 +111,9 @@ def marked(mark: str) -> list[int]:
 
 
 def kill_marked(mark: str, seconds: float = 5.0) -> None:
-    """End what left its process group: Flower detaches some of its helpers.
+    """Kill marked processes that have left their process group, as some of Flower's helpers do.
 
-    They end by themselves when their parent did, so most often nothing is left to kill.
+    They get ``seconds`` to end by themselves after their parent.
     """
     deadline = time.monotonic() + seconds
     while (left := marked(mark)) and time.monotonic() < deadline:
@@ -124,7 +124,7 @@ def kill_marked(mark: str, seconds: float = 5.0) -> None:
 
 
 def find_program(name: str) -> str:
-    """A program of the Python environment that runs this."""
+    """Path of a program in the current Python environment."""
     path = Path(sys.executable).with_name(name)
     if not path.exists():
         raise FederationError(f"{path} is missing; run this with an environment that has flwr")
@@ -132,7 +132,7 @@ def find_program(name: str) -> str:
 
 
 def free_port() -> int:
-    """A loopback port that was free a moment ago."""
+    """Return a loopback port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the whole suite; pytest reads them before any test imports torch."""
+
+import os
+
+import pytest
+
+WORKERS = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+if WORKERS is not None:
+    # By default torch uses all cores in every worker, and their threads wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(WORKERS))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first: at the end one of two workers would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
