@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from fedfusion_flwr.strategies import registry
 from tests.runs import Killed, assert_same_artifacts, go_dying
 
+pytestmark = pytest.mark.rounding
+
 TABLE = Path(__file__).with_name("digests.json")
 TOLERANCE = 0.01
 """Relative to a model's norm: rounding moves a model by less than half of this in six rounds."""

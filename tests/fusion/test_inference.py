@@ -26,6 +26,8 @@ from fedfusion_flwr.fusion.initialization import starting_partition
 from fedfusion_flwr.fusion.vae import ElboTerms, FusionVAE
 from tests.fusion.tensors import f64
 
+pytestmark = pytest.mark.rounding
+
 SEEDS = range(10)
 
 

@@ -27,6 +27,8 @@ from tests.support import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.rounding
+
 GROUPS = 3
 
 

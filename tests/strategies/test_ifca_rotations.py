@@ -10,6 +10,8 @@ from fedfusion_flwr import RunConfig
 from fedfusion_flwr.data import partition_for
 from tests.strategies.small import train_for_real
 
+pytestmark = pytest.mark.rounding
+
 
 @pytest.mark.parametrize(
     ("rotations", "clients", "warmup_rounds"),
