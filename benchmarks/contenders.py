@@ -21,11 +21,11 @@ from flwr.serverapp.strategy import FedAvg
 from benchmarks.local_training import bare_loop
 from benchmarks.workload import Workload, in_simulation
 from fedfusion_flwr import protocol
+from fedfusion_flwr.app.local import configured_app
 from fedfusion_flwr.app.server import run
 from fedfusion_flwr.computation import place_model
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import data_for, local_data
-from fedfusion_flwr.experiments.federated import configured_app
 from fedfusion_flwr.models import model_for
 
 PATIENCE = 600.0

@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_process import grid_command_line, run_app, run_in_processes
+from benchmarks.in_process import grid_command_line, run_in_processes
 from benchmarks.robustness import last_accuracy
+from fedfusion_flwr.app.local import run_locally
 from fedfusion_flwr.experiments.rows import Row, identity, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "honest.jsonl"
@@ -53,7 +54,7 @@ def run_cell(scenario: str, defence: str) -> Row:
     about = identity()
     config = {**CONFIG, **SCENARIOS[scenario], "defence": defence}
     with tempfile.TemporaryDirectory() as folder:
-        digest = run_app({**config, "output-dir": folder}, app)
+        digest = run_locally({**config, "output-dir": folder}, app).digest
         metrics = read_rows(Path(folder) / "metrics.jsonl")
         replies = read_rows(Path(folder) / "clients.jsonl")
     details = [row.get("detail", "") for row in replies]

@@ -16,32 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedfusion_flwr.app.local import run_locally
 from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
 
 
 def run_federation(config: dict[str, Any]) -> tuple[list[Row], Row]:
     """Run one federation; its metrics of every round from 0, and what identifies the run."""
-    from client_app import app
-
     about = identity()  # Before the run, while nobody has changed a file.
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        digest = run_app({**config, "output-dir": folder}, app)
+        digest = run_locally({**config, "output-dir": folder}).digest
         seconds = time.perf_counter() - started
         metrics = read_rows(Path(folder) / "metrics.jsonl")
     return metrics, {"digest": digest, "seconds": round(seconds, 1), **about}
-
-
-def run_app(config: dict[str, Any], client_app: Callable[..., Any]) -> str:
-    """Run the ServerApp with these clients, rows into ``output-dir``; the final digest."""
-    from flwr.app import Context, RecordDict
-
-    from fedfusion_flwr.app.server import run
-    from fedfusion_flwr.federation.in_process_grid import InProcessGrid
-
-    context = Context(1, 0, {}, RecordDict(), config)
-    grid = InProcessGrid(client_app, config["num-clients"], context.run_config)
-    return run(grid, context).digest
 
 
 def write_pictures(path: Path, train: int = 240, test: int = 40) -> Path:

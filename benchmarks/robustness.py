@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attackers import ATTACKS, NONE, AttackedClients, choose_hostile
-from benchmarks.in_process import grid_command_line, run_app, run_in_processes
+from benchmarks.in_process import grid_command_line, run_in_processes
+from fedfusion_flwr.app.local import run_locally
 from fedfusion_flwr.experiments.rows import Row, identity, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "robustness.jsonl"
@@ -90,7 +91,7 @@ def _run_ours(method: str, config: dict[str, Any], clients: Any, hostile: list[i
     stopped, digest = None, None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            digest = run_app({**config, "output-dir": folder}, clients)
+            digest = run_locally({**config, "output-dir": folder}, clients).digest
         except RunStopped as problem:
             stopped = str(problem)
         metrics = read_rows(Path(folder) / "metrics.jsonl")

@@ -25,8 +25,8 @@ from flwr.serverapp import Grid
 
 from benchmarks.measuring import Columns, command_line, resident_bytes
 from benchmarks.workload import Workload, in_simulation
+from fedfusion_flwr.app.local import configured_app
 from fedfusion_flwr.app.server import run
-from fedfusion_flwr.experiments.federated import configured_app
 from fedfusion_flwr.experiments.rows import Row, read_rows
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 

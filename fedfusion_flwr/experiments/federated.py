@@ -3,28 +3,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
 from safetensors.torch import load_file
 
-from fedfusion_flwr.app.client import handle_evaluate, handle_query, handle_train
-from fedfusion_flwr.app.server import RunOutcome, run
-from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.app.local import run_locally
 from fedfusion_flwr.experiments.results import compact
 from fedfusion_flwr.experiments.rows import Row, identity, read_rows
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
-
-Handler = Callable[[Message, Context], Message]
-SIMULATION, IN_PROCESS = "simulation", "in-process"
-ENGINES = (SIMULATION, IN_PROCESS)
 
 
 def run_cell(
@@ -57,7 +46,7 @@ def run_cell(
     """
     about = {**identity(), "engine": engine}
     started = time.perf_counter()
-    outcome = run_federation(config, engine, cpus, gpus)
+    outcome = run_locally(config, engine=engine, cpus=cpus, gpus=gpus)
     row: Row = {
         "metrics": compact(read_rows(outcome.directory / "metrics.jsonl")),
         "digest": outcome.digest,
@@ -78,53 +67,3 @@ def run_cell(
         except Exception:  # noqa: BLE001 - a run of hours is not lost for a picture
             traceback.print_exc()
     return row
-
-
-def run_federation(
-    config: dict[str, Any], engine: str = IN_PROCESS, cpus: int = 1, gpus: float = 0.0
-) -> RunOutcome:
-    """Run one federation as `run_cell` does; nothing but the run.
-
-    Flower's simulation is called without `flwr run`, which for every run also builds and installs
-    the app's bundle and talks to a SuperLink, and needs the app's sources, which an installed
-    package does not have. What it comes down to is called here. That function is deprecated, and
-    this package is bound to a version of Flower that has it; it knows no run config, so server and
-    clients bring it along.
-    """
-    parsed = RunConfig.from_run_config(config)
-    if engine == IN_PROCESS:
-        grid = InProcessGrid(configured_app(config), parsed.num_clients)
-        return run(grid, Context(1, 0, {}, RecordDict(), config))
-    from flwr.simulation import run_simulation
-
-    server_app, outcomes = ServerApp(), []
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        outcomes.append(run(grid, dataclasses.replace(context, run_config=config)))
-
-    run_simulation(
-        server_app,
-        configured_app(config),
-        parsed.num_clients,
-        backend_config={
-            "client_resources": {"num_cpus": parsed.threads_per_client, "num_gpus": gpus},
-            "init_args": {"num_cpus": max(cpus, parsed.threads_per_client)},
-        },
-    )
-    return outcomes[0]
-
-
-def configured_app(config: dict[str, Any]) -> ClientApp:
-    """The app's clients, which bring their run config along: no `flwr run` gives it to them."""
-
-    def configured(handle: Handler) -> Handler:
-        return lambda message, context: handle(
-            message, dataclasses.replace(context, run_config=config)
-        )
-
-    app = ClientApp()
-    app.train()(configured(handle_train))
-    app.evaluate()(configured(handle_evaluate))
-    app.query()(configured(handle_query))
-    return app

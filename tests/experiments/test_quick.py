@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fedfusion_flwr.app.local import SIMULATION
 from fedfusion_flwr.cli import main
-from fedfusion_flwr.experiments.federated import SIMULATION, run_cell
+from fedfusion_flwr.experiments.federated import run_cell
 from fedfusion_flwr.experiments.results import runs_table
 from fedfusion_flwr.experiments.rows import Row, read_rows
 
