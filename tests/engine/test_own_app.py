@@ -156,6 +156,7 @@ def test_a_module_that_is_not_beside_the_app_fails_the_run(engine: Engine, app: 
 @pytest.mark.slow
 def test_a_strategy_beside_the_app_runs_by_name(engine: Engine, app: Path) -> None:
     config = {**CONFIG, "strategy": "my_strategies:UniformAverage", "partition": "dirichlet"}
+    config["dirichlet-alpha"] = 1.0
     done = engine.run(config, app=app)
     assert done.status == "finished:completed", done.log[-3000:]
     trained = [row for row in done.clients() if "dropped" not in row]
