@@ -17,6 +17,9 @@ _INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 1 if something failed, 2 and one sentence if the command was wrong."""
     options = _parser().parse_args(arguments)
+    # As with `python -m`: the user's own "module:Class" may lie in the working directory.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     try:
         return int(options.run(options))
     except (FedFusionError, OSError) as problem:

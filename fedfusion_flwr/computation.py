@@ -16,21 +16,21 @@ from fedfusion_flwr.errors import FedFusionError
 
 
 class TrainingError(FedFusionError, RuntimeError):
-    """Local training that cannot start or went wrong; the client's reply says why."""
+    """Local training could not start or failed; the client's reply says why."""
 
 
 def place_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model to its device; channels-last, which convolutions are faster in."""
+    """Move a model to its device, in channels-last format, in which convolutions are faster."""
     return model.to(device).to(memory_format=torch.channels_last)
 
 
 def choose_device(name: str, precision: str = "fp32") -> torch.device:
-    """``auto`` takes a GPU where there is one; a precision that is slow there is logged once.
+    """``auto`` takes a GPU if there is one; a precision that is slow there is logged once.
 
     Raises
     ------
     TrainingError
-        If ``cuda`` is asked for and absent.
+        If ``cuda`` is requested and absent.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise TrainingError("device = 'cuda', but no GPU is visible here; use device = 'auto'")
@@ -47,10 +47,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16, rather than convert every number to and fro.
+    """Whether the device computes in bfloat16 natively, without converting every number.
 
-    GPUs do since compute capability 8. On the CPU oneDNN computes, which asks for AVX-512 or Arm's
-    bf16; without oneDNN nobody says, and it is believed.
+    GPUs do since compute capability 8. CPUs compute with oneDNN, which needs AVX-512 or Arm's bf16;
+    without oneDNN it cannot be found out and is assumed.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -82,7 +82,7 @@ def warn_of_slow_precision(device: torch.device, precision: str) -> None:
 def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
     """While open, the global generators of the CPU and the device start from ``seed``.
 
-    Layers such as dropout draw from them: no generator can be handed to those.
+    Layers such as dropout draw from them and cannot be given a generator.
     """
     accelerators = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=accelerators):
@@ -94,15 +94,15 @@ def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=2)
 def compiled_forward(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model's forward pass through ``torch.compile``, made once; the model stays as it is.
+    """The model's forward pass through ``torch.compile``, made once; the model is not changed.
 
-    Evaluation and probes go on calling the model itself: hooks are not seen by compiled code.
+    Evaluation and probes still call the model itself: compiled code ignores hooks.
     """
     run = torch.compile(model)
 
     def forward(x: Tensor) -> Tensor:
-        # One graph for all batch sizes: code made for the size that happens to come first would
-        # make a client's result depend on who else trained in this process.
+        # One graph for all batch sizes: code specialized for the size that happens to come first
+        # would make a client's result depend on who else trained in this process.
         torch._dynamo.maybe_mark_dynamic(x, 0)
         logits: Tensor = run(x)
         return logits
@@ -112,11 +112,11 @@ def compiled_forward(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def compiler_errors() -> Iterator[None]:
-    """While open, say in one sentence why a model does not compile and what to do."""
+    """While open, turn a compiler's errors into one sentence that says what to do."""
     try:
         yield
     except RuntimeError as problem:
-        # Not above: only a run that compiles has paid for this import.
+        # Imported here: it is slow, unless the run compiles and has imported it already.
         from torch._dynamo.exc import TorchDynamoException
 
         if not isinstance(problem, TorchDynamoException):

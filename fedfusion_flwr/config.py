@@ -69,8 +69,8 @@ DefencePreset = Literal["none", "robust"]
 class RunConfig:
     """One run, typed; attribute names are the keys with ``-`` written as ``_``.
 
-    The meaning of each key stands beside its default in ``pyproject.toml``; a test holds the two
-    lists of defaults together.
+    Each key is explained next to its default in ``pyproject.toml``; a test keeps the two lists of
+    defaults equal.
     """
 
     num_server_rounds: int = checked(30, at_least(1))
@@ -239,12 +239,12 @@ class RunConfig:
         return cohort_size(self.num_clients, self.fraction_train)
 
     def rounds_after_one_of_all(self) -> int:
-        """``num-server-rounds`` less what one training of every client is worth, at least 1."""
+        """``num-server-rounds`` minus the cost of training every client once, at least 1."""
         return max(1, self.num_server_rounds - round(self.num_clients / self.num_train_clients))
 
     @property
     def num_first_clients(self) -> int:
-        """Without how many clients round 1 does not begin."""
+        """How many clients round 1 needs."""
         return self.min_available_clients or self.num_clients
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What run-config keys may hold: predicates, and the same in words."""
+"""Rules for the values of run-config keys and arguments."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fedfusion_flwr.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Rule:
-    """What a key may hold: a predicate, and the same in words."""
+    """What a value may be: a predicate, and the same in words."""
 
     accepts: Callable[[Any], bool]
     allowed: str
 
     def holds(self, value: object) -> bool:
-        """Whether a value of any type keeps the rule."""
+        """Whether a value, of whatever type, keeps the rule."""
         try:
             return bool(self.accepts(value))
         except TypeError:
@@ -27,7 +27,7 @@ class Rule:
 
 
 def checked(default: Any, rule: Rule) -> Any:
-    """A dataclass field with a rule that its values keep."""
+    """A dataclass field with a rule for its values."""
     return field(default=default, metadata={"rule": rule})
 
 
@@ -53,7 +53,7 @@ def one_of(*names: str) -> Rule:
 
 
 def one_of_or_function(*names: str) -> Rule:
-    """A name, or what the user wrote: ``package.module:function``."""
+    """One of these names, or the user's own ``package.module:function``."""
 
     def accepts(value: str) -> bool:
         module, colon, function = value.partition(":")

@@ -7,4 +7,4 @@ class FedFusionError(Exception):
 
 
 class ArgumentError(FedFusionError, ValueError):
-    """An argument whose value is not allowed; says which, and what is."""
+    """An argument whose value is not allowed; names it and says what is allowed."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels between server and clients: record names and codecs. The only place that knows.
+"""What travels between server and clients: names of records and keys, and codecs.
 
 =============  ============  =========================================================
 record         kind          content
@@ -48,42 +48,42 @@ TRAIN_SECONDS = "train-seconds"
 GRADIENT_STEPS = "gradient-steps"
 FORWARD_EXAMPLES = "forward-examples"
 
-# What a strategy may say in the config of a train message; where it does not, the run config does.
+# What a strategy may set in the config of a train message; the run config is the default.
 PHASE = "phase"
-"""Name of a training outside the round's own, so that it draws random numbers of its own."""
+"""Name of an extra training, so that it draws its own random numbers."""
 TRAINING = "training"
-"""The phase of a round's own."""
+"""The phase of a round's regular training."""
 PROXIMAL_MU = "proximal-mu"
 MAX_STEPS = "max-steps"
-"""Stop after so many gradient steps, however many epochs they take."""
+"""Take this many gradient steps, however many epochs they need."""
 LOCAL_EPOCHS = "local-epochs"
 LEARNING_RATE = "learning-rate"
 FROZEN = "frozen"
 """Names of state-dict entries that are not trained."""
 CLASS_COUNTS = "class-counts"
-"""Asks for the client's number of training examples of every class; in a reply's metrics, these."""
+"""Asks for the client's number of training examples per class; in a reply's metrics, these."""
 NUM_MODELS = "num-models"
-"""The arrays hold so many models, packed by `pack_states`: train the one of least loss."""
+"""How many models the arrays hold, packed by `pack_states`: train the one of least loss."""
 CLUSTER = "cluster"
 """In a reply's metrics: the number of the model that was chosen."""
 
 STATISTICS_KEYS = ("mean", "std", "shift", "scale")
 NPY_OVERHEAD = 4096
-"""More than any plain array's .npy header; what an honest payload may exceed its data by."""
+"""More than any plain array's .npy header: how much an honest payload may exceed its data by."""
 MAX_DIMENSIONS = 32
 
 
 class ProtocolError(FedFusionError, ValueError):
-    """A record that does not decode to what it should be."""
+    """A record that does not decode to what it should hold."""
 
 
 def _header_bytes(data: bytes) -> bytes:
-    """The .npy header alone, as far as it says how long it is."""
+    """The .npy header alone, whose length it states itself."""
     prefix, size = (12, data[8:12]) if data[6:7] == b"\x02" else (10, data[8:10])
     return data[: min(prefix + int.from_bytes(size, "little"), NPY_OVERHEAD)]
 
 
-@functools.lru_cache(maxsize=4096)  # Equal in every reply of a run, and parsing takes long.
+@functools.lru_cache(maxsize=4096)  # The same in every reply of a run, and slow to parse.
 def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
     """Shape, memory order, type and length of the .npy header at the start of ``data``."""
     stream = io.BytesIO(data)
@@ -110,12 +110,12 @@ def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], i
 def array_view(array: Array) -> NDArray[np.generic]:
     """Decode an Array without copying: a read-only view of its bytes.
 
-    The labels ``array.dtype`` and ``array.shape`` are written by the sender and not believed.
+    The labels ``array.dtype`` and ``array.shape`` are written by the sender and are not trusted.
 
     Raises
     ------
     ProtocolError
-        If the payload is not a plain .npy array of just the announced size.
+        If the payload is not a plain .npy array of exactly the announced size.
     """
     if array.stype != "numpy.ndarray":
         raise ProtocolError(f"serialized as {array.stype!r} instead of 'numpy.ndarray'")
@@ -140,8 +140,8 @@ def tensor_view(view: NDArray[np.generic]) -> Tensor:
 
 
 with warnings.catch_warnings():
-    # Torch warns of read-only arrays once in a process. These are meant; a filter around each call
-    # would cost more than the call.
+    # Torch warns about read-only arrays once per process. Here they are intended; a filter around
+    # each call would cost more than the call.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     torch.from_numpy(np.frombuffer(bytes(1), dtype=np.uint8))
 
@@ -176,8 +176,8 @@ def statistics_from_record(record: Mapping[str, Array]) -> NormalizationStatisti
     Raises
     ------
     ProtocolError
-        If a vector is missing, of another type or length than the others, not finite, or a standard
-        deviation is negative.
+        If a vector is missing, is not finite or differs from the others in type or length, or if a
+        standard deviation is negative.
     """
     if set(record) != set(STATISTICS_KEYS):
         raise ProtocolError(f"holds {sorted(record)} instead of {list(STATISTICS_KEYS)}")

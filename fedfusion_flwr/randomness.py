@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All randomness: generators derived of (seed, purpose, round, client), never a global one."""
+"""All randomness: generators derived from (seed, purpose, round, client), never a global one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def _sequence(seed: int, purpose: str, *keys: int) -> np.random.SeedSequence:
 
 
 def numpy_generator(seed: int, purpose: str, *keys: int) -> np.random.Generator:
-    """A NumPy generator of its own for one purpose, e.g. ``("sampling", round)``.
+    """A NumPy generator for one purpose, e.g. ``("sampling", round)``.
 
-    A purpose must always come with the same number of keys: a trailing 0 is not told from none.
+    A purpose must always come with the same number of keys: a trailing 0 has no effect.
     """
     return np.random.default_rng(_sequence(seed, purpose, *keys))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the whole suite; pytest reads them before any test imports torch."""
+"""Settings and fixtures of the whole suite; pytest reads this before any test imports torch."""
 
 import os
 
@@ -14,3 +14,12 @@ if WORKERS is not None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first: at the end one of two workers would wait for them."""
     items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data and networks of `tests.strategies.small`, under names that a run config knows."""
+    # Imported here: most tests do not need it.
+    from tests.strategies.small import install
+
+    install(monkeypatch)

@@ -60,7 +60,7 @@ def initial_arrays() -> ArrayRecord:
 
 
 def untrained_state(number: int) -> State:
-    """Models that differ by their number, as `initial_state` of several-model strategies."""
+    """Different models for different numbers, for strategies that start from several."""
     state = tiny_model().state_dict()
     return {k: v + 0.1 * number if k == WEIGHT else v for k, v in state.items()}
 
@@ -90,7 +90,7 @@ class FakeClient:
     """Answers like `fedfusion_flwr.app.client`, without training; some partitions spoil replies.
 
     ``echo`` and ``normalization`` choose whether those records are sent: without both, it is a
-    client that knows nothing of this package. ``spoil_rounds`` limits the hostility.
+    client that knows nothing of this package. ``spoil_rounds`` limits the rounds that are spoiled.
     """
 
     spoil: Spoil | None = None
@@ -156,6 +156,16 @@ class Recorder:
         self.reports.append(report)
 
 
+@dataclass
+class After:
+    """A callback that acts after given rounds."""
+
+    actions: Mapping[int, Callable[[], object]]
+
+    def on_round_end(self, report: RoundReport) -> None:
+        self.actions.get(report.server_round, lambda: None)()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a small run left."""
@@ -184,7 +194,7 @@ TINY: dict[str, tuple[type[FederatedStrategy], dict[str, Any]]] = {
     "fedcluster-cycling": (FedClusterCycling, {"num_clusters": 1}),
     "fedgroup": (FedGroup, {"num_clusters": 2, "pretrain_steps": 2}),
 }
-"""Every strategy but FedFusion, whose inference has to be made, in small."""
+"""Every strategy in small, except FedFusion, which `make_strategy` gives a short inference."""
 
 
 def make_strategy(
@@ -231,9 +241,6 @@ def assert_identical(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -
         assert torch.equal(value, other[key]), key
 
 
-# --- ways to spoil a reply ------------------------------------------------------------------------
-
-
 def arrays_of(reply: Message) -> ArrayRecord:
     return reply.content.array_records["arrays"]
 
@@ -276,7 +283,7 @@ def replace_metric(key: str, value: Any) -> Spoil:
 
 
 def npy_payload(header: str, data: bytes = b"") -> bytes:
-    """A version 1.0 .npy file with a header of one's own."""
+    """A version 1.0 .npy file with the given header."""
     text = header.encode("latin1")
     text += b" " * (-(len(text) + 11) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data

@@ -7,19 +7,13 @@ import dataclasses
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfusion_flwr.config import (
-    DATASETS,
-    MODELS,
-    ConfigError,
-    RunConfig,
-    Value,
-    cohort_size,
-)
+from fedfusion_flwr.config import DATASETS, MODELS, ConfigError, RunConfig, Value, cohort_size
 from fedfusion_flwr.errors import FedFusionError
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -65,95 +59,57 @@ def test_defaults_are_allowed_and_frozen() -> None:
         config.seed = 1  # type: ignore[misc]
 
 
-OUT_OF_RANGE: list[tuple[str, Value, str]] = [
-    ("num-server-rounds", 0, "at least 1"),
-    ("seed", -1, "at least 0"),
+WORDS: list[tuple[str, Value, str]] = [
     ("strategy", "", "a name, or your own"),
-    ("checkpoint-every", -1, "at least 0"),
     ("best-metric", "train-loss", "'global-accuracy', 'global-loss'"),
-    ("patience", -1, "at least 0"),
     ("dataset", "imagenet", "'mnist-5k'"),
     ("dataset", "my data:load", "'module:function'"),
-    ("vocabulary-size", 2, "at least 3"),
-    ("text-length", 0, "at least 1"),
-    ("train-examples", -1, "at least 0"),
-    ("test-examples", -1, "at least 0"),
-    ("num-clients", 0, "at least 1"),
     ("partition", "random", "'iid'"),
-    ("dirichlet-alpha", 0.0, "greater than 0"),
-    ("dirichlet-alpha", -0.5, "greater than 0"),
-    ("min-partition-size", 1, "at least 2"),
-    ("classes-per-client", 0, "at least 1"),
-    ("shards-per-client", 0, "at least 1"),
-    ("planted-components", 0, "at least 1"),
-    ("component-mixing", -0.1, "at least 0"),
     ("component-sizes", "", "'balanced', 'long-tailed'"),
     ("component-transform", "flip", "'none', 'rotate'"),
-    ("validation-fraction", 1.0, "less than 1"),
-    ("validation-fraction", -0.1, "at least 0"),
     ("model", "LeNet", "'lenet'"),
     ("model", "nets:", "'module:function'"),
     ("normalization", "instance", "'batch', 'group', 'layer', 'none'"),
-    ("normalization-groups", 0, "at least 1"),
     ("precision", "fp16", "'fp32', 'bf16'"),
-    ("local-epochs", 0, "at least 1"),
-    ("batch-size", 1, "at least 2"),
-    ("learning-rate", 0.0, "greater than 0"),
-    ("momentum", 1.0, "less than 1"),
-    ("momentum", -0.9, "at least 0"),
-    ("weight-decay", -1e-4, "at least 0"),
     ("local-normalization", "group", "'batch', 'fused'"),
-    ("fused-from-round", 1, "at least 2"),
     ("device", "gpu", "'auto', 'cpu', 'cuda'"),
-    ("threads-per-client", 0, "at least 1"),
-    ("fraction-train", 0.0, "greater than 0"),
-    ("fraction-train", 1.01, "at most 1"),
-    ("fraction-evaluate", -0.1, "from 0 to 1"),
-    ("fraction-evaluate", 1.1, "from 0 to 1"),
-    ("evaluate-every", 0, "at least 1"),
-    ("central-evaluate-every", 0, "at least 1"),
     ("sampling", "uniform", "'random', 'stratified'"),
-    ("num-components", 0, "at least 1"),
     ("mixture", "even", "'inferred', 'balanced', 'counts'"),
-    ("balance-exponent", 1.5, "from 0 to 1"),
     ("statistics-source", "server", "'local', 'probe'"),
     ("statistics-layers", "first", "'all', 'ends'"),
-    ("statistics-noise", -0.1, "from 0 to 10"),
-    ("assignment-smoothing", 1.0, "less than 1"),
     ("absent", "keep", "'drop', 'remember'"),
-    ("vae-step", 0, "at least 1"),
-    ("vae-steps", 0, "at least 1"),
-    ("vae-refit-steps", 0, "at least 1"),
-    ("vae-learning-rate", 0.0, "greater than 0"),
-    ("proximal-mu", -0.1, "at least 0"),
-    ("num-clusters", 0, "at least 1"),
-    ("cluster-round", 0, "at least 1"),
-    ("distance-threshold", -1.0, "at least 0"),
     ("linkage", "single", "'ward', 'complete', 'average'"),
     ("centre-update", "none", "'all', 'round'"),
-    ("warmup-rounds", -1, "at least 0"),
-    ("pretrain-steps", 0, "at least 1"),
-    ("pretrain-clients", 0, "at least 1"),
-    ("inter-group-rate", -1.0, "at least 0"),
     ("matching-width", "wide", "'variable', 'fixed'"),
-    ("matching-gamma", 0.0, "greater than 0"),
-    ("matching-sweeps", 0, "at least 1"),
-    ("server-learning-rate", -1.0, "greater than 0"),
-    ("server-momentum", 1.0, "less than 1"),
-    ("average-decay", 1.0, "less than 1"),
-    ("max-client-weight", 0.0, "greater than 0"),
-    ("max-client-weight", 2.0, "at most 1"),
-    ("min-valid-replies", 0, "at least 1"),
-    ("max-failed-rounds", 0, "at least 1"),
-    ("max-examples", 0, "at least 1"),
-    ("max-update-ratio", 0.0, "greater than 0"),
     ("defence", "krum", "'none', 'robust'"),
-    ("outlier-threshold", -1.0, "at least 0"),
-    ("clip-quantile", 0.0, "greater than 0"),
-    ("max-examples-ratio", 0.5, "0, or at least 1"),
-    ("round-timeout", 0.0, "greater than 0"),
-    ("node-timeout", -1.0, "greater than 0"),
-    ("min-available-clients", -1, "at least 0"),
+]
+FIGURES: list[tuple[Value, str, str]] = [
+    (-1, "at least 0", "seed checkpoint-every patience train-examples test-examples warmup-rounds"),
+    (-1, "at least 0", "min-available-clients"),
+    (0, "at least 1", "num-server-rounds text-length num-clients classes-per-client vae-step"),
+    (0, "at least 1", "shards-per-client planted-components normalization-groups local-epochs"),
+    (0, "at least 1", "threads-per-client evaluate-every central-evaluate-every num-components"),
+    (0, "at least 1", "vae-steps vae-refit-steps num-clusters cluster-round pretrain-steps"),
+    (0, "at least 1", "pretrain-clients matching-sweeps min-valid-replies max-failed-rounds"),
+    (0, "at least 1", "max-examples"),
+    (1, "at least 2", "min-partition-size batch-size fused-from-round"),
+    (2, "at least 3", "vocabulary-size"),
+    (-0.1, "at least 0", "component-mixing validation-fraction momentum weight-decay proximal-mu"),
+    (-1.0, "at least 0", "distance-threshold inter-group-rate outlier-threshold"),
+    (1.0, "less than 1", "validation-fraction momentum assignment-smoothing server-momentum"),
+    (1.0, "less than 1", "average-decay"),
+    (0.0, "greater than 0", "dirichlet-alpha learning-rate fraction-train vae-learning-rate"),
+    (0.0, "greater than 0", "matching-gamma max-client-weight max-update-ratio clip-quantile"),
+    (0.0, "greater than 0", "round-timeout"),
+    (-0.5, "greater than 0", "dirichlet-alpha server-learning-rate node-timeout"),
+    (1.01, "at most 1", "fraction-train max-client-weight"),
+    (-0.1, "from 0 to 1", "fraction-evaluate"),
+    (1.1, "from 0 to 1", "fraction-evaluate balance-exponent"),
+    (-0.1, "from 0 to 10", "statistics-noise"),
+    (0.5, "0, or at least 1", "max-examples-ratio"),
+]
+OUT_OF_RANGE = WORDS + [
+    (key, value, allowed) for value, allowed, keys in FIGURES for key in keys.split()
 ]
 
 
@@ -196,7 +152,7 @@ def test_numbers_that_are_not_finite(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["dirichlet-alpha", "learning-rate", "round-timeout"])
-def test_whole_numbers_do_for_numbers(key: str) -> None:
+def test_whole_numbers_are_accepted_as_numbers(key: str) -> None:
     value = getattr(RunConfig.from_run_config({key: 2}), key.replace("-", "_"))
     assert value == 2.0
     assert type(value) is float
@@ -215,63 +171,46 @@ def test_unknown_key_suggests_the_close_one(key: str, close: str) -> None:
     text = refusal(key, 1)
     assert f"'{key}'" in text
     assert f"did you mean '{close}'?" in text
-
-
-def test_unknown_key_like_no_other() -> None:
     assert "[tool.flwr.app.config]" in refusal("zzz", 1)
 
 
-def test_more_planted_components_than_clients() -> None:
-    with pytest.raises(ConfigError, match=r"^planted-components = 5 .* num-clients, which is 4$"):
-        parse(num_clients=4)
-    assert parse(num_clients=4, partition="iid").num_clients == 4
-    assert parse(num_clients=5).num_clients == 5
+TOGETHER: list[tuple[dict[str, Any], str]] = [
+    ({"num_clients": 4}, r"planted-components = 5 .* num-clients, which is 4$"),
+    ({"validation_fraction": 0.0}, "validation-fraction = 0.0 .* fraction-evaluate = 0.0"),
+    ({"strategy": "fedma", "compile": True}, "compile = True does not go with .* compile = False"),
+    (
+        {"min_available_clients": 11},
+        "min-available-clients = 11 can never be met: .* num-clients, which is 10",
+    ),
+    (
+        {"min_valid_replies": 4, "fraction_train": 0.3},
+        "min-valid-replies = 4 can never be met: .* at most 3 is allowed",
+    ),
+    ({"fraction_train": 0.05}, "fraction-train = 0.05 .* at least 0.1"),
+]
 
 
-def test_evaluation_without_held_out_examples() -> None:
-    with pytest.raises(ConfigError, match=r"^validation-fraction = 0.0 .* fraction-evaluate = 0.0"):
-        parse(validation_fraction=0.0)
-    assert parse(validation_fraction=0.0, fraction_evaluate=0.0).fraction_evaluate == 0
+@pytest.mark.parametrize(("settings", "sentence"), TOGETHER)
+def test_keys_that_do_not_go_together(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{sentence}"):
+        parse(**settings)
 
 
-def test_models_that_change_their_shapes_are_not_compiled() -> None:
-    with pytest.raises(ConfigError, match=r"^compile = True does not go with .* compile = False"):
-        parse(strategy="fedma", compile=True)
-    assert parse(strategy="fedavg", compile=True).compile
+def test_keys_that_go_together() -> None:
+    parse(num_clients=4, partition="iid")
+    parse(num_clients=5)
+    parse(validation_fraction=0.0, fraction_evaluate=0.0)
+    parse(strategy="fedavg", compile=True)
+    assert parse(min_valid_replies=3, fraction_train=0.3).num_train_clients == 3
+    assert parse(fraction_train=0.1).num_train_clients == 1
+    for wanted, needed in ((10, 10), (2, 2), (0, 10)):
+        assert parse(min_available_clients=wanted).num_first_clients == needed
 
 
 def test_fed_gn_is_fedavg_with_group_norm() -> None:
     assert parse(strategy="fed-gn").model_normalization == "group"
     assert parse(strategy="fed-gn", normalization="layer").model_normalization == "layer"
     assert parse(strategy="fedavg").model_normalization == "batch"
-
-
-def test_more_first_clients_than_clients() -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse(min_available_clients=11)
-    text = str(caught.value)
-    assert "min-available-clients = 11 can never be met" in text
-    assert "num-clients, which is 10" in text
-    assert parse(min_available_clients=10).num_first_clients == 10
-    assert parse(min_available_clients=2).num_first_clients == 2
-    assert parse().num_first_clients == 10
-
-
-def test_min_valid_replies_that_can_never_come() -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse(min_valid_replies=4, fraction_train=0.3)
-    text = str(caught.value)
-    assert "min-valid-replies = 4 can never be met" in text
-    assert "at most 3 is allowed" in text
-    assert parse(min_valid_replies=3, fraction_train=0.3).num_train_clients == 3
-
-
-def test_fraction_that_trains_nobody() -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse(fraction_train=0.05)
-    assert "fraction-train = 0.05" in str(caught.value)
-    assert "at least 0.1" in str(caught.value)
-    assert parse(fraction_train=0.1).num_train_clients == 1
 
 
 @pytest.mark.parametrize(

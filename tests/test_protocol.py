@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codecs: bit for bit, without copies, and nothing but a `ProtocolError` for what is broken."""
+"""Codecs: bit for bit, without copies, and only a `ProtocolError` for broken payloads."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_view_copies_nothing(order: str) -> None:
     assert tensor.data_ptr() == view.ctypes.data
 
 
-def test_labels_are_not_believed() -> None:
+def test_labels_are_not_trusted() -> None:
     array = raw(saved(np.arange(3)))
     assert array_view(array).tolist() == [0, 1, 2]
 
@@ -120,9 +120,8 @@ BROKEN: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_payload(name: str) -> None:
-    with pytest.raises(ProtocolError) as caught:
+    with pytest.raises(ProtocolError, match=r"."):
         array_view(raw(BROKEN[name]))
-    assert str(caught.value)
 
 
 def test_other_serialization() -> None:
@@ -171,9 +170,6 @@ def test_lying_header_allocates_nothing(shape: list[int]) -> None:
     tracemalloc.stop()
     assert peak < 1_000_000
     assert array.data is data
-
-
-# --- normalization record -------------------------------------------------------------------------
 
 
 def statistics() -> NormalizationStatistics:

@@ -38,7 +38,7 @@ def test_values_are_the_same_on_every_machine() -> None:
 
 
 def test_global_generators_are_neither_read_nor_written() -> None:
-    np.random.seed(1)  # noqa: NPY002 - the global one is what must not matter
+    np.random.seed(1)  # noqa: NPY002 - the global generator must not matter
     torch.manual_seed(1)
     numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
     torch_state = torch.get_rng_state()

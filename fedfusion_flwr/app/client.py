@@ -48,9 +48,9 @@ from fedfusion_flwr.randomness import torch_generator
 
 @dataclass(frozen=True)
 class _Work:
-    """A message made ready: config, partition, data and the received models, the first loaded.
+    """A message with all that it takes to answer it; the first received model is loaded.
 
-    ``key`` is what the client's generators are derived of.
+    ``key`` is what the client's generators are derived from.
     """
 
     config: RunConfig
@@ -66,11 +66,11 @@ class _Work:
         return int(cast(int, self.settings[protocol.SERVER_ROUND]))
 
     def setting(self, key: str, otherwise: float) -> float:
-        """What the strategy says, or else the run config."""
+        """The strategy's setting if there is one, else ``otherwise``."""
         return float(cast(float, self.settings.get(key, otherwise)))
 
     def choose(self) -> dict[str, int]:
-        """Of several received models load the one of least training loss (IFCA); report it."""
+        """If several models came, load the one of least training loss (IFCA); report it."""
         if protocol.NUM_MODELS not in self.settings:
             return {}
         chosen = least_loss(self.model, self.received, self.data.x, self.data.y)
@@ -141,7 +141,7 @@ def _train(work: _Work) -> RecordDict:
 
 
 def _augmenter(work: _Work) -> Callable[[Tensor], Tensor] | None:
-    """What training does to a batch of inputs, with a generator of its own."""
+    """The augmentation of a batch of training inputs, with its own generator."""
     data = data_for(work.config)
     if not work.config.augment or data.augmentation == NO_AUGMENTATION:
         return None
@@ -175,9 +175,9 @@ def _query(work: _Work) -> RecordDict:
 def _normalization(
     read: Callable[[_Work], NormalizationStatistics], work: _Work
 ) -> dict[str, ArrayRecord]:
-    """The normalization record, or none of a model that has no such statistics.
+    """The normalization record, or nothing if the model has no such statistics.
 
-    A strategy that needs them has objected at the start of the run.
+    A strategy that needs them has refused the model at the start of the run.
     """
     try:
         statistics = _blurred(read(work), work)
@@ -187,7 +187,7 @@ def _normalization(
 
 
 def _blurred(statistics: NormalizationStatistics, work: _Work) -> NormalizationStatistics:
-    """With ``statistics-noise``; the model beside it still tells its running statistics exactly."""
+    """Add ``statistics-noise``; the model sent with it still has exact running statistics."""
     if not work.config.statistics_noise:
         return statistics
     keys = work.server_round, work.key
@@ -210,7 +210,7 @@ def _probe(work: _Work) -> NormalizationStatistics:
 
 
 def _answer(message: Message, context: Context, work: Callable[[_Work], RecordDict]) -> Message:
-    """Run one handler; what a user can act on becomes an error reply of one sentence."""
+    """Run one handler; errors that a user can act on become error replies of one sentence."""
     try:
         ready = _prepare(message, context)
         content = work(ready)
@@ -241,7 +241,7 @@ def _prepare(message: Message, context: Context) -> _Work:
 
 
 def _node_config(context: Context) -> RunConfig:
-    """The run's config, with the folder in which this node has its data."""
+    """The run's config, with this node's own data folder."""
     config = RunConfig.from_run_config(context.run_config)
     root = context.node_config.get("data-root", config.data_root)
     if not isinstance(root, str):
@@ -250,7 +250,7 @@ def _node_config(context: Context) -> RunConfig:
 
 
 def _check_signature(sent: ConfigRecord, config: RunConfig) -> None:
-    """Refuse to train on data that the model was not made for; the server need not say."""
+    """Refuse data that the model was not made for; the server may leave the signature out."""
     expected = sent.get(protocol.DATA_SIGNATURE)
     if expected is None:
         return
@@ -264,13 +264,13 @@ def _check_signature(sent: ConfigRecord, config: RunConfig) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _model(config: RunConfig, device: str) -> nn.Module:
-    """A model to load parameters into; its own are of no account."""
+    """A model to load parameters into; its initial values do not matter."""
     model = model_for(config, data_for(config))
     return place_model(model, torch.device(device))
 
 
 def _partition_id(context: Context, config: RunConfig) -> int | None:
-    """Which partition this node has; none where it is told of none and has data of its own."""
+    """The node's partition; None if its config names none, because it has its own data."""
     partition_id = context.node_config.get("partition-id")
     if partition_id is None:
         return None

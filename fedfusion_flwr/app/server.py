@@ -57,7 +57,7 @@ from fedfusion_flwr.tracking.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a finished run leaves: Flower's result, the digest of the served model, the folder."""
+    """A finished run: Flower's result, the digest of the served model, the run directory."""
 
     result: Result
     digest: str
@@ -70,11 +70,11 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     Raises
     ------
     FedFusionError
-        One sentence: what is wrong in config, data or federation and what to do. Artifacts that
-        were written before stay.
+        One sentence: what is wrong in config, data or federation, and what to do. Files that were
+        already written stay.
     """
     config = RunConfig.from_run_config(context.run_config)
-    # Each refuses what cannot run here, before any client trains.
+    # Each of these refuses what cannot run, before any client trains.
     strategy_class(config.strategy)
     data = data_for(config)
     cut = partition_for(config)
@@ -85,7 +85,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
         return model_for(config, data, number).state_dict()
 
     def network() -> PlainNetwork:
-        # Here and not above: one strategy of many needs it.
+        # Imported here: only one strategy needs it.
         from fedfusion_flwr.strategies.fedma.network import plain_network
 
         return plain_network(model, config.model, data.input_shape)
@@ -121,7 +121,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
                 evaluate_fn=central_evaluation(config),
             )
     finally:
-        # Also when the run is stopped: the last good model is worth keeping.
+        # Also if the run was stopped: the last good model is worth keeping.
         if strategy.progress.average.state:
             _save_final(directory, strategy)
             records.archive.write()
@@ -134,7 +134,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
 
 
 class _Records:
-    """The round callbacks of a run: what is written, in the order in which they see a round."""
+    """The round callbacks of a run, in the order in which they are called."""
 
     def __init__(
         self,
@@ -169,14 +169,14 @@ class _Records:
             self.callbacks.append(EarlyStopping(self.best, config.patience))
 
     def go_on_from(self, checkpoint: Checkpoint) -> None:
-        """Bring everything to where the checkpoint was written; later rounds are forgotten."""
+        """Restore everything from the checkpoint; later rounds are forgotten."""
         self.checkpointer.restore(checkpoint)
         for part in self.written:
             part.rewind(checkpoint.server_round)
 
 
 def central_evaluation(config: RunConfig) -> EvaluateFn:
-    """A function that measures a model on the server's test set."""
+    """A function that evaluates a model on the server's test set."""
     device = choose_device(config.device, config.precision)
     x, y = (tensor.to(device) for tensor in central_test_data(config))
     model = model_for(config, data_for(config))
@@ -204,7 +204,7 @@ def _check_federation(grid: Grid, strategy: FederatedStrategy, config: RunConfig
 
 
 def _write_for_devices(directory: RunDirectory, data: FederatedData) -> None:
-    """What a device with data of its own needs in its data-root: see docs/data.md."""
+    """Write the files that a device with its own data needs in its data-root; see docs/data.md."""
     if data.classes:
         directory.write_lines(CLASSES_FILE, data.classes)
     if data.mean:

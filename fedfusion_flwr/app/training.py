@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local training and evaluation on tensors that already lie in memory."""
+"""Local training and evaluation on tensors in memory."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def train(
     x, y : Tensor
         Inputs (N, ...) and labels (N,), on the model's device.
     epochs, batch_size, learning_rate, momentum, weight_decay
-        As usual; a last batch of one example joins the one before.
+        As usual; a last batch of one example joins the previous batch.
     generator : torch.Generator
-        Source of the shuffles, on the CPU. Its seed is also that of dropout and whatever else the
-        model draws; the global random state is left as it was.
+        Source of the shuffles, on the CPU. Its seed also seeds dropout and whatever else the model
+        draws; the global random state is not changed.
     fused_normalization : bool
         Normalize with the received running statistics instead of those of the batch; affine
-        parameters are trained all the same. Afterwards the running statistics are measured on x.
+        parameters are still trained. Afterwards the running statistics are measured on x.
     augment : Callable[[Tensor], Tensor], optional
         Applied to the inputs of every batch.
     precision : {"fp32", "bf16"}
@@ -78,15 +78,15 @@ def train(
         Weight of the squared distance to the model as it was received, (mu / 2) ||w - w_t||^2 over
         all trained parameters (FedProx, Li et al. 2020).
     max_steps : int or None
-        Stop after so many gradient steps; epochs go on as long as it takes.
+        Take this many gradient steps, however many epochs they need.
     frozen : Collection[str]
-        Names of state-dict entries that stay as they are. A BatchNorm layer whose running
+        Names of state-dict entries that must not change. A BatchNorm layer whose running
         statistics are among them normalizes with those.
 
     Returns
     -------
     TrainingResult
-        Mean loss over the examples of the last epoch, as far as it went, and the steps taken.
+        Mean loss over the last epoch, which ``max_steps`` may cut short, and the steps taken.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def train(
                 if proximal_mu:
                     add_proximal_gradient(trained, received, proximal_mu)
                 optimizer.step()
-                # Where the loss is: fetching it would make a GPU wait in every step.
+                # On the loss's device: fetching it would make a GPU wait in every step.
                 total.add_(loss.detach(), alpha=len(index))
                 seen += len(index)
                 steps += 1
@@ -169,7 +169,7 @@ def moving_batchnorms(model: nn.Module, frozen: Collection[str]) -> dict[str, _B
 
 
 def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches of one shuffled epoch; a trailing single index joins the batch before."""
+    """Index batches of one shuffled epoch; a single last index joins the previous batch."""
     order = torch.randperm(count, generator=generator)
     start = 0
     while start < count:
@@ -188,12 +188,10 @@ def evaluate(
     *,
     batch_statistics: bool = False,
 ) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in [0, 1]; the mode is left at eval.
+    """Mean cross-entropy and accuracy in [0, 1]; leaves the model in eval mode.
 
-    ``batch_statistics`` makes BatchNorm layers normalize with those of each batch, as in training;
-    it needs at least two examples.
-
-    ``precision`` is that of `train`.
+    ``precision`` is as in `train`. ``batch_statistics`` makes BatchNorm layers normalize with the
+    statistics of each batch, as in training; it needs at least two examples.
 
     Raises
     ------
@@ -223,10 +221,11 @@ def evaluate(
 def least_loss(
     model: nn.Module, states: Sequence[Mapping[str, Tensor]], x: Tensor, y: Tensor
 ) -> int:
-    """Load the state of least loss on the examples and return its number; of equals the first.
+    """Load the state of least loss on the examples and return its number; ties go to the first.
 
     No random number is drawn, and a loss that is not finite never wins. A state whose BatchNorm
-    layers have seen no batch yet is judged by the statistics of the examples: its own say nothing.
+    layers have seen no batch yet is evaluated with the statistics of the examples, as its own are
+    meaningless.
     """
     losses = []
     for state in states:
@@ -237,7 +236,7 @@ def least_loss(
         loss, _ = evaluate(model, x, y, batch_statistics=untrained and len(x) > 1)
         losses.append(loss if math.isfinite(loss) else math.inf)
     chosen = losses.index(min(losses))
-    # Loading again also forgets what judging by batch statistics left in the model.
+    # Loading it again also undoes what evaluation with batch statistics left in the model.
     model.load_state_dict(states[chosen])
     return chosen
 
@@ -245,9 +244,8 @@ def least_loss(
 def measure_running_statistics(model: nn.Module, x: Tensor, frozen: Collection[str] = ()) -> None:
     """Set every BatchNorm's running statistics to the moments of its input on x.
 
-    Those that are named in ``frozen`` stay.
-
-    The layers normalize with their old statistics while being measured, as they did in training.
+    Those named in ``frozen`` stay. While being measured, the layers normalize with their old
+    statistics, as they did in training.
     """
     layers = moving_batchnorms(model, frozen)
     model.eval()

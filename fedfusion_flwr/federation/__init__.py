@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One Flower strategy: what a round is, whatever the algorithm."""
+"""The engine that all strategies share: what a round is, whatever the algorithm."""

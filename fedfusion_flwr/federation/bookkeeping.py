@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts, clocks and means of one round, apart from what the round computes."""
+"""Counts, timings and mean metrics of one round."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COSTS = {
     protocol.GRADIENT_STEPS: "client-steps",
     protocol.FORWARD_EXAMPLES: "extra-forward-examples",
 }
-"""What clients report of their work: summed over them, not averaged."""
+"""What clients report about their work; summed over clients, not averaged."""
 
 MetricsMean = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -32,11 +32,11 @@ class Stopwatch:
         self._since = time.monotonic()
 
     def restart(self) -> None:
-        """Forget what passed since the last lap."""
+        """Start a new lap without booking the time since the last one."""
         self._since = time.monotonic()
 
     def lap(self, report: RoundReport, name: str, parts: Mapping[str, float] = {}) -> None:
-        """Book the time since the last lap under ``name``, but its ``parts`` under theirs."""
+        """Add the time since the last lap to ``name``; its ``parts`` go to their own names."""
         now = time.monotonic()
         for part, seconds in {name: now - self._since - sum(parts.values()), **parts}.items():
             report.seconds[part] = report.seconds.get(part, 0.0) + seconds
@@ -44,7 +44,7 @@ class Stopwatch:
 
 
 class Timer:
-    """A context whose ``seconds`` tell how long it was open."""
+    """A context manager; ``seconds`` is how long it was open."""
 
     seconds = 0.0
 
@@ -64,7 +64,7 @@ def add_costs_down(report: RoundReport, messages: Iterable[Message]) -> None:
 def add_costs_up(
     report: RoundReport, replies: Iterable[Message], good: Iterable[ClientReply]
 ) -> None:
-    """Count the bytes of all replies, and the work that the good ones say they did."""
+    """Count the bytes of all replies, and the work that the good ones report."""
     report.add("bytes-up", sum(_num_bytes(reply) for reply in replies if reply.has_content()))
     for reply in good:
         for key, name in COSTS.items():
@@ -97,10 +97,10 @@ def log_dropped(server_round: int, what: str, bad: list[ClientRow]) -> None:
 
 
 def mean_metrics(good: list[ClientReply], mean: MetricsMean | None) -> dict[str, float]:
-    """Average the metrics that all replies share, by Flower's or the user's function."""
+    """Average the metrics that all replies share, with Flower's or the user's function."""
     if not good:
         return {}
-    # Flower's own averaging insists on equal keys.
+    # Flower's averaging requires equal keys.
     shared = set.intersection(*(set(reply.metrics) for reply in good))
     shared -= {protocol.TRAIN_STARTED, protocol.CLUSTER, *COSTS}
     records: list[RecordDict] = []
@@ -113,9 +113,9 @@ def mean_metrics(good: list[ClientReply], mean: MetricsMean | None) -> dict[str,
 
 
 def split_train_time(report: RoundReport, good: list[ClientReply]) -> None:
-    """Divide the wait for replies into time in which some client trained, and transfer.
+    """Split the wait for replies into time in which some client trained, and transfer.
 
-    Clients that do not say when they trained count as training all the time.
+    If no client says when it trained, all of the wait counts as training.
     """
     intervals = sorted(
         (reply.metrics[protocol.TRAIN_STARTED], reply.metrics[protocol.TRAIN_SECONDS])

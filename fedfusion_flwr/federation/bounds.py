@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differences of models, and how far a model may be from the one it came from.
+"""Distances between models, and how far a model may move in one step.
 
 Only parameters count: running statistics would dominate every distance.
 """
@@ -25,7 +25,7 @@ def difference(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> 
 
 
 def inner_product(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Sum of the products of all parameters, in float64."""
+    """Inner product over the parameters, in float64."""
     return sum(
         float(torch.dot(value.double().flatten(), right[key].double().flatten()))
         for key, value in left.items()
@@ -43,7 +43,7 @@ def squared_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
 
 
 class UpdateBound:
-    """Tells models that must not replace the current one.
+    """Finds models that must not replace the current one.
 
     Parameters
     ----------
@@ -59,14 +59,14 @@ class UpdateBound:
         self._norm = _norm(current, square_sums(current))
 
     def objection(self, proposed: Mapping[str, Tensor]) -> str | None:
-        """Why a model must not replace the current one, of the same keys; None if it may."""
+        """Why a model with the same keys must not replace the current one; None if it may."""
         sums = square_sums(proposed)
         odd = nonfinite(proposed, sums)
         return f"'{odd}' is not finite" if odd else self.leap(proposed, sums)
 
     def leap(self, proposed: Mapping[str, Tensor], sums: Mapping[str, float]) -> str | None:
         """The same for a finite model whose `square_sums` are known."""
-        # ||proposed|| + ||current|| bounds the step and mostly settles it; 1 % is for rounding.
+        # ||proposed|| + ||current|| bounds the step, which is mostly enough; 1 % is for rounding.
         reach = 1.01 * (_norm(proposed, sums) + self._norm)
         if reach < self.max_ratio * self._norm:
             return None
@@ -78,9 +78,9 @@ class UpdateBound:
 
 
 def square_sums(state: Mapping[str, Tensor]) -> dict[str, float]:
-    """Sum of squares of every floating tensor, in one reading; finite only if all values are.
+    """Sum of squares of every floating-point tensor, in one pass; finite only if all values are.
 
-    To the precision of float32, whose overflow counts as infinite.
+    Computed in float32 or float64; an overflow counts as infinite.
     """
     return {
         key: sum(float(torch.dot(part, part)) for part in _pieces(value))
@@ -90,7 +90,7 @@ def square_sums(state: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def nonfinite(state: Mapping[str, Tensor], sums: Mapping[str, float]) -> str | None:
-    """The first key of a tensor that is not finite, if any, given the `square_sums`."""
+    """Key of the first tensor that is not finite, if any, given the `square_sums`."""
     for key, total in sums.items():
         if not math.isfinite(total) and not bool(state[key].isfinite().all()):
             return key
@@ -102,6 +102,6 @@ def _norm(state: Mapping[str, Tensor], sums: Mapping[str, float]) -> float:
 
 
 def _pieces(value: Tensor) -> Sequence[Tensor]:
-    """Flat ones: a long dot product in float32 would lose what is small."""
+    """Flat pieces: one long dot product in float32 would lose small values."""
     exact = value if value.dtype in (torch.float32, torch.float64) else value.float()
     return torch.split(exact.reshape(-1), BLOCK)

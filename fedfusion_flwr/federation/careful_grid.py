@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetches devices' replies so that none can end the run, or speak for another node."""
+"""Fetches devices' replies so that none can end the run or impersonate another node."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _UNDECODABLE = (
     TypeError,
     ValueError,
 )
-"""What decoding raises on made-up bytes; a lost connection to the SuperLink is none of these."""
+"""What decoding raises on malformed bytes; a lost connection raises other errors."""
 
 
 class CarefulGrid(Grid):
-    """Another Grid, whose replies are fetched one by one and belong to the node that was asked.
+    """Wraps a Grid: fetches replies one by one and attributes each to the node that was asked.
 
-    flwr 1.41 decodes replies before a strategy sees them, all that it fetches at once: one that
-    does not decode raises, ends the run, and takes the others with it. And who a reply is from and
-    what it answers is read from the reply, where its author may have written another's name. Here
-    an undecodable reply becomes an error reply of its node, which costs that node its round.
+    flwr 1.41 decodes all the replies it fetches before a strategy sees them: one that does not
+    decode raises and ends the run. It also reads from a reply who sent it and what it answers,
+    and the sender may have written another node's name there. Here a reply that does not decode
+    becomes an error reply of its own node, which loses only that node's reply.
 
     Parameters
     ----------
     grid : Grid
         Flower's.
     poll_seconds : float
-        Between two looks for replies.
+        Time between two polls for replies.
     sleep : Callable[[float], None]
-        Waits.
+        Waits; replaced in tests.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class CarefulGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push messages and collect a reply to each, until all are there or the time is over."""
+        """Push messages and collect a reply to each, until all have arrived or time is up."""
         messages = list(messages)
         pushed = self._grid.push_messages(messages)
-        # In the order of the messages; none for one that could not be pushed.
+        # Ids are in the order of the messages; empty for one that could not be pushed.
         waiting = {
             identifier: message.metadata
             for identifier, message in zip(pushed, messages, strict=True)
@@ -90,19 +90,19 @@ class CarefulGrid(Grid):
                 raise TypeError(f"a {type(reply).__name__} instead of a Message")
             if not reply.has_error() and not isinstance(reply.content, RecordDict):
                 raise TypeError(f"a {type(reply.content).__name__} instead of a RecordDict")
-            told = reply.metadata.src_node_id
+            claimed = reply.metadata.src_node_id
         except _UNDECODABLE as problem:
             log(WARNING, "the reply of node %d does not decode: %r", asked.dst_node_id, problem)
             return _undecodable(identifier, asked, problem)
-        # Flower's own word for a node that is gone; whoever else says it is missing all the same.
-        if reply.has_error() and told == SUPERLINK_NODE_ID:
+        # How Flower reports a lost node. A node that forges this counts as missing too.
+        if reply.has_error() and claimed == SUPERLINK_NODE_ID:
             return reply
-        if told != asked.dst_node_id:
-            log(WARNING, "the reply of node %d says that it is of %d", asked.dst_node_id, told)
+        if claimed != asked.dst_node_id:
+            log(WARNING, "the reply of node %d claims to be from %d", asked.dst_node_id, claimed)
             reply.metadata.__dict__["_src_node_id"] = asked.dst_node_id
         return reply
 
-    # --- the other grid's ----------------------------------------------------------------------
+    # --- forwarded to the wrapped grid ---------------------------------------------------------
 
     def set_run(self, run: Run) -> None:
         """Set the run."""
@@ -137,7 +137,7 @@ class CarefulGrid(Grid):
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to the given messages, as far as there are any."""
+        """Replies to the given messages that have arrived."""
         return self._grid.pull_messages(message_ids)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A round in progress: who is asked, what each is sent, which replies count, what comes of them."""
+"""A round in progress: who is asked, what each client is sent, and which replies count."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Setting = str | int | float | bool | list[str]
 Exchange = Callable[[Sequence[int], State, Mapping[str, Setting]], list[ClientReply]]
-"""Have clients train a model outside the round's own training; returns the good replies."""
+"""Have clients train a model in addition to the round's training; returns the good replies."""
 
 WHERE = "the reason of every dropped reply is in the log and in clients.jsonl"
 
@@ -50,11 +50,11 @@ class RoundInProgress:
     Parameters
     ----------
     strategy : FederatedStrategy
-        Whose settings and hooks decide.
+        Its settings and hooks are used.
     server_round : int
-        Its number.
+        Number of the round.
     model, record : State, ArrayRecord
-        The global model at its start, in both forms.
+        The global model at the start of the round, in both forms.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class RoundInProgress:
         self.report = RoundReport(server_round)
         self.stopwatch = Stopwatch()
         self.sampled: dict[int, int] = {}
-        """Client id by node id: who was asked last."""
+        """Client id by node id, of the clients that were asked last."""
         self.sent: dict[int, State] = {}
-        """What each of them was sent to train from, by client id."""
+        """The model that each of them was sent, by client id."""
 
     # --- training -------------------------------------------------------------------------------
 
     def configure_train(self, config: ConfigRecord, grid: Grid) -> list[Message]:
-        """Draw the cohort and address to each client what it trains from."""
+        """Draw the cohort and make its train messages."""
         strategy = self.strategy
         if strategy.fraction_train == 0.0:
             return []
@@ -104,7 +104,7 @@ class RoundInProgress:
     def aggregate_train(
         self, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies, have the algorithm advance, and book what it did."""
+        """Check the replies, let the algorithm advance, and record the result."""
         strategy, report = self.strategy, self.report
         replies = list(replies)
         self.stopwatch.lap(report, "train")
@@ -126,7 +126,7 @@ class RoundInProgress:
         report.metrics["server-aggregations"] = 1.0
         split_train_time(report, good)
         self.stopwatch.lap(report, "aggregate", update.seconds)
-        # What the round itself counted is not a client's to say.
+        # A client's metric never replaces what the server counted itself.
         means = mean_metrics(good, strategy.train_metrics_aggr_fn)
         report.metrics = {**means, **report.metrics}
         return protocol.record_from_state(update.model), MetricRecord(dict(report.metrics))
@@ -140,7 +140,7 @@ class RoundInProgress:
         report.metrics["round-failed"] = 1.0
         log(WARNING, "round %d keeps the old model: %s", self.server_round, why)
         if progress.failed_rounds >= strategy.max_failed_rounds:
-            # Flower's loop ends here, so nobody else would hand this round to the callbacks.
+            # The run ends here, so the loop will not call the callbacks for this round.
             self.end()
             raise RunStopped(
                 f"stopped after {progress.failed_rounds} failed rounds in a row, the last because "
@@ -151,7 +151,7 @@ class RoundInProgress:
     # --- evaluation -----------------------------------------------------------------------------
 
     def configure_evaluate(self, config: ConfigRecord, grid: Grid) -> Iterator[Message]:
-        """Address to a seeded sample of clients the model that serves each, one after the other."""
+        """Yield evaluate messages to a seeded sample of clients, each with the model it gets."""
         strategy = self.strategy
         self.sampled, self.sent = {}, {}
         if not strategy.evaluates(self.server_round):
@@ -163,7 +163,7 @@ class RoundInProgress:
         cohort = random_cohort(sorted(connected), size, generator)
         self.sampled = {connected[client]: client for client in cohort}
         strategy.prepare_evaluation()
-        # A model that serves several clients is encoded once; of the others one is held at a time.
+        # A model that serves several clients is encoded once; others are held one at a time.
         shared = [strategy.served, *strategy.models().values()]
         encoded: list[tuple[State, ArrayRecord]] = []
         for node, client in self.sampled.items():
@@ -211,7 +211,7 @@ class RoundInProgress:
         config: ConfigRecord,
         settings_of: Callable[[int], Mapping[str, Setting]],
     ) -> list[Message]:
-        """Address to each client what it trains from; equal objects are encoded once."""
+        """Make each client's train message; models that are one object are encoded once."""
         self.sampled = {connected[client]: client for client in clients}
         self.sent = {client: state_of(client) for client in clients}
         records = {id(self.model): self.record}
@@ -233,10 +233,10 @@ class RoundInProgress:
         config: ConfigRecord,
         settings: Mapping[str, Setting],
     ) -> Message:
-        said = ConfigRecord({**config, protocol.SERVER_ROUND: self.server_round})
-        said.update(settings)
+        sent = ConfigRecord({**config, protocol.SERVER_ROUND: self.server_round})
+        sent.update(settings)
         keys = self.strategy.arrayrecord_key, self.strategy.configrecord_key
-        return Message(RecordDict(dict(zip(keys, (record, said), strict=True))), node, message_type)
+        return Message(RecordDict(dict(zip(keys, (record, sent), strict=True))), node, message_type)
 
     def _judge(
         self,
@@ -245,7 +245,7 @@ class RoundInProgress:
         check: Callable[[ClientReply], None] = lambda _: None,
         phase: str = protocol.TRAINING,
     ) -> tuple[list[ClientReply], list[ClientRow]]:
-        """Split into good and bad; ``expected`` is what models were trained from, if any."""
+        """Split into good and bad; ``expected`` gives the model a client trained from, if any."""
         replies, strategy = list(replies), self.strategy
         judge = ReplyJudge(
             self.server_round,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reply may do that is well formed in itself: judged against the round's other replies.
+"""Limits on well-formed replies, judged against the round's other replies.
 
-In this order: clients whose normalization statistics lie far out are dropped, example counts far
-above the median are cut, and long updates are shortened. Every drop, cut and clip is logged, is
-counted in the round's metrics, and stands in the client's row.
+In this order: clients with outlying normalization statistics are dropped, example counts far above
+the median are cut, and long updates are clipped. Every drop, cut and clip is logged, counted in the
+round's metrics and noted in the client's row.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ OUTLIER_SCORE = "outlier-score"
 UPDATE_NORM = "update-norm"
 CLIP_BOUND = "clip-bound"
 FEWEST_TO_JUDGE = 4
-"""With fewer clients nobody is dropped: of two or three, who is the outlier?"""
+"""With fewer clients nobody is dropped: among two or three, who is the outlier?"""
 
 MAX_CLIENT_WEIGHT = 0.2
-"""What the preset takes for ``max-client-weight`` where that says nothing."""
+"""The preset's ``max-client-weight``, where the run config sets no limit."""
 
 SentTo = Callable[[ClientReply], Mapping[str, Tensor]]
 
@@ -52,13 +52,13 @@ class Defence(Options):
     Parameters
     ----------
     outlier_threshold : float
-        A client whose statistics of some layer score more than this (`outlier_scores`) is dropped;
-        0 never drops. Clients are compared with those who trained from the same model only.
+        Drop a client if its statistics of any layer score above this (`outlier_scores`); 0 drops
+        nobody. Only clients that trained from the same model are compared.
     clip_quantile : float
-        In (0, 1]: updates are shortened to a bound that follows this quantile of their norms; 1
-        never shortens.
+        In (0, 1]: updates are clipped to a bound that follows this quantile of their norms; 1
+        never clips.
     max_examples_ratio : float
-        No client counts more examples than this times the round's median; 0 sets no limit.
+        Cut example counts to this times the round's median; 0 sets no limit.
     """
 
     outlier_threshold: float = checked(20.0, at_least(0))
@@ -79,21 +79,21 @@ class Defence(Options):
         phase: str,
         bounds: dict[str, float],
     ) -> tuple[list[ClientReply], list[ClientRow]]:
-        """The replies that count, as far as they count, and rows of those that do not.
+        """Return the replies that count, cut and clipped, and the rows of the dropped ones.
 
         Parameters
         ----------
         replies : list[ClientReply]
             Good ones, sorted by client.
         expected : Callable[[int, Mapping[str, float]], Mapping[str, Tensor]] or None
-            As of `ReplyJudge`: the model that a client trained from. None in an evaluation, where
+            The model that a client trained from, as in `ReplyJudge`. None in an evaluation, where
             only counts are cut.
         report : RoundReport
-            Where it is counted.
+            Receives the counts.
         phase : str
-            Kind of training: updates of different kinds have bounds of their own.
+            Kind of training; each has its own clipping bound.
         bounds : dict[str, float]
-            The clipping bound of every phase, from earlier rounds; brought up to date.
+            Clipping bound by phase, from earlier rounds; updated in place.
         """
         if expected is None:
             return self._cap_examples(replies, report), []
@@ -175,10 +175,10 @@ class Defence(Options):
 
 
 def _worst_scores(replies: list[ClientReply], sent_to: SentTo) -> dict[int, tuple[bool, float]]:
-    """By client: whether there were enough to judge it among, and its highest score there.
+    """By client: whether enough clients were compared to judge it, and its highest score.
 
-    Of the running statistics, which are fused, and of the record, which inference reads: a client
-    may lie in one and not in the other.
+    Scores the running statistics, which are fused, and the record, which inference reads: a client
+    may lie in only one of them.
     """
     worst: dict[int, tuple[bool, float]] = {}
     for read in (_running_statistics, _record):
@@ -201,12 +201,12 @@ def _running_statistics(reply: ClientReply) -> Moments:
 
 
 def _record(reply: ClientReply) -> Moments:
-    told = reply.statistics
-    return [] if told is None else [(told.mean, told.std.square())]
+    record = reply.statistics
+    return [] if record is None else [(record.mean, record.std.square())]
 
 
 def _with_metric(reply: ClientReply, name: str, value: float) -> ClientReply:
-    """What the server measured, in place of what the client may have said under that name."""
+    """Set a metric that the server measured, replacing any that the client sent under that name."""
     return dataclasses.replace(reply, metrics={**reply.metrics, name: value})
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Grid inside this process: calls a ClientApp directly, without Ray, threads or sockets.
 
-For tests, sweeps and debugging. Replies are what the real engine would deliver; a client that
-raises becomes an error reply.
+For tests, sweeps and debugging. Replies are those that the real engine would deliver; if a client
+raises, its reply is an error.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class InProcessGrid(Grid):
     client_app : ClientApp or callable
         Answers every message, given its node's Context.
     num_clients : int
-        Nodes; each is told ``partition-id`` and ``num-partitions``.
+        Number of nodes; each finds ``partition-id`` and ``num-partitions`` in its node config.
     run_config : UserConfig
         What clients find in ``context.run_config``.
     seed : int
-        Of the node ids, random as Flower's are, and of the order in which replies arrive.
+        Seeds the node ids, which are random as Flower's are, and the order of replies.
     shuffle_replies : bool
         Deliver replies in a random order.
     """
@@ -54,7 +54,7 @@ class InProcessGrid(Grid):
         self._generator = np.random.default_rng(seed)
         self._shuffle = shuffle_replies
         self._run = Run.create_empty(run_id=1)
-        # A Message takes its sender from here; the engine would have set it.
+        # A Message takes its sender from here; Flower's engine would have set it.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._inbox: dict[str, Message] = {}
         self._sent = 0
@@ -65,7 +65,7 @@ class InProcessGrid(Grid):
             self.add_node({"partition-id": partition_id, "num-partitions": num_clients})
 
     def add_node(self, node_config: UserConfig) -> int:
-        """Register one more node, now, and return its node id."""
+        """Register one more node and return its node id."""
         node_id = int(self._generator.integers(1, 2**_NODE_ID_BITS))
         moment = datetime.datetime(2000, 1, 1) + datetime.timedelta(seconds=len(self.contexts))
         self.nodes[node_id] = NodeInfo(node_id=node_id, registered_at=moment.isoformat())
@@ -79,11 +79,11 @@ class InProcessGrid(Grid):
         return node_id
 
     def remove_node(self, node_id: int) -> None:
-        """Disconnect a node; its context stays for a return through ``nodes``."""
+        """Disconnect a node; its context stays, so that it can return through ``nodes``."""
         del self.nodes[node_id]
 
     def set_run(self, run: Run) -> None:
-        """Set the run; this grid uses it for nothing."""
+        """Set the run, which this grid does not use."""
         self._run = run
 
     @property
@@ -103,15 +103,15 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of the connected nodes, in no order to rely on."""
+        """Ids of the connected nodes, in arbitrary order."""
         return set(self.nodes)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """The connected nodes, in no order to rely on."""
+        """The connected nodes, in arbitrary order."""
         return [self.nodes[node_id] for node_id in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Have every message answered at once; its reply waits to be pulled."""
+        """Have every message answered at once; the replies wait to be pulled."""
         ids: list[str] = []
         for message in messages:
             self._sent += 1
@@ -124,7 +124,7 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to the given messages, as far as there are any."""
+        """Replies to the given messages that have arrived."""
         return [self._inbox.pop(i) for i in message_ids if i in self._inbox]
 
     def send_and_receive(
@@ -145,6 +145,6 @@ class InProcessGrid(Grid):
         except Exception as error:  # noqa: BLE001 - whatever a client does must not end the run
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-        # The engine fills in who answers; the reply's author has no say in it.
+        # As in Flower's engine, the sender is set here and not by the client.
         reply.metadata.__dict__["_src_node_id"] = node_id
         return reply

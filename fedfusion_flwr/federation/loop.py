@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop over the rounds: central evaluation, reports, callbacks, and what a run goes on from."""
+"""The loop over the rounds: central evaluation, reports, callbacks, and resuming."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 MODELS_IN_FLIGHT = 16
-"""Most different models that are out for evaluation at a time: each is held in memory."""
+"""Most distinct models sent out for evaluation at a time; each is held in memory."""
 
 
 @dataclass
 class Progress:
-    """What a strategy carries from round to round, whatever the algorithm; checkpoints hold it.
+    """What every strategy carries from round to round; stored in checkpoints.
 
-    ``newest`` is the global model after ``rounds_done`` rounds, ``clip_bounds`` the defence's bound
-    of every phase.
+    ``newest`` is the global model after ``rounds_done`` rounds; ``clip_bounds`` holds the defence's
+    bound by phase.
     """
 
     average: ServedAverage
@@ -61,7 +61,7 @@ def run_rounds(
     evaluate_config: ConfigRecord,
     evaluate_fn: EvaluateFn | None,
 ) -> Result:
-    """All rounds that are left; see `FederatedStrategy.start`."""
+    """Run the remaining rounds; see `FederatedStrategy.start`."""
     progress, num_rounds = strategy.progress, strategy.num_rounds
     log(INFO, "Starting %s strategy:", type(strategy).__name__)
     log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
@@ -70,7 +70,7 @@ def run_rounds(
     arrays = initial_arrays
     if progress.rounds_done:
         arrays = protocol.record_from_state(progress.newest)
-        log(INFO, "Going on after round %d", progress.rounds_done)
+        log(INFO, "Resuming after round %d", progress.rounds_done)
     try:
         if not progress.rounds_done:
             state = protocol.state_from_record(arrays)
@@ -103,7 +103,7 @@ def run_rounds(
 
 
 def parts_of_few_models(messages: Iterable[Message]) -> Iterator[list[Message]]:
-    """Split messages so that each part holds few different models."""
+    """Split messages into parts that hold few distinct models each."""
     part: list[Message] = []
     models: set[int] = set()
     for message in messages:

@@ -21,7 +21,7 @@ from fedfusion_flwr.config_rules import (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Checked when it is made; raises `ArgumentError`."""
+    """Checked on creation: a value that is not allowed raises `ArgumentError`."""
 
     def __post_init__(self) -> None:
         check_arguments(type(self).__name__, self)
@@ -49,11 +49,11 @@ class Participation(Options):
     min_available_nodes : int
         Clients to wait for before round 1.
     node_timeout : float
-        Seconds of that wait.
+        Longest time to wait, in seconds.
     evaluate_every : int
-        Clients evaluate in every such round, and in the last.
+        Rounds from one evaluation by clients to the next; they also evaluate in the last round.
     central_evaluate_every : int
-        The server evaluates in every such round, and in the first and the last.
+        The same for the server, which also evaluates before the first round and in the last.
     """
 
     fraction_train: float = checked(1.0, between(0, 1))
@@ -68,7 +68,7 @@ class Participation(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Plausibility(Options):
-    """Which replies and models are believed, and when a run gives up.
+    """Which replies and models are accepted, and when a run gives up.
 
     Attributes
     ----------
@@ -77,9 +77,9 @@ class Plausibility(Options):
     max_failed_rounds : int
         This many such rounds in a row end the run.
     max_examples : int
-        Largest example count that is believed.
+        Largest example count that is accepted.
     max_update_ratio : float
-        A model farther from the one it started from than this times that one's norm is refused.
+        Refuse a model that moved by more than this times the norm of the model it started from.
     """
 
     min_valid_replies: int = checked(1, at_least(0))

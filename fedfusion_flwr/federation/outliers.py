@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Robust statistics over one round's clients: how far out one lies, and limits on what it may do.
+"""Robust statistics over one round's clients: outlier scores, clipping bounds, capped counts.
 
-Medians throughout: they hold as long as fewer than half of the clients are hostile.
+Scores and caps use medians, which hold as long as fewer than half of the clients are hostile.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ Moments = list[tuple[Tensor, Tensor]]
 """Mean and variance of every normalization layer, each (C,)."""
 
 LEAST_SPREAD = 0.1
-"""Deviations are measured in no smaller unit than this part of a standard deviation of the data, or
-than this much of log sigma^2: clients that agree almost exactly must not make a small difference a
-large one."""
+"""Smallest unit in which deviations are measured: this part of a standard deviation of the data, or
+this much of log sigma^2. Else a tiny difference between clients that agree would look large."""
 
 BOUND_RATE = 0.2
 """How fast `next_bound` follows, as in TensorFlow Federated's clipping."""
@@ -39,9 +38,9 @@ def moments_of(state: Mapping[str, Tensor]) -> Moments:
 def outlier_scores(clients: Sequence[Moments]) -> Tensor:
     """How far each client's normalization statistics lie from the others', layer by layer.
 
-    Per channel the robust z-score |x - median| / max(1.4826 MAD, unit) over the clients, of the
-    mean and of the log-variance; per layer the root of its mean square over channels; of the two
-    the larger. The unit is `LEAST_SPREAD`, for means times the channel's median standard deviation.
+    Per channel, the robust z-score |x - median| / max(1.4826 MAD, unit) over the clients, of the
+    mean and of the log-variance; per layer, the larger of their two root mean squares over
+    channels. The unit is `LEAST_SPREAD`, for means times the channel's median standard deviation.
 
     Parameters
     ----------
@@ -51,7 +50,8 @@ def outlier_scores(clients: Sequence[Moments]) -> Tensor:
     Returns
     -------
     Tensor
-        Shape (K, L), float64, non-negative; a few for honest clients, however their data differ.
+        Shape (K, L), float64, non-negative; a few units for honest clients, however their data
+        differ.
     """
     layers: list[Tensor] = []
     for layer in zip(*clients, strict=True):
@@ -71,7 +71,7 @@ def _scores(values: Tensor, unit: Tensor | float) -> Tensor:
 
 
 def _median(values: Tensor) -> Tensor:
-    """Over the rows; of an even number, the mean of the two in the middle."""
+    """Median over the rows; the mean of the middle two if their number is even."""
     ordered, count = values.sort(0).values, len(values)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
@@ -79,7 +79,7 @@ def _median(values: Tensor) -> Tensor:
 def clip_update(
     state: Mapping[str, Tensor], sent: Mapping[str, Tensor], norm: float, bound: float
 ) -> State:
-    """The model ``sent`` plus its update, shortened to ``bound`` where it is longer.
+    """The model ``sent`` plus the client's update, shortened to ``bound`` if it is longer.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def clip_update(
 
 
 def next_bound(bound: float, norms: Sequence[float], quantile: float) -> float:
-    """The clipping bound of the next round, on its way to a quantile of the update norms.
+    """The clipping bound of the next round, which follows a quantile of the update norms.
 
     C <- C exp(-rate (b - quantile)), where b is the share of norms not above C (Andrew, Thakkar,
     McMahan and Ramaswamy 2021, "Differentially private learning with adaptive clipping"). However

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judges every reply by itself against the model that was sent; never against other replies.
+"""Checks each reply by itself, against the model that was sent and never against other replies.
 
-A bad reply loses its client for the round, with a named reason; the round goes on.
+A bad reply is dropped with a named reason; the round goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_BATCHES = 2**31
 """Most batches that a client can have tracked in one round; keeps counters from overflowing."""
 
 MAX_METRICS = 100_000
-"""Most numbers, and letters of their names, in a reply's metrics: they are written down."""
+"""Most values plus characters of names in a reply's metrics, which are all written to disk."""
 
 Expected = Callable[[int, Mapping[str, float]], Mapping[str, Tensor]]
 
@@ -66,7 +66,7 @@ class ClientReply:
         assignment: list[float] | None = None,
         cluster: int | None = None,
     ) -> ClientRow:
-        """Show the reply as a line of the round's report."""
+        """The reply as a row of the round's report."""
         return ClientRow(
             client=self.client,
             node=self.node,
@@ -91,17 +91,17 @@ class ReplyJudge:
     Parameters
     ----------
     server_round : int
-        The round that a reply must belong to, where it says so.
+        The round that a reply must name, if it names one.
     sampled : Mapping[int, int]
-        Client id by node id: who was asked. Anybody else is a stranger.
+        Client id by node id, of the clients that were asked; any other node is a stranger.
     expected : Callable[[int, Mapping[str, float]], Mapping[str, Tensor]] or None
-        What a client trained from, told its id and metrics: a train reply must match its keys,
-        shapes and types. None if replies hold no model.
+        Returns the model a client trained from, given its id and metrics: a train reply must match
+        its keys, shapes and types. None if replies hold no model.
     check : Callable[[ClientReply], None]
-        Raises `BadReply` for what a strategy itself does not accept.
+        Raises `BadReply` for what the strategy does not accept.
     num_channels : int or None
-        Length that a ``normalization`` vector must have, where it is known. A model without running
-        statistics does not tell it: where it is known all the same, every reply needs the record.
+        Required length of a ``normalization`` vector, if known. If it is known although the model
+        has no running statistics, every reply needs the record.
     arrays_key, examples_key : str
         Names of the ArrayRecord and of the example count.
     plausibility : Plausibility
@@ -132,7 +132,7 @@ class ReplyJudge:
         self._bounds: dict[int, UpdateBound] = {}
 
     def judge(self, replies: Iterable[Message]) -> tuple[list[ClientReply], list[ClientRow]]:
-        """Split replies into good ones, sorted by client id, and rows that say why one is not.
+        """Split replies into good ones, sorted by client id, and rows of the dropped ones.
 
         Sampled clients that never answered are among the rows, as ``missing``.
         """
@@ -142,13 +142,13 @@ class ReplyJudge:
         for message in replies:
             node = message.metadata.src_node_id
             if node == SUPERLINK_NODE_ID and message.has_error():
-                continue  # Flower's word for a node that is gone: it is counted as missing below
+                continue  # how Flower reports a lost node; it is counted as missing below
             client = self.sampled.get(node)
             try:
                 if client is None:
                     raise BadReply("stranger", "this node was not asked in this round")
                 if node in seen:
-                    raise BadReply("duplicate", "this node answered before in this round")
+                    raise BadReply("duplicate", "this node has already answered in this round")
                 seen.add(node)
                 reply = self._check(message, client)
                 self.check(reply)
@@ -198,7 +198,7 @@ class ReplyJudge:
         metrics = dict(next(iter(records.values())))
         size = sum(len(k) + (len(v) if isinstance(v, list) else 1) for k, v in metrics.items())
         if size > MAX_METRICS:
-            raise BadReply("size", f"its metrics are {size} numbers and letters of names")
+            raise BadReply("size", f"its metrics hold {size} values and characters of names")
         for key, value in metrics.items():
             values = value if isinstance(value, list) else [value]
             if not all(math.isfinite(v) for v in values):
@@ -249,7 +249,7 @@ class ReplyJudge:
         return state
 
     def _bound(self, expected: Mapping[str, Tensor]) -> UpdateBound:
-        """The bound around a model that was sent, made once for all who were sent it."""
+        """The bound around a model that was sent, made once for all its receivers."""
         bound = self._bounds.get(id(expected))
         if bound is None or bound.current is not expected:
             bound = self._bounds[id(expected)] = UpdateBound(expected, self.max_update_ratio)
@@ -281,7 +281,7 @@ class ReplyJudge:
             if self.num_channels is not None and not batchnorm_prefixes(state):
                 raise BadReply("statistics", "no normalization record, which this model needs")
             return None
-        # No model has more channels than numbers; that bounds them where it does not tell them.
+        # A model has no more channels than values: a bound where their number is not known.
         channels = self.num_channels or sum(value.numel() for value in state.values())
         allowed = 4 * channels + protocol.NPY_OVERHEAD
         if any(len(array.data) > allowed for array in record.values()):
@@ -299,7 +299,7 @@ class ReplyJudge:
 
 
 def _first_line(text: str) -> str:
-    """What is logged of it: nothing that a terminal would obey."""
+    """The first line of a text, for the log: without characters that control a terminal."""
     lines = text[:10_000].strip().splitlines()
     line = lines[0][:300] if lines else "no reason given"
     return "".join(letter if letter.isprintable() else "?" for letter in line)

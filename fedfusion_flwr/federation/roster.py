@@ -31,11 +31,11 @@ class Roster:
         self._sleep = sleep
 
     def capture(self) -> dict[int, int]:
-        """Client by node; `restore` inverts it."""
+        """Client id by node id; `restore` inverts it."""
         return self._client_of
 
     def restore(self, client_of: dict[int, int]) -> None:
-        """Remember who was who: devices keep their node ids. A simulation's nodes are all new."""
+        """Restore the ids: devices keep their node ids; the nodes of a simulation are all new."""
         self._client_of, self._restored = client_of, True
 
     def connected(self, grid: Grid) -> dict[int, int]:
@@ -53,14 +53,14 @@ class Roster:
     ) -> dict[int, int]:
         """Wait until ``expected`` nodes are connected, at most ``timeout`` seconds.
 
-        Numbers are given only then, so that a slow start does not change them.
+        Numbers are assigned only then, so that a slow start does not change them.
 
         Parameters
         ----------
         grid : Grid
             Whose nodes to count.
         expected : int
-            With so many the wait is over.
+            Number of nodes to wait for.
         timeout : float
             Seconds, after which ``at_least`` nodes suffice.
         at_least : int or None
@@ -69,7 +69,7 @@ class Roster:
         Raises
         ------
         NotEnoughNodes
-            With the number found and how to get more.
+            Names the number found and how to get more.
         """
         at_least = expected if at_least is None else at_least
         deadline = time.monotonic() + timeout
@@ -77,7 +77,7 @@ class Roster:
         while (found := len(list(grid.get_node_ids()))) < expected:
             if time.monotonic() >= deadline:
                 if found >= at_least:
-                    log(INFO, "Going on with %d of %d clients", found, expected)
+                    log(INFO, "Continuing with %d of %d clients", found, expected)
                     break
                 raise NotEnoughNodes(
                     f"only {found} of {expected} expected clients connected within {timeout:g} s; "

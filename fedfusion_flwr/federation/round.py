@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one round was: an algorithm's update, and the report that callbacks see."""
+"""The outcome of a round: the algorithm's update, and the report that callbacks see."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class ClientRow:
 class FusionSnapshot:
     """The inference behind a round: ``clients`` are the rows of the posterior's assignments.
 
-    ``weights`` (len(clients),) are the final client weights p, zero for those who did not train;
-    ``statistics`` (len(clients), D) is what was inferred from, where it is known.
+    ``weights`` (len(clients),) are the final client weights p, zero for clients that did not train;
+    ``statistics`` (len(clients), D) are the inputs of the inference, if known.
     """
 
     clients: list[int]
@@ -46,14 +46,14 @@ class FusionSnapshot:
 
 @dataclass(frozen=True)
 class Update:
-    """What an algorithm makes of a round's replies.
+    """What an algorithm computes from a round's replies.
 
     Attributes
     ----------
     model : State
         The next global model.
     rows : list[ClientRow]
-        What each reply counted.
+        One for each reply, with its weight.
     metrics : dict[str, float]
         Numbers of the round, by kebab-case name.
     clusters : dict[int, int]
@@ -61,7 +61,7 @@ class Update:
     fusion : FusionSnapshot or None
         The inference, where there was one.
     seconds : dict[str, float]
-        Parts of the time that this took, by name; the rest is aggregation.
+        Time spent, by name of the part; the rest is aggregation.
     """
 
     model: State
@@ -73,16 +73,16 @@ class Update:
 
 
 class KeepOldModel(Exception):
-    """Why a round's replies must not change the model."""
+    """A round's replies must not change the model; says why."""
 
 
 @dataclass
 class RoundReport:
     """Everything that is recorded of a round; filled in as the round goes on.
 
-    ``metrics`` are the numbers of the round by kebab-case name, ``seconds`` where its time went,
+    ``metrics`` are the numbers of the round by kebab-case name, ``seconds`` the time by phase,
     ``clusters`` the cluster (or main component) of every client that has one, ``planted`` the true
-    one where it is known, and ``model`` is the served global model after it.
+    one if known, and ``model`` the served global model after the round.
     """
 
     server_round: int
@@ -105,18 +105,18 @@ class RoundReport:
         self.metrics[name] = self.metrics.get(name, 0.0) + amount
 
     def book(self, update: Update) -> None:
-        """Take in what the algorithm made of the round."""
+        """Add the algorithm's update."""
         self.clients = update.rows + self.clients
         self.metrics |= update.metrics
         self.clusters, self.fusion = update.clusters, update.fusion
 
 
 class StopRun(Exception):
-    """A callback raises it to end a run after the current round; says why."""
+    """Raised by a callback to end the run after the current round; says why."""
 
 
 class RoundCallback(Protocol):
-    """Sees every round after its evaluation; round 0 is the initial model."""
+    """Called after the evaluation of every round; round 0 is the initial model."""
 
     def on_round_end(self, report: RoundReport) -> None:
-        """Take note of a finished round."""
+        """Handle a finished round."""

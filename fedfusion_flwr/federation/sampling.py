@@ -59,10 +59,9 @@ def stratified_cohort(
 
 
 def largest_remainder(shares: Sequence[float], total: int, limits: Sequence[int]) -> list[int]:
-    """Whole numbers in proportion to shares that sum to ``total``, none above its limit.
+    """Whole numbers in proportion to ``shares`` that sum to ``total``, none above its limit.
 
-    What a limit cuts off is divided again among the others; of equal remainders the lower index
-    wins.
+    What a limit cuts off is divided among the others; of equal remainders the lower index wins.
     """
     quotas = [0] * len(shares)
     while (left := total - sum(quotas)) > 0:

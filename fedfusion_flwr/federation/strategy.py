@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one engine: a Flower strategy that does all of a federation but the algorithm.
+"""The engine: a Flower strategy that does everything in a federation except the algorithm.
 
-A strategy of one's own derives from `FederatedStrategy`, declares its settings as dataclass fields
-and its state as a dataclass, and overrides `advance` and whichever other hooks it needs.
+To write a strategy, derive from `FederatedStrategy`, declare its settings as dataclass fields and
+its state as a dataclass, and override `advance` and any other hooks it needs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from fedfusion_flwr.randomness import numpy_generator
 
 @dataclass
 class NoState:
-    """Of an algorithm that carries nothing from round to round."""
+    """The state of an algorithm that carries nothing from round to round."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -66,15 +66,15 @@ class FederatedStrategy(Strategy):
     weighted_by_key, arrayrecord_key, configrecord_key : str
         Names of the example count and of the records, as in Flower's FedAvg.
     train_metrics_aggr_fn, evaluate_metrics_aggr_fn : Callable or None
-        Average the clients' metrics, as in Flower's FedAvg; by examples unless given.
+        Average the clients' metrics, as in Flower's FedAvg; weighted by examples by default.
     seed : int
-        Of sampling and of whatever else the server draws.
+        Seeds sampling and everything else that the server draws.
     statistics_layers : {"all", "ends"}
         Which normalization layers' statistics the clients report.
     defence : Defence or None
-        What well-formed replies may not do either; None lets them.
+        Limits on well-formed replies; None sets none.
     callbacks : Sequence[RoundCallback]
-        See every round's report; one that raises `StopRun` ends the run after that round.
+        Called with every round's report; one that raises `StopRun` ends the run.
 
     Raises
     ------
@@ -83,11 +83,11 @@ class FederatedStrategy(Strategy):
     """
 
     name: ClassVar[str] = ""
-    """What the run-config key ``strategy`` calls it."""
+    """Its value of the run-config key ``strategy``."""
     single_model: ClassVar[bool] = True
     """Whether `ServerUpdate` and a moving average have a model to act on."""
     server_step: ClassVar[bool] = False
-    """Whether a run config's server step and average apply; published forms have none."""
+    """Whether a run config's server step and average apply; published forms have neither."""
 
     fraction_train: float = Participation.fraction_train
     fraction_evaluate: float = Participation.fraction_evaluate
@@ -118,7 +118,7 @@ class FederatedStrategy(Strategy):
 
     progress: Progress = field(init=False)
     state: Any = field(init=False)
-    """What the algorithm carries from round to round: a dataclass, which checkpoints hold."""
+    """The algorithm's state between rounds: a dataclass, stored in checkpoints."""
     num_rounds: int = field(init=False, default=0)
     timeout: float = field(init=False, default=3600.0)
 
@@ -145,7 +145,7 @@ class FederatedStrategy(Strategy):
 
     @classmethod
     def check_model(cls, config: RunConfig, model: nn.Module, examples: Tensor) -> None:
-        """Raise `ModelError`, before anything runs, if the model lacks what is read from it."""
+        """Raise `ModelError`, before anything runs, if the model lacks what the strategy reads."""
 
     @classmethod
     def rounds_of_equal_steps(cls, config: RunConfig) -> int:
@@ -153,35 +153,35 @@ class FederatedStrategy(Strategy):
         return config.num_server_rounds
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
-        """Before the cohort of a round is drawn from ``clients``: e.g. a cold start."""
+        """Called before the cohort is drawn from ``clients``, e.g. for a cold start."""
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
         """Which of the connected clients train this round."""
         return random_cohort(clients, size, numpy_generator(self.seed, "sampling", server_round))
 
     def prepare_cohort(self, cohort: list[int], exchange: Exchange) -> None:
-        """After the cohort of a round was drawn: e.g. a first training of newcomers."""
+        """Called after the cohort was drawn, e.g. for a first training of newcomers."""
 
     def sent_to(self, client: int) -> State:
-        """What a client trains from. The same object for equal models, to encode it once."""
+        """The model a client trains from. Return one object for equal models, to encode it once."""
         return self.current
 
     def expected_from(self, client: int, metrics: Mapping[str, float]) -> State:
-        """The model that the client trained from, by which its reply is judged.
+        """The model that the client trained from, against which its reply is checked.
 
         Raises
         ------
         BadReply
-            If the metrics in the reply point to none.
+            If the metrics in the reply name no such model.
         """
         return self.round.sent[client]
 
     def train_settings(self, client: int) -> dict[str, Setting]:
-        """What a train message says beside the model; see `fedfusion_flwr.protocol`."""
+        """Settings sent with the model to be trained; see `fedfusion_flwr.protocol`."""
         return {}
 
     def check_reply(self, reply: ClientReply) -> None:
-        """Refuse a train reply, good in all else, by raising `BadReply`."""
+        """Raise `BadReply` to refuse a train reply that passed all other checks."""
 
     def advance(self, replies: list[ClientReply]) -> Update:
         """The next global model, from this round's good replies, sorted by client.
@@ -199,18 +199,18 @@ class FederatedStrategy(Strategy):
         return self.fraction_evaluate > 0 and due
 
     def prepare_evaluation(self) -> None:
-        """Before clients are sent the models to evaluate."""
+        """Called before clients are sent the models to evaluate."""
 
     def evaluate_settings(self, client: int) -> dict[str, Setting]:
-        """What an evaluate message says beside the model."""
+        """Settings sent with the model to be evaluated."""
         return {}
 
     def personal_model(self, client: int) -> State:
-        """The model that serves a client, chosen by training data only; evaluated there."""
+        """The model that serves a client, chosen by training data only; the client evaluates it."""
         return self.served
 
     def models(self) -> dict[str, State]:
-        """The models that are kept beside the global one, by short name, for the artifacts."""
+        """Models kept besides the global one, by short name; they are saved with the run."""
         return {}
 
     def settings(self) -> Iterable[str]:
@@ -235,16 +235,16 @@ class FederatedStrategy(Strategy):
         return self.round.server_round
 
     def num_channels(self) -> int | None:
-        """Length of a ``normalization`` vector, where the model's BatchNorm layers tell it."""
+        """Length of a ``normalization`` vector, if the model has BatchNorm layers."""
         return self.channels_of(self.current)
 
     def channels_of(self, state: State) -> int | None:
-        """How many channels the reported BatchNorm layers of a model have in all."""
+        """Total number of channels in a model's reported BatchNorm layers; None without any."""
         prefixes = select_layers(batchnorm_prefixes(state), self.statistics_layers)
         return sum(state[f"{p}running_mean"].numel() for p in prefixes) or None
 
     def fuse(self, states: Iterable[Mapping[str, Tensor]], weights: Tensor) -> State:
-        """The weighted mean; running statistics as ``pool_moments`` says."""
+        """The weighted mean; ``pool_moments`` decides how running statistics are fused."""
         return fuse_state_dicts(states, weights, pool_moments=self.pool_moments)
 
     def fuse_replies(self, replies: Sequence[ClientReply]) -> State:
@@ -259,7 +259,7 @@ class FederatedStrategy(Strategy):
         """The fused model, if it may replace the global one; raises `KeepOldModel` if not."""
         problem = self.objection(model, self.current)
         if problem:
-            raise KeepOldModel(f"of the fused model, {problem}")
+            raise KeepOldModel(f"the fused model is implausible: {problem}")
         return model
 
     def weighted_update(
@@ -275,11 +275,11 @@ class FederatedStrategy(Strategy):
         Parameters
         ----------
         replies : Sequence[ClientReply]
-            K of this round.
+            K replies of this round.
         weights : Tensor
             p, shape (K,), float64, non-negative, sums to 1.
         stand_ins : Sequence[tuple[State, float]]
-            Models beside the clients', and their shares of the whole.
+            Models in addition to the clients', and their shares of the total weight.
         assignments : Mapping[int, list[float]] or None
             Each client's row of b, for the report.
 
@@ -322,16 +322,16 @@ class FederatedStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Run the federation; as `flwr.serverapp.strategy.Strategy.start`, and beyond:
+        """Run the federation as `flwr.serverapp.strategy.Strategy.start` does, with two additions.
 
-        ``evaluate_fn`` sees the served model (the moving average, where there is one), and
-        ``Result.arrays`` is the served model too. A strategy restored from a checkpoint goes on
-        after its last finished round, up to ``num_rounds`` in all.
+        ``evaluate_fn`` sees the served model (the moving average, if there is one), and
+        ``Result.arrays`` holds it. A strategy restored from a checkpoint goes on after its last
+        finished round, up to ``num_rounds`` in total.
 
         Raises
         ------
         FedFusionError
-            What a strategy raises to end a run, e.g. `RunStopped` or `NotEnoughNodes`.
+            If the run cannot go on, e.g. `RunStopped` or `NotEnoughNodes`.
         """
         self.num_rounds, self.timeout = num_rounds, timeout
         train = train_config or ConfigRecord()
@@ -341,7 +341,7 @@ class FederatedStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample clients and address their models to them."""
+        """Sample clients and make their train messages."""
         model = protocol.state_from_record(arrays)
         self.round = RoundInProgress(self, server_round, model, arrays)
         return self.round.configure_train(config, grid)
@@ -349,13 +349,13 @@ class FederatedStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies and let the algorithm make the next model of the good ones."""
+        """Check the replies and let the algorithm make the next model from the good ones."""
         return self.round.aggregate_train(replies)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Address to a seeded sample of clients the model that serves each."""
+        """Make evaluate messages to a seeded sample of clients, each with the model it gets."""
         return self.round.configure_evaluate(config, grid)
 
     def aggregate_evaluate(
@@ -378,7 +378,7 @@ class FederatedStrategy(Strategy):
             f"Defence: {self.defence or 'none'}",
             f"Fraction: train {self.fraction_train:.2f}, evaluate {self.fraction_evaluate:.2f}",
             f"Clients: at least {self.min_train_nodes} train, {self.min_evaluate_nodes} evaluate, "
-            f"{self.min_available_nodes} to begin with",
+            f"{self.min_available_nodes} to start",
         ]
         for line in lines:
             log(INFO, "\t├──> %s", line)

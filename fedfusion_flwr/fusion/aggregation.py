@@ -13,8 +13,6 @@ from torch import Tensor
 NEGLIGIBLE_SHARE = 1e-6
 """A component with less than this share of the mass counts as absent."""
 
-HALF_A_CLIENT = 0.5
-
 
 def client_weights(assignments: Tensor, mixture: Tensor, num_examples: Tensor) -> Tensor:
     """Weight of each client's model in the fused global model.
@@ -132,7 +130,7 @@ def inhabited(assignments: Tensor) -> Tensor:
     Tensor
         Booleans, shape (M,).
     """
-    occupied = assignments.sum(0) >= HALF_A_CLIENT
+    occupied = assignments.sum(0) >= 0.5
     occupied[assignments.argmax(1)] = True
     return occupied
 

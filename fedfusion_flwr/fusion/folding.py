@@ -80,12 +80,10 @@ class Folding:
         ----------
         decoded : Tensor
             Components as features, (M, F).
-        features, assignments : Tensor
-            The clients' folded features (K, F) and how much of each is in each group, b (K, M).
+        features, assignments, x : Tensor
+            The clients' folded features (K, F), b (K, M), and statistics (K, D).
         scaler : Standardizer
             Of x.
-        x : Tensor
-            The clients' statistics (K, D).
 
         Returns
         -------

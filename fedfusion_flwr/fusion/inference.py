@@ -153,8 +153,7 @@ class DistributionInference:
         InferenceError
             If the loss or the posterior is not finite.
         """
-        x = torch.as_tensor(vectors)
-        n = torch.as_tensor(num_examples).double()
+        x, n = torch.as_tensor(vectors), torch.as_tensor(num_examples).double()
         if x.dim() != 2 or n.shape != x.shape[:1] or not x.numel():
             raise ValueError(f"expected (K, D) and (K,), got {tuple(x.shape)}, {tuple(n.shape)}")
         # In parts, to need little memory beside the statistics.
@@ -178,12 +177,8 @@ class DistributionInference:
         if not all(t.isfinite().all() for t in (assignments, mixture, components)):
             self._vae = None
             raise InferenceError("the posterior is not finite")
-        return FusionPosterior(
-            assignments / assignments.sum(1, keepdim=True),
-            mixture / mixture.sum(),
-            components,
-            elbo,
-        )
+        rows = assignments.sum(1, keepdim=True)
+        return FusionPosterior(assignments / rows, mixture / mixture.sum(), components, elbo)
 
     def _one_component(self, x: Tensor) -> FusionPosterior:
         """The answer where clients cannot differ: all of them in the first component."""

@@ -211,12 +211,8 @@ def normalization_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def batchnorm_prefixes(state: Mapping[str, object]) -> list[str]:
     """Key prefixes (``"features.1."``) of the layers that carry running statistics."""
-    suffix = "running_mean"
-    return [
-        key.removesuffix(suffix)
-        for key in state
-        if key.endswith(suffix) and f"{key.removesuffix(suffix)}running_var" in state
-    ]
+    means = (key.removesuffix("running_mean") for key in state if key.endswith("running_mean"))
+    return [prefix for prefix in means if f"{prefix}running_var" in state]
 
 
 def select_layers(names: list[str], layers: LayerChoice) -> list[str]:

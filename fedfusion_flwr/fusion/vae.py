@@ -33,12 +33,12 @@ _LOG_STICK = (-4.0, 6.0)
 
 def sample_gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Standard Gumbel noise g = -log(-log u), u ~ Uniform(0, 1)."""
-    return -(-_sample_uniform(shape, generator).log()).log()
+    return -(-_inside(torch.rand(shape, generator=generator)).log()).log()
 
 
 def sample_kumaraswamy(a: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
     """Samples v = (1 - u^(1/c))^(1/a), u ~ Uniform(0, 1), differentiable in a and c."""
-    u = _sample_uniform(a.shape, generator)
+    u = _inside(torch.rand(a.shape, generator=generator))
     return _inside(_inside(1 - u.pow(1 / c)).pow(1 / a))
 
 
@@ -212,10 +212,6 @@ def _perceptron(*widths: int) -> nn.Sequential:
     for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
-
-
-def _sample_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return _inside(torch.rand(shape, generator=generator))
 
 
 def _inside(values: Tensor) -> Tensor:

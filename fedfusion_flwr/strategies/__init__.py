@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strategies, one file an algorithm, and the registry that builds them by name."""
+"""The strategies, one file per algorithm, and the registry that builds them by name."""
 
 from fedfusion_flwr.strategies.fedavg import FedAvg, FedAvgM, FedGN
 from fedfusion_flwr.strategies.fedbn import FedBN

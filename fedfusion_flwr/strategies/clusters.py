@@ -19,17 +19,17 @@ from fedfusion_flwr.federation.round import KeepOldModel, State, Update
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 
 InitialState = Callable[[int], State]
-"""Makes the untrained model of a number: different numbers, different models."""
+"""Makes an untrained model; different numbers give different models."""
 
 
 @dataclass
 class Clusters:
-    """The clusters of a strategy; each is a FedAvg of its own.
+    """The clusters of a strategy; each runs FedAvg by itself.
 
     Attributes
     ----------
     models : list[State]
-        Each cluster's; empty while there are no clusters.
+        One per cluster; empty while there are no clusters.
     of : dict[int, int]
         The cluster of every client that has one.
     """
@@ -41,7 +41,7 @@ class Clusters:
         return bool(self.models)
 
     def model_of(self, client: int, otherwise: State) -> State:
-        """The model of the client's cluster, or another where it has none."""
+        """The model of the client's cluster, or ``otherwise`` if it has none."""
         cluster = self.of.get(client)
         return otherwise if cluster is None else self.models[cluster]
 
@@ -56,7 +56,7 @@ class Clusters:
         pool: Iterable[ClientReply] | None = None,
         seconds: Mapping[str, float] | None = None,
     ) -> Update:
-        """Fuse each cluster's replies into its model; a cluster without any keeps its own.
+        """Fuse each cluster's replies into its model; a cluster without replies keeps its model.
 
         The global model is the clusters' unweighted mean; while there are no clusters it is
         FedAvg's.
@@ -64,13 +64,13 @@ class Clusters:
         Parameters
         ----------
         strategy : FederatedStrategy
-            Fuses, and knows the round.
+            Fuses the models.
         replies : Sequence[ClientReply]
-            This round's, every client with a cluster once there are any.
+            This round's; once there are clusters, every client has one.
         pool : Iterable[ClientReply] or None
-            What is fused, if it is not this round's replies alone.
+            The replies to fuse; by default this round's.
         seconds : Mapping[str, float] or None
-            What finding the clusters took.
+            Time spent on finding the clusters, by name of the part.
 
         Raises
         ------
@@ -91,7 +91,7 @@ class Clusters:
             if problem:
                 log(
                     WARNING,
-                    "round %d: cluster %d keeps its old model: of the fused one, %s",
+                    "round %d: cluster %d keeps its old model; the fused one is implausible: %s",
                     *(strategy.server_round, cluster, problem),
                 )
                 continue
@@ -124,7 +124,7 @@ class Clusters:
 
 
 def mean_of(strategy: FederatedStrategy, states: Sequence[Mapping[str, Tensor]]) -> State:
-    """The unweighted mean; of one model, that model bit for bit."""
+    """The unweighted mean; a single model is returned bit for bit."""
     if len(states) == 1:
         return dict(states[0])
     return strategy.fuse(states, torch.full((len(states),), 1 / len(states), dtype=torch.float64))
@@ -138,8 +138,8 @@ def distinct_models(
     Raises
     ------
     FedFusionError
-        If there is nothing to make the others of, or two of them are equal: all clients would
-        choose the first for ever.
+        If ``initial_state`` is missing, or two models are equal: all clients would always choose
+        the first of them.
     """
     name = type(strategy).__name__
     if count > 1 and initial_state is None:

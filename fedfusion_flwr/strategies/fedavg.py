@@ -58,7 +58,7 @@ class FedGN(FederatedStrategy):
 
     @classmethod
     def check_model(cls, config: RunConfig, model: nn.Module, examples: Tensor) -> None:
-        """Warn of a model that has no layer to convert."""
+        """Warn if the model has no layer to convert."""
         if next(normalization_layers(model), None) is None:
             log(
                 WARNING,

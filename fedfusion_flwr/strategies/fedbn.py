@@ -3,12 +3,12 @@
 normalization", arXiv 2102.07623).
 
 Round t, cohort S_t:
-  1. every client k in S_t is sent w_t with the normalization layers that it last returned itself
+  1. every client k in S_t is sent w_t with the normalization layers that it last returned
   2. all other entries are averaged as in FedAvg; normalization layers stay the clients' own
 
-Flower's clients keep no state of their own between rounds here: the server stores each client's
-normalization layers, and returns them. The global model holds their average, which FedBN itself
-does not have; a client seen for the first time starts from it.
+Clients keep no state between rounds here: the server stores each client's normalization layers and
+sends them back. The global model holds their average, which FedBN itself does not define; a client
+seen for the first time starts from it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FedBNState:
 
 
 class FedBN(FederatedStrategy):
-    """FedAvg with BatchNorm layers of each client's own."""
+    """FedAvg in which every client keeps its own BatchNorm layers."""
 
     name = "fedbn"
     state: FedBNState
@@ -48,7 +48,7 @@ class FedBN(FederatedStrategy):
         return self._with_own(client, self.served)
 
     def advance(self, replies: list[ClientReply]) -> Update:
-        """FedAvg; and keep every client's normalization layers, if the round counts."""
+        """FedAvg; then store every client's normalization layers, if the round counts."""
         update = self.weighted_update(replies, weights_by_examples(replies))
         prefixes = tuple(batchnorm_prefixes(self.current))
         for reply in replies:
@@ -64,4 +64,4 @@ class FedBN(FederatedStrategy):
 
     def settings(self) -> Iterable[str]:
         """Where the layers are kept."""
-        return ["FedBN: BatchNorm layers of each client's own, kept by the server"]
+        return ["FedBN: each client's own BatchNorm layers, kept by the server"]

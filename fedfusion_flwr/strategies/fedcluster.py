@@ -6,7 +6,7 @@ Rounds 1 .. n0: FedAvg.
 Once, after round n0:
   1. every client trains once from w and returns w_i; its update is w_i - w
   2. agglomerative clustering of the updates, cut at a distance or at a number of clusters
-From then on every cluster is a FedAvg of its own from w, its clients sampled within it.
+From then on every cluster runs FedAvg by itself, starting from w; clients are sampled within each.
 A client seen later trains once from that w and joins the cluster of the nearest mean update.
 """
 
@@ -35,7 +35,7 @@ from fedfusion_flwr.strategies.geometry import (
 
 @dataclass
 class FedClusterState:
-    """The clusters; the model that updates start from; and origin plus mean update of each."""
+    """The clusters, the model that updates start from, and it plus each cluster's mean update."""
 
     clusters: Clusters = field(default_factory=Clusters)
     origin: State = field(default_factory=dict)
@@ -44,19 +44,19 @@ class FedClusterState:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class FedCluster(FederatedStrategy):
-    """FedAvg until one clustering of all clients' updates; then one FedAvg a cluster.
+    """FedAvg until one clustering of all clients' updates; then one FedAvg per cluster.
 
     Parameters
     ----------
     num_clusters : int
-        Clusters to cut the tree at.
+        Number of clusters to cut the tree into.
     cluster_round : int
         n0, the last round with one model.
     distance_threshold : float
         Clusters farther apart than this, in the norm of the updates, are not merged; 0 merges down
         to ``num_clusters`` instead.
     linkage : {"ward", "complete", "average"}
-        What the distance of two clusters is.
+        How the distance between two clusters is defined.
     """
 
     name = "fedcluster"
@@ -70,7 +70,7 @@ class FedCluster(FederatedStrategy):
 
     @classmethod
     def rounds_of_equal_steps(cls, config: RunConfig) -> int:
-        """Less what the clustering's training is worth."""
+        """``num-server-rounds`` minus the cost of the training before the clustering."""
         return config.rounds_after_one_of_all()
 
     def initial(self) -> FedClusterState:
@@ -78,7 +78,7 @@ class FedCluster(FederatedStrategy):
         return FedClusterState()
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
-        """Cluster everybody once; later, place the clients that have no cluster yet."""
+        """Cluster all clients once; later, place the clients that have no cluster yet."""
         state = self.state
         if self.server_round <= self.cluster_round:
             return

@@ -7,8 +7,8 @@ into M clusters once. One learning round is M cycles; cycle j of it:
   1. a cohort is drawn from the cluster whose turn it is and trains from w
   2. w <- sum_k n_k w_k / sum_k n_k over that cohort
 
-A Flower round is one cycle, so that a learning round has M aggregations with, all together, the
-client work of one round of FedAvg. M = 1 is FedAvg, bit for bit.
+A Flower round is one cycle: a learning round has M aggregations for the client work of one round of
+FedAvg. M = 1 is FedAvg, bit for bit.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class FedClusterCycling(FederatedStrategy):
     num_clusters : int
         M; at most as many as there are clients in round 1.
     reshuffle_cycle : bool
-        Draw a new order of the clusters for every learning round; without, the last cluster is
-        always the freshest.
+        Draw a new order of the clusters for every learning round; otherwise the same cluster
+        always trains last.
     """
 
     name = "fedcluster-cycling"
@@ -62,16 +62,16 @@ class FedClusterCycling(FederatedStrategy):
 
     @property
     def learning_round(self) -> int:
-        """Which learning round the round in progress belongs to, from 0."""
+        """The current learning round, from 0."""
         return (self.server_round - 1) // max(len(self.state.clusters), 1)
 
     @property
     def cycle(self) -> int:
-        """Which cycle of its learning round the round in progress is, from 0."""
+        """The current cycle of the learning round, from 0."""
         return (self.server_round - 1) % max(len(self.state.clusters), 1)
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
-        """A cohort of the cluster whose turn it is; of everybody, if nobody of it is connected."""
+        """A cohort of the cluster whose turn it is; of all clients, if none of it is connected."""
         self._admit(clients)
         members = sorted(set(self.state.clusters[self._turn()]) & set(clients)) or clients
         size = cohort_size(len(members), self.fraction_train)
@@ -84,13 +84,13 @@ class FedClusterCycling(FederatedStrategy):
         return dataclasses.replace(update, metrics={**place, **update.metrics})
 
     def evaluates(self, server_round: int) -> bool:
-        """Only at the end of a learning round, when every cluster had its turn; and at the last."""
+        """After the last cycle of a learning round, and in the last round of the run."""
         whole, rest = divmod(server_round, max(len(self.state.clusters), 1))
         due = rest == 0 and whole % self.evaluate_every == 0
         return self.fraction_evaluate > 0 and (due or server_round == self.num_rounds)
 
     def _admit(self, clients: list[int]) -> None:
-        """Divide the clients at first; later ones join the smallest cluster."""
+        """Divide the clients once; later ones join the smallest cluster."""
         if not self.state.clusters:
             order = numpy_generator(self.seed, "clusters").permutation(clients).tolist()
             count = min(self.num_clusters, len(clients))

@@ -81,7 +81,7 @@ class FedFusionState:
 
 @dataclass(frozen=True)
 class _Beliefs:
-    """Who belongs where: all known clients, without components that nobody lives in."""
+    """The assignments of all known clients, without empty components."""
 
     clients: list[int]
     """K ids, ascending."""
@@ -108,10 +108,11 @@ class FedFusion(FederatedStrategy):
     Parameters
     ----------
     num_components : int
-        M, the most virtual components that are looked for.
+        M, the largest number of virtual components.
     mixture : {"inferred", "balanced", "counts"}
-        What pi is: the posterior mean; proportional to (population share)^balance_exponent; or the
-        shares of this round's examples, which is FedAvg and exists as a control.
+        How pi is chosen: as the posterior mean; proportional to (population
+        share)^balance_exponent; or as the shares of this round's examples, which is FedAvg and
+        exists as a control.
     balance_exponent : float
         rho in [0, 1] of the balanced mixture.
     sampling : {"random", "stratified"}
@@ -122,9 +123,9 @@ class FedFusion(FederatedStrategy):
     assignment_smoothing : float
         In [0, 1): share of a client's earlier assignment that is kept at each inference.
     vae_step : int
-        Infer every so many rounds (and whenever a new client appears).
+        Number of rounds from one inference to the next; a new client triggers one, too.
     vae_steps, vae_refit_steps, vae_learning_rate
-        Of the default inference; see `DistributionInference`.
+        Settings of the default inference; see `DistributionInference`.
     inference : DistributionInference or None
         Replaces the default inference; its number of components must be ``num_components``.
     """
@@ -146,7 +147,7 @@ class FedFusion(FederatedStrategy):
     state: FedFusionState = field(init=False)
 
     def initial(self) -> FedFusionState:
-        """Nothing is known of anybody."""
+        """Nothing is known about the clients yet."""
         inference = self.inference or DistributionInference(
             self.num_components,
             derived_seed(self.seed, "inference"),
@@ -216,7 +217,7 @@ class FedFusion(FederatedStrategy):
             here = beliefs.of(replies)
             examples = torch.tensor([r.num_examples for r in replies], dtype=torch.float64)
             self.state.mixture = mixture = self._choose_mixture(beliefs, here, examples)
-            # Traces of a component are no sample of it: what nobody here lives in is absent.
+            # A component that clients here belong to only slightly is not sampled: it is absent.
             present = mixture if self.mixture == "counts" else mixture * inhabited(here)
             weights = client_weights(here, present, examples)
         stand_ins: list[tuple[State, float]] = []
@@ -245,15 +246,15 @@ class FedFusion(FederatedStrategy):
         )
 
     def prepare_evaluation(self) -> None:
-        """Look once at who belongs where, for all clients that are evaluated."""
+        """Read the assignments once, for all clients that are evaluated."""
         known = self.state.posterior is not None
         self._at_evaluation = self._beliefs() if known else _Beliefs([], torch.empty(0))
 
     def personal_model(self, client: int) -> State:
         """sum_m b_km w_m: the client's mixture of component models.
 
-        The served global model for clients unknown to the inference, and for those none of whose
-        components has had a model yet.
+        The served global model for clients unknown to the inference, and for clients whose
+        components have no model yet.
         """
         row = self._at_evaluation.row.get(client)
         if row is None:
@@ -271,7 +272,7 @@ class FedFusion(FederatedStrategy):
         return {f"m{m}": state for m, state in sorted(self.state.component_models.items())}
 
     def num_channels(self) -> int | None:
-        """Also known for other normalization layers, once a first round has shown it."""
+        """Also known for other normalization layers, once the first round has shown it."""
         return super().num_channels() or (self.state.width // 4 if self.state.width else None)
 
     def _infer(self, replies: list[ClientReply]) -> dict[str, float]:
@@ -306,7 +307,7 @@ class FedFusion(FederatedStrategy):
         return _Beliefs(known, prune_assignments(self.state.memory.assignments(known)))
 
     def _choose_mixture(self, beliefs: _Beliefs, here: Tensor, examples: Tensor) -> Tensor:
-        """pi, (M,), from everybody's assignments or those of the clients that are here."""
+        """pi, (M,), from the assignments of all clients or of this round's."""
         if self.mixture == "inferred":
             assert self.state.posterior is not None
             return self.state.posterior.mixture

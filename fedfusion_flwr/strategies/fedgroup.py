@@ -8,7 +8,7 @@ Cold start, once:
   3. k-means with m clusters on the rows of E (EDC: Euclidean distance of decomposed cosines)
   4. group g: the uniform mean of its members' models; its direction, the mean of their updates
 Newcomer, when first selected: trains those steps from w_0, joins argmin_g (1 - cos(D, D_g)) / 2.
-Round: every group is a FedAvg of its own over its selected members; assignments never change.
+Round: every group runs FedAvg by itself over its selected members; assignments never change.
 Optionally: w_g <- (w_g + eta sum_{l != g} w_l / ||w_l||) / (1 + eta sum_{l != g} 1 / ||w_l||).
 """
 
@@ -53,13 +53,13 @@ class FedGroup(FederatedStrategy):
     Parameters
     ----------
     num_clusters : int
-        m, the most groups that are kept.
+        m, the largest number of groups.
     pretrain_steps : int
         Gradient steps of the cold start, and of a newcomer.
     pretrain_clients : int
         alpha: clients per group that take part in the cold start.
     inter_group_rate : float
-        eta_G of the aggregation between groups; 0 is none.
+        eta_G of the aggregation between groups; 0 turns it off.
     """
 
     name = "fedgroup"
@@ -73,7 +73,7 @@ class FedGroup(FederatedStrategy):
 
     @classmethod
     def rounds_of_equal_steps(cls, config: RunConfig) -> int:
-        """Less what the cold start is worth."""
+        """``num-server-rounds`` minus the cost of the cold start."""
         return config.rounds_after_one_of_all()
 
     def initial(self) -> FedGroupState:
@@ -81,7 +81,7 @@ class FedGroup(FederatedStrategy):
         return FedGroupState()
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
-        """The cold start, before the first round (and again while it brought no reply)."""
+        """The cold start, before the first round; it is repeated until it brings a reply."""
         if self.state.clusters:
             return
         generator = numpy_generator(self.seed, "cold-start", self.server_round)
@@ -101,7 +101,7 @@ class FedGroup(FederatedStrategy):
             self.state.directions.append(difference(model, self.state.origin))
 
     def prepare_cohort(self, cohort: list[int], exchange: Exchange) -> None:
-        """Give a group to those of the cohort that have none."""
+        """Assign a group to the clients of the cohort that have none."""
         newcomers = [client for client in cohort if client not in self.state.clusters.of]
         if newcomers and self.state.clusters:
             for reply in self._pretrain(newcomers, exchange):
@@ -112,18 +112,18 @@ class FedGroup(FederatedStrategy):
         return self.state.clusters.model_of(client, self.current)
 
     def advance(self, replies: list[ClientReply]) -> Update:
-        """FedAvg in every group, whose members never change; then the one between groups."""
+        """FedAvg in every group; then the aggregation between groups."""
         clusters = self.state.clusters
         with Timer() as timer:
             if clusters:
-                # One whose cold start failed is placed by its model.
+                # A client whose cold start failed is placed by its trained model.
                 placed = {
                     r.client: self._nearest(r) for r in replies if r.client not in clusters.of
                 }
                 clusters.of |= placed
         update = clusters.advance(self, replies, seconds={"infer": timer.seconds})
         if self.inter_group_rate > 0 and len(clusters.models) > 1:
-            clusters.models = self._mixed_groups()
+            clusters.models = self.mixed_groups()
             return dataclasses.replace(update, model=mean_of(self, clusters.models))
         return update
 
@@ -135,6 +135,18 @@ class FedGroup(FederatedStrategy):
         """The groups' models, ``c0``, ``c1``, ..."""
         return self.state.clusters.named()
 
+    def mixed_groups(self) -> list[State]:
+        """The groups' models after the aggregation between groups."""
+        with one_thread():
+            norms = [inner_product(model, model) ** 0.5 for model in self.state.clusters.models]
+        rates = [self.inter_group_rate / max(norm, 1e-300) for norm in norms]
+        mixed = []
+        for group in range(len(rates)):
+            parts = torch.tensor(rates, dtype=torch.float64)
+            parts[group] = 1.0
+            mixed.append(self.fuse(self.state.clusters.models, parts / parts.sum()))
+        return mixed
+
     def _pretrain(self, clients: list[int], exchange: Exchange) -> list[ClientReply]:
         settings: dict[str, Setting] = {
             protocol.PHASE: "cold-start",
@@ -143,7 +155,7 @@ class FedGroup(FederatedStrategy):
         return exchange(clients, self.state.origin, settings)
 
     def _moved(self, reply: ClientReply) -> bool:
-        """An update of zero has no direction."""
+        """Whether the update has a direction; an update of zero has none."""
         update = difference(reply.state, self.state.origin)
         return inner_product(update, update) > 0
 
@@ -156,17 +168,6 @@ class FedGroup(FederatedStrategy):
         ]
         return cosines.index(max(cosines))
 
-    def _mixed_groups(self) -> list[State]:
-        with one_thread():
-            norms = [inner_product(model, model) ** 0.5 for model in self.state.clusters.models]
-        rates = [self.inter_group_rate / max(norm, 1e-300) for norm in norms]
-        mixed = []
-        for group in range(len(rates)):
-            parts = torch.tensor(rates, dtype=torch.float64)
-            parts[group] = 1.0
-            mixed.append(self.fuse(self.state.clusters.models, parts / parts.sum()))
-        return mixed
-
     def settings(self) -> Iterable[str]:
         """Groups and cold start."""
         yield (
@@ -176,7 +177,7 @@ class FedGroup(FederatedStrategy):
 
 
 def decomposed_cosines(gram: Tensor, dimensions: int) -> Tensor:
-    """E, (K, dimensions): cosine of every update with the leading singular directions of them all.
+    """E, (K, dimensions): cosine of every update with the leading singular directions.
 
     With eigenpairs (lambda_k, u_k) of the updates' Gram matrix G, E_ik = sqrt(lambda_k) u_ik /
     sqrt(G_ii): the singular vectors themselves are never needed. Signs of columns are arbitrary.

@@ -2,7 +2,7 @@
 """FedProx (Li et al. 2020, "Federated optimization in heterogeneous networks", arXiv 1812.06127).
 
 Round t, cohort S_t:
-  1. every client k in S_t minimizes F_k(w) + (mu / 2) ||w - w_t||^2 from w_t on;
+  1. every client k in S_t minimizes F_k(w) + (mu / 2) ||w - w_t||^2, starting from w_t;
      the norm runs over all trained parameters
   2. w_t+1 = sum_k n_k w_k / sum_k n_k, as FedAvg
 mu = 0 is FedAvg, bit for bit.
@@ -36,7 +36,7 @@ class FedProx(FederatedStrategy):
     proximal_mu: float = checked(0.01, at_least(0))
 
     def train_settings(self, client: int) -> dict[str, Setting]:
-        """Send mu to the client, who adds mu (w - w_t) to every gradient."""
+        """Send mu to the client, which adds mu (w - w_t) to every gradient."""
         return {protocol.PROXIMAL_MU: self.proximal_mu}
 
     def advance(self, replies: list[ClientReply]) -> Update:
@@ -44,5 +44,5 @@ class FedProx(FederatedStrategy):
         return self.weighted_update(replies, weights_by_examples(replies))
 
     def settings(self) -> Iterable[str]:
-        """Mu."""
+        """The weight mu."""
         return [f"FedProx: mu {self.proximal_mu:g}"]

@@ -7,9 +7,9 @@ latest local model and n_i its examples (1 for all in the first version of the p
   2. E: r_i = argmin_k ||W_i - C_k|| over the parameters, for every client that ever returned one
   3. M: C_k = example-weighted mean of its clients' W_i
 
-Centres must start apart. With warm start every client trains once from w_0 and k-means++ on the
-W_i gives the first centres; without, they are independently initialized models, whose distances
-are then those of the initializations rather than of the data.
+Centres must start apart. With a warm start, every client trains once from w_0 and k-means++ on the
+W_i gives the first centres. Otherwise they are independently initialized models, whose distances
+come from the initialization rather than from the data.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class FeSEMState:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class FeSEM(FederatedStrategy):
-    """Expectation maximization over the clients' models, of which the server keeps the latest.
+    """Expectation maximization over the clients' latest models, which the server keeps.
 
     Parameters
     ----------
     num_clusters : int
-        The most centres that are kept.
+        Largest number of centres.
     centre_update : {"all", "round"}
-        Whether a centre is the mean of all its clients' latest models (the paper), or of those who
-        trained in this round.
+        Whether a centre is the mean of all its clients' latest models (the paper), or of those that
+        were trained in this round.
     warm_start : bool
         Find the first centres by one training of every client.
     initial_state : Callable[[int], State] or None
@@ -66,7 +66,7 @@ class FeSEM(FederatedStrategy):
 
     @classmethod
     def rounds_of_equal_steps(cls, config: RunConfig) -> int:
-        """Less what the warm start is worth."""
+        """``num-server-rounds`` minus the cost of the warm start, if there is one."""
         return config.rounds_after_one_of_all() if config.warm_start else config.num_server_rounds
 
     def initial(self) -> FeSEMState:
@@ -98,7 +98,7 @@ class FeSEM(FederatedStrategy):
         return self.state.clusters.model_of(client, self.current)
 
     def assign(self, replies: list[ClientReply]) -> dict[int, int]:
-        """E: the nearest centre of every client's latest model; of equals the first."""
+        """E: the nearest centre of every client's latest model; ties go to the first."""
         self.state.latest |= {reply.client: reply for reply in replies}
         return {client: self._nearest(reply) for client, reply in self.state.latest.items()}
 

@@ -16,7 +16,7 @@ from fedfusion_flwr.randomness import numpy_generator
 
 _CHUNK = 1 << 16
 _ROUNDING = 1e-6
-"""What of an update's length float64 sums over many parameters may leave behind."""
+"""Rounding error of float64 sums over many parameters, relative to the length of an update."""
 
 
 def gram_matrix(states: Sequence[Mapping[str, Tensor]], origin: Mapping[str, Tensor]) -> Tensor:
@@ -63,7 +63,7 @@ def k_means(points: Tensor, num_clusters: int, seed: int) -> np.ndarray:
     Numbered in the order in which clusters first appear; fewer clusters where there are fewer
     different points.
     """
-    # Here and not above: the import takes about a second, in every process of a simulation.
+    # Imported here: it takes about a second, in every process of a simulation.
     from sklearn.cluster import KMeans
 
     random_state = int(numpy_generator(seed, "k-means").integers(2**31))
@@ -72,7 +72,7 @@ def k_means(points: Tensor, num_clusters: int, seed: int) -> np.ndarray:
 
 
 def in_order_of_appearance(labels: np.ndarray) -> np.ndarray:
-    """The same clusters, numbered 0, 1, ... as they first appear: free of a library's choices."""
+    """The same clusters, numbered 0, 1, ... as they first appear, not as a library chose."""
     order: dict[int, int] = {}
     return np.array([order.setdefault(int(label), len(order)) for label in labels])
 
@@ -87,7 +87,7 @@ def agglomerate(
     """
     if len(points) == 1:
         return np.zeros(1, dtype=np.int64)
-    # Here and not above: the import takes about a second, in every process of a simulation.
+    # Imported here: it takes about a second, in every process of a simulation.
     from sklearn.cluster import AgglomerativeClustering
 
     cut: dict[str, Any] = {"n_clusters": min(num_clusters, count_different(points))}

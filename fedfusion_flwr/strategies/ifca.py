@@ -7,7 +7,7 @@ Round t, models theta_1 .. theta_k on the server, cohort S_t:
   2. it trains from theta_j and returns j and its model
   3. theta_j <- example-weighted mean of the models of those who picked j; the others stay
 
-Models must start different, and even then one of them often wins every client at once. So in the
+Models must start out different, and even then one of them often wins all clients at once. So in the
 first rounds each model is trained by a fixed random share of the clients, as the authors do for
 FEMNIST.
 """
@@ -43,7 +43,7 @@ class IFCA(FederatedStrategy):
     num_clusters : int
         Models to choose among.
     warmup_rounds : int
-        First rounds, in which a fixed random division says who trains which model.
+        First rounds, in which a fixed random division assigns models to clients.
     initial_state : Callable[[int], State] or None
         Makes different untrained models; needed for more than one cluster.
     """
@@ -63,7 +63,7 @@ class IFCA(FederatedStrategy):
 
     @property
     def warms_up(self) -> bool:
-        """Whether the division, not the clients, says who trains which model."""
+        """Whether the fixed division chooses each client's model, and not the client."""
         return self.num_clusters > 1 and self.server_round <= self.warmup_rounds
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
@@ -74,13 +74,13 @@ class IFCA(FederatedStrategy):
         self._packed = protocol.pack_states(self.models())
 
     def sent_to(self, client: int) -> State:
-        """All models; in the warm-up the one that the division says."""
+        """All models; in the warm-up, the one assigned to the client."""
         if self.warms_up:
             return self.state.clusters.models[self._random_cluster(client)]
         return self._packed
 
     def expected_from(self, client: int, metrics: Mapping[str, float]) -> State:
-        """The model that the client says it chose; a reply that names none of ours is refused."""
+        """The model that the client says it chose; refuses a reply without a valid choice."""
         if self.warms_up:
             return super().expected_from(client, metrics)
         models = self.state.clusters.models
@@ -92,11 +92,11 @@ class IFCA(FederatedStrategy):
         return models[int(choice)]
 
     def train_settings(self, client: int) -> dict[str, Setting]:
-        """Say how many models were sent."""
+        """The number of models that are sent."""
         return {} if self.warms_up else {protocol.NUM_MODELS: len(self.state.clusters.models)}
 
     def advance(self, replies: list[ClientReply]) -> Update:
-        """Fuse by the clients' own choices; in the warm-up by the division."""
+        """Fuse by the clients' choices; in the warm-up, by the fixed division."""
         self.state.clusters.of |= {
             reply.client: self._random_cluster(reply.client)
             if self.warms_up
@@ -106,15 +106,15 @@ class IFCA(FederatedStrategy):
         return self.state.clusters.advance(self, replies)
 
     def prepare_evaluation(self) -> None:
-        """Pack the models of after the round."""
+        """Pack the updated models."""
         self._packed = protocol.pack_states(self.models())
 
     def personal_model(self, client: int) -> State:
-        """All models: here too the client picks by its training loss."""
+        """All models: as in training, the client picks one by its training loss."""
         return self._packed
 
     def evaluate_settings(self, client: int) -> dict[str, Setting]:
-        """Say how many models were sent."""
+        """The number of models that are sent."""
         return {protocol.NUM_MODELS: len(self.state.clusters.models)}
 
     def models(self) -> dict[str, State]:

@@ -75,7 +75,7 @@ def strategy_class(name: str) -> type[FederatedStrategy]:
 
 
 def keys_of(strategy: type[FederatedStrategy]) -> tuple[str, ...]:
-    """The fields of `RunConfig` that this strategy reads and not every strategy does."""
+    """The fields of `RunConfig` that this strategy reads, but not every strategy."""
     shared = {field.name for field in dataclasses.fields(FederatedStrategy)}
     own = [field.name for field in dataclasses.fields(strategy) if field.name not in shared]
     step = _STEP if strategy.server_step else ()
@@ -94,9 +94,9 @@ def build_strategy(
     Parameters
     ----------
     config : RunConfig
-        Of the run.
+        The run's config.
     callbacks : Sequence[RoundCallback]
-        See every round's report.
+        Called with every round's report.
     initial_state : Callable[[int], State] or None
         Makes different untrained models, for strategies that start from several.
     network : Callable[[], PlainNetwork] or None
@@ -136,21 +136,21 @@ def build_strategy(
 
 
 def check_fits(config: RunConfig, model: nn.Module, examples: Tensor) -> None:
-    """Refuse, before any client trains, what would fail or do nothing in every client.
+    """Refuse, before any client trains, a model that would fail in every client.
 
     Parameters
     ----------
     config : RunConfig
-        Says which strategy runs, and how clients normalize.
+        Names the strategy and how clients normalize.
     model : nn.Module
-        Left as it is.
+        Not changed.
     examples : Tensor
         Inputs that the model takes.
 
     Raises
     ------
     ModelError
-        If the strategy lacks what it reads from the model, or ``local-normalization`` is "fused"
+        If the model lacks what the strategy reads from it, or ``local-normalization`` is "fused"
         and there is no BatchNorm layer.
     """
     if config.local_normalization == "fused" and not batchnorm_prefixes(model.state_dict()):
@@ -164,7 +164,7 @@ def check_fits(config: RunConfig, model: nn.Module, examples: Tensor) -> None:
 
 
 def _warn_of_idle_keys(config: RunConfig, keys: Sequence[str]) -> None:
-    """Name the keys that were changed, but that the chosen strategy does not read."""
+    """Log the keys that were changed but that the chosen strategy does not read."""
     particular = {key for strategy in registry().values() for key in keys_of(strategy)}
     for key in sorted(particular - set(keys)):
         _warn_if_changed(config, key, "strategy", config.strategy)

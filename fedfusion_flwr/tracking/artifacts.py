@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: written as the run goes on; an interruption loses one round at most.
+"""The run directory, written as the run goes on: an interruption loses one round at most.
 
-``fusion.npz`` alone may be a little behind, see `FusionArchive`.
+Only ``fusion.npz`` may lag behind a little; see `FusionArchive`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedfusion_flwr.errors import FedFusionError
 
 RUNS_FOLDER = "fedfusion-runs"
 _PART = ".part"
-"""Ends the name of a file that is being written; only a killed process leaves one behind."""
+"""Suffix of a file that is being written; only a killed process leaves one behind."""
 
 
 class OutputError(FedFusionError, OSError):
@@ -34,7 +34,7 @@ class OutputError(FedFusionError, OSError):
 
 
 def run_path(name: str) -> Path:
-    """Where ``output-dir`` or ``resume-from`` point; relative ones lie in ``~/fedfusion-runs``."""
+    """The path of ``output-dir`` or ``resume-from``; relative ones are in ``~/fedfusion-runs``."""
     return Path.home() / RUNS_FOLDER / Path(name).expanduser()
 
 
@@ -49,7 +49,7 @@ class RunDirectory:
     Raises
     ------
     OutputError
-        If another run's metrics lie there already, or it cannot be written.
+        If it already holds a run, or cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,7 +82,7 @@ class RunDirectory:
 
     @classmethod
     def to_go_on_with(cls, path: Path) -> RunDirectory:
-        """The directory of an earlier run, without the torn files of a killed one."""
+        """The directory of an earlier run, cleared of files that were left half-written."""
         directory = cls.__new__(cls)
         directory.path = path
         for torn in path.glob(f".*{_PART}"):

@@ -2,7 +2,7 @@
 """Checkpoints: everything that the rest of a run depends on, in one safetensors file.
 
 A file appears whole or not at all, carries a digest of its content and is never executed: tensors
-as safetensors, all else as JSON in its header.
+are stored as safetensors, all else as JSON in its header.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedfusion_flwr.tracking.artifacts import RunDirectory, state_digest
 from fedfusion_flwr.tracking.snapshot import Tree, capture, rebuild
 
 KEPT = 2
-"""Newest checkpoints that stay: if the last is damaged, there is one before it."""
+"""How many checkpoints are kept: if the last is damaged, there is one before it."""
 FORMAT = "fedfusion-checkpoint-2"
 _NAME = re.compile(r"checkpoint-(\d{6})\.safetensors")
 
@@ -47,7 +47,7 @@ MAY_DIFFER = {
     "round-timeout",
     "tensorboard",
 }
-"""Keys that a resumed run may change: none of them bears on a round's result."""
+"""Keys that a resumed run may change: none of them affects the result of a round."""
 
 
 class CheckpointError(FedFusionError, RuntimeError):
@@ -55,7 +55,7 @@ class CheckpointError(FedFusionError, RuntimeError):
 
 
 class RunInterrupted(FedFusionError, RuntimeError):
-    """The run was asked to end, and did after a checkpoint."""
+    """The run was asked to end and has done so, after a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,20 @@ class Checkpoint:
 
 
 class Checkpointer:
-    """Writes a checkpoint every so many rounds, after the last, and when the run is asked to end.
+    """Writes a checkpoint periodically, after the last round, and when the run is asked to end.
 
     Parameters
     ----------
     directory : RunDirectory
-        Where to.
+        Where checkpoints go.
     config : RunConfig
         Stored with the state.
     strategy : FederatedStrategy
-        Whose progress and state are written.
+        Its progress and state are written.
     parts : Mapping[str, object]
-        What else the rest of the run depends on, by name: objects whose ``state`` is a dataclass.
+        Other objects to restore, by name; the ``state`` of each is a dataclass.
     before : callable
-        Called before each checkpoint: what a resumed run reads back beside it must be on disk.
+        Called before each checkpoint, to write the other files that a resumed run reads.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Checkpointer:
         """Write the round's checkpoint, if it is due; raise `RunInterrupted` if asked to end."""
         every, last = self.config.checkpoint_every, self.config.num_server_rounds
         done = report.server_round
-        # The round that ends a run by failing is not done: its strategy is between two states.
+        # A round that ends the run by failing is not done: the strategy is between two states.
         if done == 0 or self.strategy.progress.rounds_done != done:
             return
         if self.asked_by or (every and (done % every == 0 or done == last)):
@@ -119,7 +119,7 @@ class Checkpointer:
             )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Bring all parts to where the checkpoint was written."""
+        """Restore all parts from a checkpoint."""
         for name, (owner, attribute) in self.states.items():
             state = rebuild(checkpoint.state[name], getattr(owner, attribute))
             setattr(owner, attribute, state)
@@ -134,16 +134,16 @@ class Checkpointer:
         try:
             write_checkpoint(self.directory, checkpoint)
         except OSError as problem:
-            # The one before is still whole; a full disk need not end the run.
+            # The previous checkpoint is still whole; a full disk need not end the run.
             log(WARNING, "round %d: no checkpoint could be written: %s", server_round, problem)
 
 
 @contextlib.contextmanager
 def ended_by_signals(checkpointer: Checkpointer) -> Iterator[None]:
-    """While open, SIGTERM and SIGINT end the run well after its round; a second one at once.
+    """While open, SIGTERM or SIGINT ends the run cleanly after its round; a second one at once.
 
-    Works in a process's main thread only, which is where devices' ServerApps run; a simulation runs
-    them in another, where the last periodic checkpoint has to do.
+    Works only in a process's main thread, where a deployment runs its ServerApp. A simulation runs
+    it in another thread and has to rely on the last periodic checkpoint.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -180,12 +180,12 @@ def write_checkpoint(directory: RunDirectory, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """One file, its digest verified.
+    """Read one file and verify its digest.
 
     Raises
     ------
     CheckpointError
-        If it is not a whole, undamaged checkpoint.
+        If it is not a complete, undamaged checkpoint.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -196,19 +196,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"'{path}' is not a checkpoint of format {FORMAT}")
     if metadata.get("digest") != _digest(metadata["content"], tensors):
-        raise CheckpointError(f"checkpoint '{path}' is damaged: its digest does not fit")
+        raise CheckpointError(f"checkpoint '{path}' is damaged: its digest does not match")
     content = json.loads(metadata["content"])
     state = _with_tensors(content["state"], tensors)
     return Checkpoint(content["round"], content["config"], state)
 
 
 def newest_checkpoint(directory: Path, config: RunConfig) -> Checkpoint:
-    """The newest undamaged checkpoint in a run directory; damaged ones are named and passed over.
+    """The newest undamaged checkpoint in a run directory; damaged ones are logged and skipped.
 
     Raises
     ------
     CheckpointError
-        If there is none, or it was made with another config.
+        If none is left, or it was made with another config.
     """
     if not directory.is_dir():
         raise CheckpointError(f"resume-from '{directory}' is not a run directory")
@@ -216,13 +216,13 @@ def newest_checkpoint(directory: Path, config: RunConfig) -> Checkpoint:
         try:
             checkpoint = read_checkpoint(path)
         except CheckpointError as problem:
-            log(WARNING, "%s; trying the one before", problem)
+            log(WARNING, "%s; trying the previous one", problem)
             continue
         _check_config(checkpoint, config, directory)
         return checkpoint
     raise CheckpointError(
-        f"resume-from '{directory}' holds no usable checkpoint; start the run anew (and set "
-        "checkpoint-every to have some)"
+        f"resume-from '{directory}' holds no usable checkpoint; start the run again (and set "
+        "checkpoint-every to get some)"
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One readable line a round."""
+"""One readable line per round."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ConsoleLine:
             parts.append(f"ARI {m['adjusted-rand-index']:.2f}")
         if report.server_round > 0:
             dropped = m.get("replies-dropped", 0)
-            # Of all that were asked, in exchanges before the round too.
+            # Of all clients that were asked, also in exchanges before the round.
             asked = max(report.num_sampled, m.get("replies-valid", 0) + dropped)
             parts.append(f"dropped {dropped:.0f}/{asked:.0f}")
             if m.get("updates-clipped"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hint for simulations that leave cores of the machine idle."""
+"""A hint for simulations that leave cores idle."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _IDLE = 0.4
 
 
 class IdleCores:
-    """Says once how to train more clients at a time, where cores wait for them.
+    """Logs once how to train more clients at a time, if cores are idle.
 
-    Flower gives every client two CPUs unless it is told otherwise; on two cores, clients then train
-    one after the other, each in the few threads that they are given.
+    Flower gives every client two CPUs by default; on two cores, clients then train one after the
+    other, each with its few threads.
 
     Parameters
     ----------
     cores : int
-        That the clients can use, at least 1.
+        Cores that the clients can use, at least 1.
     threads_per_client : int
-        That each uses.
+        Threads that each client uses.
     """
 
     def __init__(self, cores: int, threads_per_client: int) -> None:
@@ -36,7 +36,7 @@ class IdleCores:
         self._done = False
 
     def on_round_end(self, report: RoundReport) -> None:
-        """Look at the first round that tells."""
+        """Check the first typical round."""
         if self._done or report.server_round < _FIRST_ROUND:
             return
         self._done = True
@@ -45,7 +45,7 @@ class IdleCores:
             log(INFO, "%s", advice)
 
     def advice(self, report: RoundReport) -> str | None:
-        """What to do, where more than four tenths of the cores' time was left."""
+        """What to do, if more than 40 % of the cores' time was idle."""
         work = [row.metrics.get(protocol.TRAIN_SECONDS, 0.0) for row in report.clients]
         waited = report.seconds.get("train", 0.0) + report.seconds.get("transfer", 0.0)
         if waited <= 0:

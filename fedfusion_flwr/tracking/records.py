@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written of every round: rows, the inference, the best model; and the early end."""
+"""Callbacks that write the rows, inferences and best model of a run, or end it early."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedfusion_flwr.tracking.artifacts import RunDirectory
 
 
 class RunLog:
-    """``metrics.jsonl``, one row a round, and ``clients.jsonl``, one row a client and round."""
+    """``metrics.jsonl``, one row per round, and ``clients.jsonl``, one per client and round."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
@@ -42,7 +42,7 @@ class RunLog:
         )
 
     def rewind(self, server_round: int) -> None:
-        """Forget the rounds after this one, and a line that was cut off."""
+        """Forget the rounds after this one, and a truncated line."""
         for name in ("metrics.jsonl", "clients.jsonl"):
             path = self.directory.path / name
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -52,20 +52,19 @@ class RunLog:
 
 
 ARCHIVE_GROWTH = 1 / 16
-"""By this share ``fusion.npz`` grows before it is written anew: writing all rounds in every round
-would make a round the dearer, the longer the run is."""
+"""``fusion.npz`` grows by this share before it is rewritten: rewriting it in every round would make
+rounds slower as the run gets longer."""
 
 
 class FusionArchive:
-    """``fusion.npz``: the inference of every round, padded with NaN where a client was unknown yet.
+    """``fusion.npz``: the inference of every round, padded with NaN for clients not known yet.
 
     ``rounds`` (R,), ``clients`` (K,), ``assignments`` (R, K, M), ``mixture`` (R, M) as used,
     ``inferred_mixture`` (R, M), ``weights`` (R, K), ``components`` (R, M, D). Of the last round
-    only: ``statistics`` (K, D), what was inferred from, in the units of ``components``; and
-    ``planted`` (K,), the true main component, -1 where it is not known.
+    only: ``statistics`` (K, D), the inputs of the inference, in the units of ``components``; and
+    ``planted`` (K,), the true main component, -1 if unknown.
 
-    While the run goes on, the file may lack up to `ARCHIVE_GROWTH` of the rounds; `write` adds
-    them.
+    During a run the file may lack up to `ARCHIVE_GROWTH` of the rounds; `write` adds them.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -76,11 +75,11 @@ class FusionArchive:
         self._written = 0
 
     def on_round_end(self, report: RoundReport) -> None:
-        """Add the round, if there was an inference, and rewrite the file, if it lacks enough."""
+        """Add the round, if there was an inference; rewrite the file if it lacks enough rounds."""
         if report.fusion is None:
             return
         self.rounds.append(report.server_round)
-        # Statistics may be wide: those of earlier rounds are let go.
+        # Statistics may be wide: those of earlier rounds are dropped.
         self.snapshots[-1:] = [dataclasses.replace(s, statistics=None) for s in self.snapshots[-1:]]
         self.snapshots.append(report.fusion)
         self.planted = report.planted
@@ -88,7 +87,7 @@ class FusionArchive:
             self.write()
 
     def write(self) -> None:
-        """Rewrite the file, if it lacks any round."""
+        """Rewrite the file if it lacks any round."""
         if self._written == len(self.rounds):
             return
         clients = sorted({client for s in self.snapshots for client in s.clients})
@@ -126,7 +125,7 @@ class FusionArchive:
         self._written = len(self.rounds)
 
     def rewind(self, server_round: int) -> None:
-        """Read back the rounds up to this one, to go on with."""
+        """Read back the rounds up to this one, to continue from there."""
         path = self.directory.path / "fusion.npz"
         if not path.exists():
             return
@@ -169,7 +168,7 @@ class BestModel:
     directory : RunDirectory
         Where it is written.
     metric : str
-        The round's metric that decides, measured on the model that is saved; a loss is best small.
+        The metric that decides, measured on the model that is saved; of a loss, smaller is better.
         Rounds without it do not count.
     """
 
@@ -195,14 +194,14 @@ class BestModel:
 
 
 class EarlyStopping:
-    """Ends a run that gets no better.
+    """Ends a run that no longer improves.
 
     Parameters
     ----------
     best : BestModel
-        Knows the best round; stands before this one among the callbacks.
+        Knows the best round; must come before this one among the callbacks.
     patience : int
-        Rounds to go on without a better one, at least 1.
+        Rounds without an improvement that are allowed, at least 1.
     """
 
     def __init__(self, best: BestModel, patience: int) -> None:
@@ -210,7 +209,7 @@ class EarlyStopping:
         self.patience = patience
 
     def on_round_end(self, report: RoundReport) -> None:
-        """Raise `StopRun` when the patience is over."""
+        """Raise `StopRun` when the patience has run out."""
         best = self.best.state
         if best.server_round and report.server_round - best.server_round >= self.patience:
             raise StopRun(

@@ -18,12 +18,12 @@ class Partitions:
 
 
 class ComponentRecovery:
-    """Scores found against planted components; stands before the callbacks that write.
+    """Scores found against planted components; must come before the callbacks that write.
 
     Adds ``planted`` to the round's report, and to its metrics ``adjusted-rand-index`` (Hubert &
-    Arabie 1985; 1 is the same division, 0 what chance gives, below 0 less) and
-    ``normalized-mutual-information`` (over the mean of the two entropies; 1 is the same division,
-    0 tells nothing, but chance gives more than 0).
+    Arabie 1985; 1 for the same division, 0 for a random one, negative if worse) and
+    ``normalized-mutual-information`` (over the mean of the two entropies; 1 for the same division,
+    0 for independent ones; random divisions score above 0).
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class ComponentRecovery:
         for row in report.clients:
             if row.client is None or row.partition is None:
                 continue
-            # What a client says of itself is checked, not believed.
+            # The client reports it, so it is checked.
             if row.partition in range(len(self.main_components)):
                 self.state.partition_of[row.client] = row.partition
         report.planted = {
@@ -53,8 +53,7 @@ class ComponentRecovery:
             if client in report.planted
         ]
         if len(pairs) > 1:
-            # Here and not above: sklearn takes longer to import than all else but torch, and the
-            # first clients can train meanwhile.
+            # Imported here: sklearn is slow to import, and the first clients can train meanwhile.
             from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
             planted, found = zip(*pairs, strict=True)

@@ -3,7 +3,7 @@
 
 A state is a dataclass. Its fields may be numbers, texts, None, tensors, NumPy arrays, lists,
 tuples, dictionaries, further dataclasses, and objects with ``capture`` and ``restore`` methods.
-What a tree is rebuilt into is read from the annotations of the state, never from the file.
+The types that a tree is rebuilt into come from the state's annotations, never from the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tree = Any
 
 
 class SnapshotError(FedFusionError, ValueError):
-    """A tree that does not describe the state it is to be restored into."""
+    """A tree that does not match the state it is to be restored into."""
 
 
 def capture(value: object) -> Tree:

@@ -30,15 +30,15 @@ class Totals:
 class RunSummary:
     """``summary.json``: last and best accuracy, each with its round, and the costs of all rounds.
 
-    The best global round is chosen by the test set and says nothing of what a run without one would
-    have kept; the last round is the figure to compare.
+    The best global round is chosen with the test set, which flatters it; compare runs by their last
+    round.
     """
 
     def __init__(self) -> None:
         self.state = Totals()
 
     def on_round_end(self, report: RoundReport) -> None:
-        """Take note of a finished round; the first of equally good rounds stays the best."""
+        """Add a finished round; the first of equally good rounds stays the best."""
         totals = self.state
         for name in COSTS:
             totals.costs[name] += report.metrics.get(name, 0.0)
@@ -50,7 +50,7 @@ class RunSummary:
                     totals.best[name] = row
 
     def summary(self) -> dict[str, Any]:
-        """What is written to ``summary.json``."""
+        """The content of ``summary.json``."""
         totals = self.state
         return {"last-round": totals.last, "best-round": totals.best, "costs": totals.costs}
 

@@ -17,7 +17,7 @@ class TensorBoardLog:
     Parameters
     ----------
     folder : Path
-        Of the event files.
+        Where the event files go.
 
     Raises
     ------
@@ -27,7 +27,7 @@ class TensorBoardLog:
 
     def __init__(self, folder: Path) -> None:
         try:
-            # Here and not above: it is an extra, and takes a second to import.
+            # Imported here: it is an optional extra, and takes a second to import.
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as problem:
             raise ConfigError(
@@ -40,9 +40,9 @@ class TensorBoardLog:
         self._writer: Any = None
 
     def on_round_end(self, report: RoundReport) -> None:
-        """Write the round, and see that it is on disk."""
+        """Write the round and flush it to disk."""
         if self._writer is None:
-            # Whoever reads the log forgets what an earlier file says of these rounds.
+            # Readers of the log then ignore what an earlier file holds for these rounds.
             purge = self.first_round or None
             self._writer = self._open(str(self.folder), purge_step=purge)
         scalars = dict(report.metrics)

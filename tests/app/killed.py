@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs in processes of their own that die by SIGKILL, at a call of a chosen number.
+"""Runs in separate processes that are killed at a call of a chosen number.
 
-Every call that the package's own code makes is counted, of functions and of built-ins such as
-`os.replace`: a number is a point of the run, which no clock moves, and all points can be hit.
+Every call that the package's code makes is counted, of functions and of built-ins such as
+`os.replace`: a number stands for a point of the run, whatever the clock, and can hit any point.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 PACKAGE = str(Path(__file__).parents[2] / "fedfusion_flwr")
 
 _processes = multiprocessing.get_context("forkserver")
-# Imported once, in a process that does nothing else: those that die are its forks. Beside what runs
-# import at their start also what they import on their way.
+# Imported once, in a process that does nothing else; the runs are its forks. The list includes what
+# runs import later.
 _processes.set_forkserver_preload(
     ["tests.runs", "torch._dynamo", "flwr_datasets", "sklearn.cluster", "sklearn.decomposition"]
 )
@@ -31,7 +31,7 @@ _processes.set_forkserver_preload(
 
 @dataclass
 class Calls:
-    """Counts calls; ``resumable`` is the number at which the first checkpoint was there."""
+    """Counts calls; ``resumable`` is the number at which the first checkpoint was written."""
 
     dies_at: int | None = None
     made: int = 0
@@ -50,14 +50,14 @@ class Calls:
 
 
 def to_its_end(config: dict[str, Any], seed: int) -> str:
-    """A run that nobody kills; its digest."""
+    """A run that is not killed; its digest."""
     from tests.runs import run_in_process
 
     return run_in_process(config, seed).digest
 
 
 def counted(config: dict[str, Any], seed: int, dies_at: int | None = None) -> tuple[str, Calls]:
-    """A run to its end, unless it dies before; the digest, and the calls that it made."""
+    """A run to its end, unless it is killed; its digest and its calls."""
     from tests.runs import run_in_process
 
     calls = Calls(dies_at)
@@ -70,7 +70,7 @@ def counted(config: dict[str, Any], seed: int, dies_at: int | None = None) -> tu
 
 
 def dying_when(name: str, path_part: str, config: dict[str, Any]) -> None:
-    """A run that dies when it is about to call ``os.<name>`` for a file with this in its path."""
+    """A run that is killed before it calls ``os.<name>`` for a file with this in its path."""
     from tests.runs import run_in_process
 
     call = getattr(os, name)
@@ -86,7 +86,7 @@ def dying_when(name: str, path_part: str, config: dict[str, Any]) -> None:
 
 
 def with_file_limit(limit: int, after_round: int, config: dict[str, Any]) -> str:
-    """A run whose files the system lets grow no larger than so many bytes from a round on."""
+    """A run whose files the system limits to this many bytes from a round on."""
     from fedfusion_flwr.tracking import RunLog
     from tests.runs import run_in_process
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes with data of their own: ``data-root`` and no ``partition-id``; augmentation in a client."""
+"""Nodes with their own data: ``data-root`` and no ``partition-id``; augmentation in a client."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import shutil
 import struct
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from client_app import app
 from fedfusion_flwr import RunConfig, protocol
@@ -25,13 +24,14 @@ from fedfusion_flwr.data.dataset import FederatedData, signature_difference
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.models import model_for
 from tests.data.files import image
+from tests.runs import ask_client, rows
 
 CLASSES = ("ant", "bee", "cow")
 SERVER_ROUND = 3
 
 
 def write_device(root: Path, classes: tuple[str, ...], count: int, *, listed: bool = True) -> Path:
-    """Grey noise around a level of its own for every class, 8x8."""
+    """8x8 images of grey noise, around a different level for every class."""
     noise = np.random.default_rng(len(str(root)))
     for name in classes:
         level = 60 * CLASSES.index(name)
@@ -69,17 +69,8 @@ def ask(
     config: dict[str, Any], node: dict[str, Any], *, kind: str = "train", **sent: Any
 ) -> Message:
     typed = RunConfig.from_run_config(config)
-    model = model_for(typed, data_for(typed))
-    grid = InProcessGrid(app, 0, config)
-    node_id = grid.add_node(node)
-    content = RecordDict(
-        {
-            "arrays": protocol.record_from_state(model.state_dict()),
-            "config": ConfigRecord({"server-round": SERVER_ROUND, **sent}),
-        }
-    )
-    (reply,) = grid.send_and_receive([Message(content, node_id, kind)])
-    return reply
+    arrays = protocol.record_from_state(model_for(typed, data_for(typed)).state_dict())
+    return ask_client(config, node, arrays, kind, {"server-round": SERVER_ROUND, **sent})
 
 
 def payload(reply: Message) -> bytes:
@@ -104,9 +95,7 @@ def test_with_a_partition_id_a_node_has_that_part(config: dict[str, Any], tmp_pa
     assert reply.content.config_records["client"]["partition-id"] == 1
 
 
-def test_planted_components_are_none_of_a_devices_business(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_planted_components_do_not_concern_a_device(config: dict[str, Any], tmp_path: Path) -> None:
     typed = RunConfig.from_run_config(
         {
             **config,
@@ -141,7 +130,7 @@ def test_other_data_than_the_servers_is_refused(
     node: dict[str, Any] = {"data-root": str(tmp_path / "one")}
     assert not ask(config, node, kind=kind, **{"data-signature": signature}).has_error()
     (tmp_path / "one" / "classes.txt").write_text("ant\ncow\nbee\n")
-    node["data-root"] += "/"  # Not what is loaded already.
+    node["data-root"] += "/"  # another key of the cache, so that the data are loaded again
     assert not ask(config, node, kind=kind).has_error()
     refused = ask(config, node, kind=kind, **{"data-signature": signature})
     assert refused.error.reason == (
@@ -176,7 +165,7 @@ def test_what_differs_is_named() -> None:
 
 
 def test_a_run_of_devices(config: dict[str, Any], tmp_path: Path) -> None:
-    """A device with classes in another order loses its replies, until it has the server's."""
+    """A device with classes in another order loses its replies until it has the server's order."""
     write_device(tmp_path / "three", ("ant", "cow"), 7)
     (tmp_path / "three" / "classes.txt").write_text("cow\nbee\nant\n")
 
@@ -186,17 +175,15 @@ def test_a_run_of_devices(config: dict[str, Any], tmp_path: Path) -> None:
         for device in devices:
             grid.add_node({"data-root": str(tmp_path / device)})
         run(grid, Context(1, 0, {}, RecordDict(), run_config))
-        lines = (tmp_path / folder / "clients.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = sorted((json.loads(line) for line in lines), key=lambda row: row["client"])
-        assert all(row.get("partition") is None for row in rows)
-        return [row.get("detail") for row in rows]
+        clients = sorted(rows(tmp_path / folder, "clients.jsonl"), key=lambda row: row["client"])
+        assert all(row.get("partition") is None for row in clients)
+        return [row.get("detail") for row in clients]
 
     first = dropped("first", "two", "three")
     assert first[0] is None
     assert first[1] is not None
     assert "differs from the server's in the class names" in first[1]
-    metrics = (tmp_path / "first" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(metrics[-1])["evaluate-replies-dropped"] == 1
+    assert rows(tmp_path / "first")[-1]["evaluate-replies-dropped"] == 1
     shutil.copytree(tmp_path / "three", tmp_path / "four")
     for name in ("classes.txt", "moments.txt"):
         shutil.copy(tmp_path / "first" / name, tmp_path / "four")
@@ -207,9 +194,6 @@ def test_a_run_of_devices(config: dict[str, Any], tmp_path: Path) -> None:
     )
     assert (device.mean, device.std) == (served.mean, served.std)
     assert dropped("second", "two", "four") == [None, None]
-
-
-# --- augmentation ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -242,10 +226,10 @@ def test_training_is_augmented_and_evaluation_is_not(
     assert len(augmented) == 2
 
 
-def test_augmentation_leaves_the_shuffles_alone(
+def test_augmentation_does_not_change_the_shuffles(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an augmentation that changes nothing, the reply is that of none, bit for bit."""
+    """An augmentation that changes nothing gives the reply without augmentation, bit for bit."""
     draw = functools.partial(torch.randint, 9)
 
     def identity(x: torch.Tensor, *, generator: torch.Generator, **_: object) -> torch.Tensor:

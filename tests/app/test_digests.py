@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every strategy ends with, frozen: a change that means to change no number changes none.
+"""The final models of every strategy, frozen: a change that must not change results changes none.
 
 ``digests.json`` holds, by kind of processor, the digests of the served models, and a sketch of each
-for processors that round otherwise. After a change that means to change them:
-``python -m tests.app.test_digests`` writes the table of this processor anew.
+for processors that round differently. After a change that is meant to change them,
+``python -m tests.app.test_digests`` rewrites the table of this processor.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 from fedfusion_flwr.strategies import registry
 from tests.runs import Killed, assert_same_artifacts, go_dying
 
+pytestmark = pytest.mark.rounding
+
 TABLE = Path(__file__).with_name("digests.json")
 TOLERANCE = 0.01
-"""Of a model's norm: what rounding makes of the same run within six rounds stays below half."""
+"""Relative to a model's norm: rounding moves a model by less than half of this in six rounds."""
 
 CLIENTS = 6
 CONFIG: dict[str, Any] = {
@@ -46,11 +48,11 @@ CONFIG: dict[str, Any] = {
 }
 COHORTS = {"all": 1.0, "some": 0.5}
 QUICK = ("fedfusion", "fesem", "fedma")
-"""The three with the most state; the others are asked for by -m slow."""
+"""The three with the most state; -m slow runs the others."""
 
 
 def kind() -> str:
-    """What of a processor decides how torch rounds."""
+    """The features of the processor that decide how torch rounds."""
     vectors = torch.backends.cpu.get_cpu_capability()
     amx = vectors == "AVX512" and torch.cpu._is_amx_tile_supported()
     return f"{vectors} with AMX" if amx else vectors
@@ -66,7 +68,7 @@ def sketch(folder: Path) -> list[float]:
 
 
 def runs_of(strategy: str, folder: Path) -> Iterator[tuple[str, Path, str]]:
-    """Run with all clients and with some; one of them also killed in round 4 and gone on with."""
+    """Run with all clients and with some; the latter is also killed in round 4 and resumed."""
     for name, fraction in COHORTS.items():
         config = CONFIG | {"strategy": strategy, "fraction-train": fraction}
         outcome = go_dying(folder / name, **config)
@@ -96,7 +98,7 @@ def test_every_strategy_ends_with_the_frozen_models(strategy: str, tmp_path: Pat
 
 
 def freeze() -> None:
-    """Write the digests of this processor, and the sketches where there are none."""
+    """Write the digests of this processor, and sketches where they are missing."""
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
     digests: dict[str, str] = {}
     for strategy in registry():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's process gets SIGKILL, at any moment: the run goes on to the same end.
+"""The server's process is killed at any moment; the resumed run ends with the same model.
 
 Real processes; `tests/engine/test_kill.py` does the same to a real `flwr run`.
 """
@@ -15,18 +15,11 @@ import pytest
 
 from fedfusion_flwr.strategies import registry
 from tests.app.killed import counted, dying_when, in_a_process, to_its_end, with_file_limit
-from tests.runs import (
-    CONFIG,
-    ROUNDS,
-    assert_same_artifacts,
-    rows,
-    run_in_process,
-    write_pictures,
-)
+from tests.runs import CONFIG, ROUNDS, assert_same_artifacts, rows, run_in_process, write_pictures
 
 KILLED = -signal.SIGKILL
 QUICK = ("fedfusion", "fesem")
-"""One with a single model and one with several; the others are asked for by -m slow."""
+"""One with a single model and one with several; -m slow runs the others."""
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +54,14 @@ def test_killed_twice_at_random_and_the_same_in_the_end(
     assert code == 0
     assert calls.resumable is not None
     generator = np.random.default_rng([6, list(registry()).index(strategy)])
-    # Not the last few calls: a run may make some more or fewer, as a cache has it.
+    # Not the last calls: caches make the number of calls differ a little between runs.
     first = int(generator.integers(calls.resumable, int(0.9 * calls.made)))
     assert in_a_process(counted, in_folder(config, cut), 1, first) == (KILLED, None)
     assert checkpoints(cut)
 
     resume = {**config, "resume-from": str(cut)}
     rounds_left = ROUNDS - int(checkpoints(cut)[-1][-6:])
-    # Of the calls of a whole run, roughly those of the rounds that are left; at least its start.
+    # Roughly the calls of the rounds that are left, and at least those of the start.
     upto = max(calls.resumable // 2, int(0.6 * calls.made * rounds_left / ROUNDS))
     second = int(generator.integers(1, upto))
     assert in_a_process(counted, resume, 2, second) == (KILLED, None)
@@ -82,7 +75,7 @@ def test_killed_twice_at_random_and_the_same_in_the_end(
 def test_killed_while_a_checkpoint_is_written(
     call: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With its file written in part or whole, but under no name yet: the one before it counts."""
+    """Its file is written in part or whole, but not renamed yet: the previous one counts."""
     config = {**config, "strategy": "fedavg", "num-server-rounds": 4}
     folder = tmp_path / "run"
     died = in_a_process(dying_when, call, "checkpoint-000003", in_folder(config, folder))
@@ -90,7 +83,7 @@ def test_killed_while_a_checkpoint_is_written(
     assert checkpoints(folder) == ["checkpoint-000001", "checkpoint-000002"]
     (torn,) = left_behind(folder)
     assert torn.startswith(".checkpoint-000003")
-    assert [row["round"] for row in rows(folder, "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [row["round"] for row in rows(folder)] == [0, 1, 2, 3]
     code, digest = in_a_process(to_its_end, {**config, "resume-from": str(folder)}, 1)
     assert code == 0
     assert digest == run_in_process(in_folder(config, tmp_path / "whole")).digest
@@ -99,7 +92,7 @@ def test_killed_while_a_checkpoint_is_written(
 
 
 def test_files_that_may_not_grow_cost_no_checkpoint(config: dict[str, Any], tmp_path: Path) -> None:
-    """As on a full disk, refused by the system itself: the run ends well, the last one stays."""
+    """As on a full disk, where the system refuses: the run ends well, the last one stays."""
     whole = run_in_process(in_folder(config, tmp_path / "whole"))
     folder = tmp_path / "run"
     model, checkpoint = (

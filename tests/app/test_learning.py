@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark that asks whether data sets learn, and the rows that it left."""
+"""The benchmark of what each data set and model reaches, and its stored rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from benchmarks import learning
 from fedfusion_flwr import RunConfig
 from fedfusion_flwr.experiments.rows import read_rows
+
+pytestmark = pytest.mark.rounding
 
 
 @pytest.mark.parametrize("name", learning.CASES)
@@ -28,7 +30,7 @@ def test_stored_runs_are_of_the_cases_and_reach_their_targets() -> None:
         assert row["final-accuracy"] >= (case.target or 0)
 
 
-def test_resnet18_clearly_beats_lenet_where_it_is_given_enough() -> None:
+def test_resnet18_clearly_beats_lenet_with_enough_data() -> None:
     final = {row["case"]: row["final-accuracy"] for row in read_rows(learning.RESULTS)}
     assert final["resnet18-cifar10-larger"] - final["lenet-cifar10-larger"] > 0.05
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
@@ -37,7 +39,7 @@ def test_resnet18_clearly_beats_lenet_where_it_is_given_enough() -> None:
         assert f"| {images} clients | {figures[0]} | {figures[1]} |" in text
 
 
-def test_what_has_no_root_is_left_out_and_what_is_stored_not_repeated(
+def test_cases_without_a_root_and_stored_cases_are_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[tuple[str, int]] = []

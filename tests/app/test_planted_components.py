@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.runs import rows, run_in_process
+
+pytestmark = pytest.mark.rounding
 
 SEEDS = range(4)
 CONFIG: dict[str, Any] = {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from fedfusion_flwr import computation
 from fedfusion_flwr.app.training import evaluate, train
 from fedfusion_flwr.computation import (
-    TrainingError,
     compiled_forward,
     has_bfloat16,
     place_model,
@@ -30,6 +30,8 @@ from fedfusion_flwr.models import build_model
 from fedfusion_flwr.randomness import torch_generator
 from tests.runs import CONFIG, run_in_process, write_pictures
 from tests.support import assert_identical, tiny_model
+
+pytestmark = pytest.mark.rounding
 
 SETTINGS: dict[str, Any] = {
     "epochs": 2,
@@ -60,9 +62,6 @@ def lenet() -> nn.Module:
     return place_model(build_model("lenet", (1, 8, 8), 4, seed=0), torch.device("cpu"))
 
 
-# --- precision ------------------------------------------------------------------------------------
-
-
 def test_bfloat16_is_close_to_float32_and_not_the_same() -> None:
     full, half = lenet(), lenet()
     slow = {"learning_rate": 0.005, "epochs": 1}
@@ -73,6 +72,10 @@ def test_bfloat16_is_close_to_float32_and_not_the_same() -> None:
         other = half.state_dict()[key]
         assert other.dtype == value.dtype, key
         torch.testing.assert_close(other, value, rtol=0.05, atol=0.02)
+    evaluated = evaluate(full, *pictures()), evaluate(full, *pictures(), "bf16")
+    assert evaluated[1][0] == pytest.approx(evaluated[0][0], rel=0.05)
+    assert evaluated[1][0] != evaluated[0][0]
+    assert evaluated[1][1] == pytest.approx(evaluated[0][1], abs=0.05)
 
 
 def test_convolutions_compute_in_bfloat16_and_statistics_stay_float32() -> None:
@@ -88,7 +91,7 @@ def test_convolutions_compute_in_bfloat16_and_statistics_stay_float32() -> None:
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_var is not None
     assert norm.running_var.dtype == torch.float32
-    # Not a bfloat16 number in a float32's clothes.
+    # Not bfloat16 values stored as float32.
     assert not torch.equal(norm.running_var, norm.running_var.bfloat16().float())
 
 
@@ -101,16 +104,6 @@ def test_bfloat16_is_repeatable_with_every_normalization(normalization: Any) -> 
         states.append(model.state_dict())
     assert_identical(*states)
     assert all(value.dtype in (torch.float32, torch.int64) for value in states[0].values())
-
-
-def test_bfloat16_evaluation_is_close_to_float32() -> None:
-    model = lenet()
-    fit(model, *pictures())
-    full, accuracy = evaluate(model, *pictures())
-    half, half_accuracy = evaluate(model, *pictures(), "bf16")
-    assert half == pytest.approx(full, rel=0.05)
-    assert half != full
-    assert half_accuracy == pytest.approx(accuracy, abs=0.05)
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -133,7 +126,7 @@ def test_texts_train_in_bfloat16_on_every_processor(
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a processor without bfloat16 arithmetic, in a process that has said nothing yet."""
+    """As on a processor without bfloat16 arithmetic, in a process that has not warned yet."""
     monkeypatch.setattr(computation, "has_bfloat16", lambda device: False)
     warn_of_slow_precision.cache_clear()
     yield
@@ -142,11 +135,18 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="asks for the flags of x86 processors")
 def test_bfloat16_on_the_cpu_needs_avx512() -> None:
+    """Of the processor, and of what oneDNN is allowed to use of it."""
     flags = Path("/proc/cpuinfo").read_text(encoding="ascii").split()
-    assert has_bfloat16(torch.device("cpu")) == ({"avx512bw", "avx512dq", "avx512vl"} <= {*flags})
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper() not in (
+        "SSE41",
+        "AVX",
+        "AVX2",
+    )
+    has_avx512 = {"avx512bw", "avx512dq", "avx512vl"} <= {*flags}
+    assert has_bfloat16(torch.device("cpu")) == (has_avx512 and allowed)
 
 
-def test_fp32_is_slow_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_is_never_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(computation, "has_bfloat16", lambda device: True)
     assert slow_precision(cpu, "bf16") is None
@@ -171,9 +171,9 @@ def test_a_run_says_once_that_bfloat16_is_emulated(
         "precision": precision,
     }
     run_in_process(config)
-    told = [r.getMessage() for r in caplog.records if "emulated" in r.getMessage()]
-    assert len(told) == warnings
-    assert all("precision = 'fp32'" in sentence for sentence in told)
+    said = [message for message in caplog.messages if "emulated" in message]
+    assert len(said) == warnings
+    assert all("precision = 'fp32'" in sentence for sentence in said)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -185,26 +185,21 @@ def test_a_comparison_says_beforehand_that_bfloat16_is_emulated(
     assert plan.count("note: precision = 'bf16' is emulated here") == notes
 
 
-# --- layers that draw random numbers --------------------------------------------------------------
-
-
 def test_dropout_draws_from_the_clients_generator() -> None:
-    """One seed one result, whatever the global state, which is left as it was."""
+    """One seed gives one result, whatever the global random state, which is not changed."""
     states = []
     for seed, disturbance in ((0, 1), (0, 2), (1, 1)):
         model = nn.Sequential(nn.Dropout(0.5), *tiny_model())
         torch.manual_seed(disturbance)
         before = torch.get_rng_state()
         x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
-        # One batch of all: the shuffle alone would not change the outcome.
+        # One batch: the shuffle alone would not change the outcome.
         fit(model, x, torch.arange(16) % 2, seed, batch_size=16, epochs=1)
         assert torch.equal(torch.get_rng_state(), before)
         states.append(model.state_dict())
     assert_identical(states[0], states[1])
     assert not torch.allclose(states[0]["1.weight"], states[2]["1.weight"], rtol=1e-3)
 
-
-# --- compilation ----------------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
@@ -241,18 +236,5 @@ def test_compiled_training_is_close_repeatable_and_keeps_the_keys() -> None:
         torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-5)
     trained(4, compiled=True)
     assert_identical(trained(21, compiled=True), compiled)
-    # One for batches of 8, 5 and 4: else a result would depend on the sizes that came before.
+    # One graph for batches of 8, 5 and 4: else a result would depend on earlier batch sizes.
     assert counters["stats"]["unique_graphs"] == 1
-
-
-@needs_compiler
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_a_missing_compiler_names_the_remedy() -> None:
-    from torch._inductor import config
-
-    missing = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
-    x = torch.randn(6, 3)
-    refused = pytest.raises(TrainingError, match=r"compile = true, .*use compile = false")
-    with config.patch(missing), refused as refusal:
-        fit(nn.Linear(3, 2), x, torch.arange(6) % 2, compiled=True)
-    assert "\n" not in str(refusal.value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is cut off and gone on with ends like one that never was."""
+"""A run that is cut off and resumed ends like one that was not."""
 
 from __future__ import annotations
 
@@ -21,15 +21,7 @@ from fedfusion_flwr.tracking import (
     checkpoint,
     records,
 )
-from tests.runs import (
-    CONFIG,
-    ROUNDS,
-    DyingGrid,
-    Killed,
-    go_dying,
-    rows,
-    write_pictures,
-)
+from tests.runs import CONFIG, ROUNDS, DyingGrid, Killed, go_dying, rows, write_pictures
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,9 +42,7 @@ def test_the_clipping_bound_goes_on(tmp_path: Path) -> None:
         go(tmp_path / "cut", dies_in=5, **config)
     resumed = go(tmp_path / "cut", seed=1, **config, **{"resume-from": str(tmp_path / "cut")})
     assert resumed.digest == whole.digest
-    bounds = [
-        [r.get("clip-bound") for r in rows(tmp_path / f, "metrics.jsonl")] for f in ("whole", "cut")
-    ]
+    bounds = [[r.get("clip-bound") for r in rows(tmp_path / f)] for f in ("whole", "cut")]
     assert bounds[0] == bounds[1]
     assert len(set(bounds[0])) == ROUNDS + 1
 
@@ -64,17 +54,17 @@ def test_rounds_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     with pytest.raises(Killed):
         go(cut, dies_in=4, **config)
-    assert [row["round"] for row in rows(cut, "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [row["round"] for row in rows(cut)] == [0, 1, 2, 3]
     with (cut / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"round": 4, "glo')
     assert go(cut, **config, **{"resume-from": str(cut)}).digest == whole.digest
-    assert rows(cut, "metrics.jsonl") == rows(tmp_path / "whole", "metrics.jsonl")
+    assert rows(cut) == rows(tmp_path / "whole")
 
 
 def test_a_checkpoint_has_all_inferences_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the archive is not written anew in every round."""
+    """Also where the archive is not rewritten in every round."""
     monkeypatch.setattr(records, "ARCHIVE_GROWTH", 100)
     archived = []
 
@@ -138,19 +128,18 @@ def test_a_signal_ends_the_run_after_its_round(tmp_path: Path) -> None:
         context = Context(1, 0, {}, RecordDict(), values)
         grid = SignallingGrid(values)
         grid.asked = number
-        with pytest.raises(
-            RunInterrupted, match=f"ended by {folder.name} after round 1; .*{folder}"
-        ):
+        sentence = f"ended by {folder.name} after round 1; .*{folder}"
+        with pytest.raises(RunInterrupted, match=sentence):
             run(grid, context)
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
         assert (folder / "final_model.safetensors").exists()
         assert go(folder, **config, **{"resume-from": str(folder)}).digest == whole.digest
 
 
-def test_a_run_that_gets_no_better_ends_early_and_well(tmp_path: Path) -> None:
+def test_a_run_that_no_longer_improves_ends_early(tmp_path: Path) -> None:
     config = {"strategy": "fedavg", "learning-rate": 1e-12, "best-metric": "personalized-loss"}
     outcome = go(tmp_path / "run", **config, **{"patience": 2, "evaluate-every": 1})
-    metrics = rows(tmp_path / "run", "metrics.jsonl")
+    metrics = rows(tmp_path / "run")
     losses = [row["personalized-loss"] for row in metrics[1:]]
     best = 1 + losses.index(min(losses))
     assert metrics[-1]["round"] == min(best + 2, ROUNDS)
@@ -170,4 +159,4 @@ def test_failed_rounds_leave_the_last_good_checkpoint(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert names == ["checkpoint-000003.safetensors", "checkpoint-000004.safetensors"]
     whole = go(tmp_path / "whole", strategy="fedavg", **{"num-server-rounds": 2})
-    assert whole.digest  # the first two rounds were good, and the two failed ones kept their model
+    assert whole.digest  # the first two rounds were good, and the two failed ones kept the model

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,13 @@ from fedfusion_flwr.config import ConfigError
 from fedfusion_flwr.data import PartitionError
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.roster import NotEnoughNodes
-from fedfusion_flwr.tracking import OutputError
+from tests.runs import rows, run_in_process
 
 ONE_ROUND = {"num-server-rounds": 1, "partition": "components"}
 
 
-def run_here(folder: Path, num_clients: int = 10, **config: Any) -> RunOutcome:
-    run_config = {**ONE_ROUND, "output-dir": str(folder), **config}
-    grid = InProcessGrid(app, num_clients, run_config)
-    return run(grid, Context(1, 0, {}, RecordDict(), run_config))
+def run_here(folder: Path, clients: int = 10, **config: Any) -> RunOutcome:
+    return run_in_process({**ONE_ROUND, "output-dir": str(folder), **config}, clients=clients)
 
 
 def test_seed_decides_the_digest(tmp_path: Path) -> None:
@@ -40,27 +37,17 @@ def test_seed_decides_the_digest(tmp_path: Path) -> None:
 
 def test_federated_evaluation_and_fedavg(tmp_path: Path) -> None:
     run_here(tmp_path / "run", strategy="fedavg", **{"fraction-evaluate": 0.3})
-    text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
-    last = json.loads(text.splitlines()[-1])
+    last = rows(tmp_path / "run")[-1]
     assert 0 <= last["personalized-accuracy"] <= 1
     assert "mixture" not in last
     assert not (tmp_path / "run" / "fusion.npz").exists()
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
-    with pytest.raises(OutputError, match="already holds a run"):
-        run_here(tmp_path)
-
-
-def test_more_clients_than_partitions_are_refused(tmp_path: Path) -> None:
+def test_another_number_of_clients_than_partitions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num-clients = 10, but 11 clients are connected"):
-        run_here(tmp_path, num_clients=11)
-
-
-def test_fewer_clients_than_partitions_are_refused(tmp_path: Path) -> None:
+        run_here(tmp_path / "more", clients=11)
     with pytest.raises(NotEnoughNodes, match="only 9 of 10 expected clients"):
-        run_here(tmp_path, num_clients=9, **{"node-timeout": 0.1})
+        run_here(tmp_path / "fewer", clients=9, **{"node-timeout": 0.1})
 
 
 def test_enough_first_clients_begin_and_a_late_one_joins(tmp_path: Path) -> None:
@@ -83,8 +70,8 @@ def test_enough_first_clients_begin_and_a_late_one_joins(tmp_path: Path) -> None
 
     grid.send_and_receive = join_after_round_one  # type: ignore[method-assign]
     run(grid, Context(1, 0, {}, RecordDict(), run_config))
-    rows = [json.loads(line) for line in (tmp_path / "clients.jsonl").read_text().splitlines()]
-    took_part = {r: {x["partition"] for x in rows if x["round"] == r} for r in (1, 2)}
+    clients = rows(tmp_path, "clients.jsonl")
+    took_part = {r: {x["partition"] for x in clients if x["round"] == r} for r in (1, 2)}
     assert took_part == {1: set(range(9)), 2: set(range(10))}
 
 

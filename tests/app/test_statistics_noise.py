@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 
-from client_app import app
 from fedfusion_flwr import protocol
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.fusion import NormalizationStatistics
-from tests.strategies.small import initial_model, small, small_config
+from tests.runs import ask_client, state_of, statistics_of
+from tests.strategies.small import initial_model, small_config
 from tests.support import assert_identical
-
-assert small  # a fixture, used by name below
 
 
 def statistics(channels: int) -> NormalizationStatistics:
@@ -52,19 +49,9 @@ def test_the_amount_is_a_factor_of_one_draw() -> None:
 
 def train(partition: int, server_round: int = 1, kind: str = "train", **settings: Any) -> Message:
     config = small_config(**settings)
-    grid = InProcessGrid(app, config.num_clients, config.to_run_config())
-    content = RecordDict(
-        {
-            "arrays": protocol.record_from_state(initial_model(config)),
-            "config": ConfigRecord({"server-round": server_round}),
-        }
-    )
-    (reply,) = grid.send_and_receive([Message(content, list(grid.nodes)[partition], kind)])
-    return reply
-
-
-def uploaded(reply: Message) -> NormalizationStatistics:
-    return protocol.statistics_from_record(reply.content.array_records["normalization"])
+    node = {"partition-id": partition, "num-partitions": config.num_clients}
+    arrays = protocol.record_from_state(initial_model(config))
+    return ask_client(config.to_run_config(), node, arrays, kind, {"server-round": server_round})
 
 
 @pytest.mark.usefixtures("small")
@@ -72,22 +59,21 @@ def uploaded(reply: Message) -> NormalizationStatistics:
 def test_only_the_record_is_blurred(source: str) -> None:
     plain = train(0, statistics_source=source)
     noisy = train(0, statistics_source=source, statistics_noise=0.5)
-    models = [protocol.state_from_record(r.content.array_records["arrays"]) for r in (plain, noisy)]
-    assert_identical(models[0], models[1])
-    exact, blurred = uploaded(plain), uploaded(noisy)
+    assert_identical(state_of(plain), state_of(noisy))
+    exact, blurred = statistics_of(plain), statistics_of(noisy)
     distance = ((blurred.mean - exact.mean) / exact.std).abs()
     assert 0 < float(distance.min()) <= float(distance.max()) < 0.5 * 5
     if source == "local":
-        # What the record hides, the model beside it still says.
-        told = NormalizationStatistics.from_state_dict(models[1])
-        torch.testing.assert_close(told.vector(), exact.vector())
+        # What the record hides, the model sent with it still shows.
+        shown = NormalizationStatistics.from_state_dict(state_of(noisy))
+        torch.testing.assert_close(shown.vector(), exact.vector())
 
 
 @pytest.mark.usefixtures("small")
 def test_every_client_and_round_draws_its_own_and_draws_it_again() -> None:
     def noise(partition: int, server_round: int) -> torch.Tensor:
-        plain = uploaded(train(partition, server_round))
-        noisy = uploaded(train(partition, server_round, statistics_noise=1.0))
+        plain = statistics_of(train(partition, server_round))
+        noisy = statistics_of(train(partition, server_round, statistics_noise=1.0))
         return (noisy.mean - plain.mean) / plain.std
 
     first = noise(0, 1)
@@ -98,5 +84,5 @@ def test_every_client_and_round_draws_its_own_and_draws_it_again() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_answers_to_queries_are_blurred_too() -> None:
-    plain, noisy = (uploaded(train(0, kind="query", statistics_noise=a)) for a in (0.0, 1.0))
+    plain, noisy = (statistics_of(train(0, kind="query", statistics_noise=a)) for a in (0.0, 1.0))
     assert not torch.allclose(plain.mean, noisy.mean)

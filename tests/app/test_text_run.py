@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from client_app import app
-from fedfusion_flwr.app.server import run
 from fedfusion_flwr.config import ConfigError
 from fedfusion_flwr.data import PartitionError
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.models import ModelError
 from tests.data.tweets import toy_rows, write_tweets
+from tests.runs import rows, run_in_process
 
 TWO_ROUNDS: dict[str, Any] = {
     "dataset": "sentiment140",
@@ -42,10 +38,8 @@ def run_here(tweets: Path, folder: str, **config: Any) -> tuple[list[dict[str, A
     """The rows of the metrics, and the digest."""
     directory = tweets.parent / folder
     run_config = {**TWO_ROUNDS, "data-root": str(tweets), "output-dir": str(directory), **config}
-    grid = InProcessGrid(app, 4, run_config, shuffle_replies=True)
-    outcome = run(grid, Context(1, 0, {}, RecordDict(), run_config))
-    text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()], outcome.digest
+    outcome = run_in_process(run_config)
+    return rows(directory), outcome.digest
 
 
 @pytest.mark.parametrize("source", ["local", "probe"])
@@ -84,11 +78,7 @@ def test_fused_statistics_in_local_training(tweets: Path) -> None:
             "`planted-components` is 3; it must be at most 2",
         ),
         (
-            {
-                "partition": "components",
-                "planted-components": 2,
-                "component-transform": "rotate",
-            },
+            {"partition": "components", "planted-components": 2, "component-transform": "rotate"},
             PartitionError,
             "turns images",
         ),

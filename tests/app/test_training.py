@@ -33,9 +33,20 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def fit(model: nn.Module, x: Tensor, y: Tensor, **changes: Any) -> float:
-    generator = changes.pop("generator", None) or torch_generator(0, "training", 1)
+def fit(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0, **changes: Any) -> float:
+    generator = torch_generator(seed, "training", 1)
     return train(model, x, y, generator=generator, **(SETTINGS | changes)).loss
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def inputs_of(layer: nn.Module) -> list[Tensor]:
+    """A list that collects what the layer is given."""
+    seen: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    return seen
 
 
 def blobs(count: int = 40) -> tuple[Tensor, Tensor]:
@@ -44,9 +55,6 @@ def blobs(count: int = 40) -> tuple[Tensor, Tensor]:
     y = torch.arange(count) % 2
     x = torch.randn(count, 2, generator=generator) + 5.0 * y[:, None]
     return x, y
-
-
-# --- batches --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
@@ -62,7 +70,7 @@ def test_batches_cover_everything_once(count: int, batch_size: int) -> None:
     ("count", "sizes"),
     [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (5, [5]), (4, [4]), (3, [3]), (1, [1]), (0, [])],
 )
-def test_trailing_single_joins_the_batch_before(count: int, sizes: list[int]) -> None:
+def test_a_single_last_example_joins_the_previous_batch(count: int, sizes: list[int]) -> None:
     batches = shuffled_batches(count, 4, torch.Generator().manual_seed(0))
     assert [len(batch) for batch in batches] == sizes
 
@@ -71,9 +79,6 @@ def test_epochs_are_shuffled_differently() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.cat(list(shuffled_batches(50, 8, generator))) for _ in range(2))
     assert not torch.equal(first, second)
-
-
-# --- training -------------------------------------------------------------------------------------
 
 
 def test_one_step_by_hand() -> None:
@@ -123,14 +128,13 @@ def test_deterministic(fused: bool) -> None:
     states = []
     for seed in (0, 0, 1):
         model = tiny_model()
-        generator = torch_generator(seed, "training", 1)
-        fit(model, *blobs(), generator=generator, epochs=2, fused_normalization=fused)
+        fit(model, *blobs(), seed, epochs=2, fused_normalization=fused)
         states.append(model.state_dict())
     assert_identical(states[0], states[1])
     assert not torch.equal(states[0]["fc.weight"], states[2]["fc.weight"])
 
 
-def test_data_and_global_generator_are_left_alone() -> None:
+def test_data_and_global_generator_are_not_changed() -> None:
     x, y = blobs()
     copies = x.clone(), y.clone()
     model, state = tiny_model(), torch.get_rng_state()
@@ -140,13 +144,10 @@ def test_data_and_global_generator_are_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_no_examples() -> None:
-    with pytest.raises(TrainingError, match="no training examples"):
-        fit(tiny_model(), torch.empty(0, 2), torch.empty(0, dtype=torch.int64))
+def test_too_few_examples() -> None:
     assert issubclass(TrainingError, FedFusionError)
-
-
-def test_single_example() -> None:
+    with pytest.raises(TrainingError, match="no training examples"):
+        fit(tiny_model(), *blobs(0))
     x, y = blobs(1)
     with pytest.raises(TrainingError, match=r"one training example.*min-partition-size"):
         fit(tiny_model(), x, y)
@@ -160,13 +161,9 @@ def test_loss_that_is_not_finite(bad: str) -> None:
     if bad == "data":
         x[3, 0] = math.nan
     rate = 3e38 if bad == "rate" else 0.1
-    with pytest.raises(
-        TrainingError, match=r"non-finite in local epoch [123].*lower learning-rate"
-    ):
+    sentence = r"non-finite in local epoch [123].*lower learning-rate"
+    with pytest.raises(TrainingError, match=sentence):
         fit(nn.Linear(2, 2), x, y, learning_rate=rate, epochs=3)
-
-
-# --- fused normalization --------------------------------------------------------------------------
 
 
 def one_norm() -> nn.Sequential:
@@ -186,9 +183,8 @@ def one_norm() -> nn.Sequential:
 def test_fused_normalization_uses_the_received_statistics() -> None:
     x, y = torch.tensor([[3.0, 2.0], [3.0, 2.0]]), torch.tensor([0, 0])
     # (3 - 1) / 2 = (2 + 1) / 3 = 1: equal logits. Batch statistics would give 0 and 0.
-    seen: list[Tensor] = []
     model = one_norm()
-    model[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    seen = inputs_of(model[1])
     loss = fit(model, x, y, fused_normalization=True)
     assert torch.allclose(seen[0], torch.ones(2, 2))
     assert loss == pytest.approx(math.log(2))
@@ -198,9 +194,8 @@ def test_fused_normalization_uses_the_received_statistics() -> None:
 
 
 def test_batch_normalization_uses_the_batch() -> None:
-    seen: list[Tensor] = []
     model = one_norm()
-    model[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    seen = inputs_of(model[1])
     fit(model, torch.tensor([[3.0, 2.0], [5.0, 8.0]]), torch.tensor([0, 1]))
     assert seen[0].abs().allclose(torch.ones(2, 2))
 
@@ -217,15 +212,15 @@ def test_running_statistics_after_fused_training_are_those_of_the_data() -> None
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_frozen_entries_stay_as_they_are(fused: bool) -> None:
-    """Statistics and counters of a frozen normalization layer, too; the others move on."""
+    """Including statistics and counters of a frozen normalization layer; the others change."""
     x, y = blobs()
     model = tiny_model()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = copied(model)
     frozen = {key for key in before if key.startswith(("fc.", "norm."))}
     fit(model, x, y, frozen=frozen, fused_normalization=fused)
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"out.weight", "out.bias"}
-    # Who trains next with nothing frozen, trains all.
+    # The next training, with nothing frozen, trains everything.
     fit(model, x, y)
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == set(before)
@@ -236,8 +231,7 @@ def test_frozen_normalization_uses_its_own_statistics() -> None:
     x, y = torch.tensor([[3.0, 2.0]]), torch.tensor([0])
     model = one_norm()
     frozen = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
-    seen: list[Tensor] = []
-    model[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    seen = inputs_of(model[1])
     fit(model, x, y, frozen=frozen)
     assert torch.allclose(seen[0], torch.ones(1, 2))
 
@@ -251,9 +245,6 @@ def test_measured_statistics_of_images() -> None:
     assert torch.allclose(layer.running_var, columns.var(0))  # type: ignore[arg-type]
 
 
-# --- evaluation and devices -----------------------------------------------------------------------
-
-
 def test_evaluation_by_hand() -> None:
     model = nn.Identity()
     logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0], [0.0, math.log(3)]])
@@ -263,9 +254,9 @@ def test_evaluation_by_hand() -> None:
     assert accuracy == pytest.approx(2 / 3)
 
 
-def test_evaluation_in_parts_and_without_traces() -> None:
+def test_evaluation_in_parts_and_without_side_effects() -> None:
     model = tiny_model().train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = copied(model)
     x, y = blobs(1100)
     loss, accuracy = evaluate(model, x, y)
     with torch.no_grad():

@@ -29,10 +29,8 @@ from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.fusion.server_step import is_parameter
 from fedfusion_flwr.strategies import build_strategy
-from tests.strategies.small import initial_model, small, small_config
+from tests.strategies.small import initial_model, small_config
 from tests.support import Outcome, Recorder, assert_identical
-
-assert small  # a fixture, used by name below
 
 CLIENTS = 10
 HOSTILE = (3, 7)

@@ -22,7 +22,7 @@ def test_one_pass(engine: Engine) -> None:
     }
     finished = engine.run(config)
     assert finished.status == "finished:completed", finished.log[-3000:]
-    assert "the last 1 of 5 rounds are part of no whole pass" in finished.log
+    assert "the last 1 of 5 rounds do not complete a pass" in finished.log
     metrics = finished.metrics()
     assert [row.get("layer") for row in metrics] == [None, 1, 2, 3, 4, 1]
     assert all(row["replies-valid"] == 10 for row in metrics[1:])

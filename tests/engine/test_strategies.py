@@ -64,7 +64,7 @@ SAYS = {
     "fedgroup": "FedGroup: 2 groups, cold start of 5 steps",
     "fedcluster-cycling": "FedCluster by cycling: 2 clusters in turn",
     "fedprox": "FedProx: mu 0.01",
-    "fedbn": "FedBN: BatchNorm layers of each client's own",
+    "fedbn": "FedBN: each client's own BatchNorm layers",
     "fesem": "FeSEM: 2 centres, warm start on",
     "fedcluster": "FedCluster: after round 1, ward linkage, cut at 2 clusters",
     "fedfusion": "Fusion: 8 components",

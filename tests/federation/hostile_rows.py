@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways in which a client's reply can be spoiled, and the reason that each is dropped for.
+"""Ways to spoil a client's reply, and the reason for which each is dropped.
 
-The rows are those that make Flower's own strategies return NaN, extrapolate, broadcast or stop.
+These rows make Flower's own strategies return NaN, extrapolate, broadcast or stop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from tests.support import (
     VARIANCE,
     WEIGHT,
     Spoil,
-    arrays_of,
     edit_value,
     npy_payload,
     replace_metric,
@@ -63,11 +62,9 @@ def second_model(reply: Message) -> None:
     reply.content["more"] = ArrayRecord({"x": Array(np.zeros(1))})
 
 
-def false_labels(reply: Message) -> None:
-    data = saved(np.zeros(2, dtype=np.float64))
-    arrays_of(reply)[WEIGHT] = Array(
-        dtype="float32", shape=(2, 2), stype="numpy.ndarray", data=data
-    )
+def header(shape: str, data: bytes = b"") -> Spoil:
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
+    return replace_payload(WEIGHT, npy_payload(text, data))
 
 
 def normalization(key: str, value: list[float], dtype: str = "float32") -> Spoil:
@@ -89,26 +86,20 @@ def crash(reply: Message) -> None:
     raise OSError("disk is gone\nTraceback ...")
 
 
+HUGE = {MEAN: -1e7, VARIANCE: 1e30, "norm.weight": 1e7, "norm.bias": -1e7}
+GOOD = saved(np.zeros((2, 2), dtype="f4"))
 SPOILED: dict[str, tuple[Spoil, str]] = {
-    "negative shape in the header": (
-        replace_payload(
-            WEIGHT,
-            npy_payload("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2)}", bytes(16)),
-        ),
-        "structure",
-    ),
+    "negative shape in the header": (header("(-2, -2)", bytes(16)), "structure"),
     "one NaN": (one(math.nan), "nonfinite"),
     "one inf": (one(math.inf), "nonfinite"),
     "NaN running mean": (one(math.nan, MEAN), "nonfinite"),
-    "examples 0": (replace_metric("num-examples", 0), "examples"),
-    "examples -10": (replace_metric("num-examples", -10), "examples"),
+    **{
+        f"examples {value}": (replace_metric("num-examples", value), "examples")
+        for value in (0, -10, 2.5, True, [10], [])
+    },
+    "examples 10**18": (replace_metric("num-examples", 10**18), "examples"),
     "examples NaN": (replace_metric("num-examples", math.nan), "nonfinite"),
     "examples inf": (replace_metric("num-examples", math.inf), "nonfinite"),
-    "examples 10**18": (replace_metric("num-examples", 10**18), "examples"),
-    "examples 2.5": (replace_metric("num-examples", 2.5), "examples"),
-    "examples bool": (replace_metric("num-examples", True), "examples"),
-    "examples list": (replace_metric("num-examples", [10]), "examples"),
-    "examples empty list": (replace_metric("num-examples", []), "examples"),
     "examples missing": (drop_examples, "examples"),
     "shape (2,) into (2, 2)": (replace_value(WEIGHT, [1, 2], "float32"), "shape"),
     "shape (2, 2) into (2,)": (replace_value(MEAN, [[1, 2], [3, 4]], "float32"), "shape"),
@@ -119,13 +110,14 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "float64 weights": (edit_value(WEIGHT, lambda a: a.astype("f8")), "dtype"),
     "int weights": (edit_value(WEIGHT, lambda a: a.astype("i4")), "dtype"),
     "big-endian weights": (edit_value(WEIGHT, lambda a: a.astype(">f4")), "dtype"),
+    "a leap": (edit_value(WEIGHT, lambda a: a + np.float32(1e30)), "update"),
     "key missing": (drop_array(WEIGHT), "structure"),
     "key extra": (replace_value("backdoor", [1.0]), "structure"),
     "no model": (drop_record("arrays"), "structure"),
     "two models": (second_model, "structure"),
     "no metric record": (drop_record("metrics"), "structure"),
     "two metric records": (second_metric_record, "structure"),
-    "false labels": (false_labels, "shape"),
+    "false labels": (replace_payload(WEIGHT, saved(np.zeros(2))), "shape"),
     "NaN metric": (replace_metric("train-loss", math.nan), "nonfinite"),
     "inf in a metric list": (replace_metric("losses", [1.0, math.inf]), "nonfinite"),
     "object payload": (
@@ -136,32 +128,26 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "text payload": (replace_payload(WEIGHT, saved(np.array(["weights"]))), "structure"),
     "garbage payload": (replace_payload(WEIGHT, b"\x80\x05garbage"), "structure"),
     "empty payload": (replace_payload(WEIGHT, b""), "structure"),
-    "truncated payload": (
-        replace_payload(WEIGHT, saved(np.zeros((2, 2), dtype="f4"))[:-1]),
-        "structure",
-    ),
-    "trailing payload": (
-        replace_payload(WEIGHT, saved(np.zeros((2, 2), dtype="f4")) + b"x"),
-        "structure",
-    ),
+    "truncated payload": (replace_payload(WEIGHT, GOOD[:-1]), "structure"),
+    "trailing payload": (replace_payload(WEIGHT, GOOD + b"x"), "structure"),
     "another serialization": (replace_payload(WEIGHT, b"x", stype="pickle"), "structure"),
-    "lying header": (
-        replace_payload(
-            WEIGHT,
-            npy_payload("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999,)}"),
-        ),
-        "structure",
-    ),
+    "lying header": (header("(99999999999,)"), "structure"),
     "oversize payload": (replace_payload(WEIGHT, bytes(100_000)), "size"),
     "oversize array": (edit_value(WEIGHT, lambda a: np.zeros(10_000, "f4")), "size"),
     "a million metrics in a list": (replace_metric("losses", [0.5] * 10**6), "size"),
     "a metric of an endless name": (replace_metric("x" * 10**6, 0.5), "size"),
     "negative variance": (one(-1e-3, VARIANCE), "statistics"),
-    "huge running mean": (one(-1e7, MEAN), "statistics"),
-    "huge running variance": (one(1e30, VARIANCE), "statistics"),
-    "huge scale": (one(1e7, "norm.weight"), "statistics"),
-    "huge shift": (one(-1e7, "norm.bias"), "statistics"),
+    **{
+        f"huge {key}": (one(value, key), "statistics")
+        for key, value in {
+            MEAN: -1e7,
+            VARIANCE: 1e30,
+            "norm.weight": 1e7,
+            "norm.bias": -1e7,
+        }.items()
+    },
     "counter backwards": (edit_value(COUNTER, lambda a: a - 2), "statistics"),
+    "counter near overflow": (replace_value(COUNTER, 2**63 - 1, "int64"), "statistics"),
     "normalization length": (normalization("mean", [0.0]), "statistics"),
     "normalization NaN": (normalization("mean", [0.0, math.nan]), "statistics"),
     "normalization std": (normalization("std", [1.0, -1.0]), "statistics"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replies that do not decode, or come in another's name: they cost their own node its round."""
+"""Replies that do not decode or carry another node's name: only their own node loses its reply."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_a_reply_that_does_not_decode_is_one_dropped_reply(problem: Exception) -
     assert row.detail == f"the reply does not decode ({type(problem).__name__})"
 
 
-def test_an_object_of_another_kind_is_no_reply() -> None:
+def test_an_object_of_another_kind_is_not_a_reply() -> None:
     outcome = run(Pulling(lambda reply: reply.content))  # type: ignore[arg-type, return-value]
     (row,) = outcome.reports[1].dropped
     assert (row.client, row.dropped) == (HOSTILE, "error")
 
 
 def test_who_answers_is_who_was_asked() -> None:
-    """A reply in the name of client 0 is its own author's: client 0 loses nothing by it."""
+    """A reply in the name of client 0 counts for its sender, and client 0 loses nothing."""
     grid = Pulling(lambda reply: reply)
 
     def forge(reply: Message) -> Message:
@@ -97,7 +97,7 @@ def test_who_answers_is_who_was_asked() -> None:
     assert not outcome.reports[1].dropped
 
 
-def test_an_error_in_anothers_name_is_its_authors_too() -> None:
+def test_an_error_in_anothers_name_is_its_senders_too() -> None:
     grid = Pulling(lambda reply: reply)
 
     def forge(reply: Message) -> Message:
@@ -111,7 +111,7 @@ def test_an_error_in_anothers_name_is_its_authors_too() -> None:
     assert [(row.client, row.dropped) for row in outcome.reports[1].dropped] == [(HOSTILE, "error")]
 
 
-def test_flowers_word_for_a_node_that_is_gone_stays_missing() -> None:
+def test_a_node_that_flower_reports_lost_stays_missing() -> None:
     def gone(reply: Message) -> Message:
         error = make_message(metadata=reply.metadata, error=Error(1, "node is not available"))
         error.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
@@ -122,18 +122,18 @@ def test_flowers_word_for_a_node_that_is_gone_stays_missing() -> None:
 
 
 def test_without_the_care_such_a_reply_ends_the_run() -> None:
-    """What the care is for; flwr's own loop fetches all replies at once, too."""
+    """Why the care is needed; flwr's own loop fetches all replies at once, too."""
     with pytest.raises(KeyError):
         run_federation("fedavg", None, CLIENTS, grid=Pulling(raising(KeyError())))  # type: ignore[arg-type]
 
 
-def test_a_lost_connection_is_nobodys_reply() -> None:
+def test_a_lost_connection_still_raises() -> None:
     with pytest.raises(ConnectionError):
         run(Pulling(raising(ConnectionError("the SuperLink is gone"))))
 
 
 def test_late_and_missing_replies() -> None:
-    """Polled until all are there or the time is over, each message for itself."""
+    """Each message is polled by itself until all replies have arrived or time is up."""
 
     class Slow(Pulling):
         looks = 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
+from fedfusion_flwr import protocol
 from fedfusion_flwr.data import local_data
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.strategies import (
@@ -24,10 +25,8 @@ from fedfusion_flwr.strategies import (
 from fedfusion_flwr.tracking import RunSummary
 from fedfusion_flwr.tracking.summary import COSTS
 from tests.strategies.planted import QUIET, PlantedClients, run_planted, start_state
-from tests.strategies.small import small, small_config, train_for_real
+from tests.strategies.small import small_config, train_for_real
 from tests.support import FakeClient, initial_arrays, run_federation
-
-assert small  # a fixture, used by name below
 
 CLIENTS = 6
 # Every model is 24 + 16 float32 in two arrays with a header of 128 bytes each; every training
@@ -54,19 +53,19 @@ ROWS: dict[str, tuple[FederatedStrategy, list[Round]]] = {
     "fedavg, a third": (built(FedAvg, fraction_train=1 / 3), [(2, 2, 2, 0)] * 2),
     "fedprox": (built(FedProx), [PLAIN, PLAIN]),
     "fedbn": (built(FedBN), [PLAIN, PLAIN]),
-    "fesem: the warm start is everybody's": (
+    "fesem: all clients in the warm start": (
         three(FeSEM, fraction_train=0.5),
         [(6 + 3, 6 + 3, 6 + 3, 0), (3, 3, 3, 0)],
     ),
     "fesem without warm start": (three(FeSEM, warm_start=False), [PLAIN, PLAIN]),
     "ifca: three models down": (three(IFCA, warmup_rounds=0), [(18, 6, 6, 3)] * 2),
     "ifca in its warm-up": (three(IFCA, warmup_rounds=1), [PLAIN, (18, 6, 6, 3)]),
-    "fedcluster: everybody in the clustering": (
+    "fedcluster: all clients in the clustering": (
         three(FedCluster, cluster_round=1),
         [PLAIN, (12, 12, 12, 0), PLAIN],
     ),
     "fedcluster-cycling": (built(FedClusterCycling, num_clusters=3), [(2, 2, 2, 0)] * 3),
-    "fedgroup: everybody in the cold start": (three(FedGroup), [(12, 12, 12, 0), PLAIN]),
+    "fedgroup: all clients in the cold start": (three(FedGroup), [(12, 12, 12, 0), PLAIN]),
     "fedgroup: newcomers later": (
         three(FedGroup, pretrain_clients=1),  # three clients, then the other three
         [(3 + 3 + 6, 3 + 3 + 6, 3 + 3 + 6, 0), PLAIN],
@@ -76,7 +75,7 @@ ROWS: dict[str, tuple[FederatedStrategy, list[Round]]] = {
 
 @pytest.mark.parametrize("row", ROWS)
 def test_costs_by_hand(row: str) -> None:
-    """Clients evaluate in every round too, which is not counted."""
+    """Clients also evaluate in every round, which is not counted."""
     strategy, expected = ROWS[row]
     clients = PlantedClients(lambda client: client % 3)
     outcome = run_planted(strategy, clients, CLIENTS, rounds=len(expected))
@@ -95,13 +94,11 @@ def test_costs_by_hand(row: str) -> None:
         summary.on_round_end(report)
     assert summary.summary()["costs"] == totals
     assert any(kind == "evaluate" for kind, *_ in clients.sent)
-    exchanges = [told for kind, *_, told in clients.sent if kind == "train" and "phase" in told]
+    exchanges = [row for row in clients.sent if row[0] == "train" and "phase" in row[-1]]
     assert any("exchange" in report.seconds for report in outcome.reports) == bool(exchanges)
 
 
 def test_a_model_is_as_large_as_its_arrays() -> None:
-    from fedfusion_flwr import protocol
-
     record = protocol.record_from_state(start_state())
     assert sum(len(array.data) for array in record.values()) == MODEL
 
@@ -118,7 +115,7 @@ def test_a_bad_reply_costs_its_bytes_and_no_work() -> None:
     metrics = outcome.reports[1].metrics
     model = sum(len(array.data) for array in initial_arrays().values())
     assert metrics["bytes-down"] == 5 * model
-    # The good three and client 3 sent normalization records beside: 4 arrays of 2 numbers each.
+    # The good three and client 3 also sent normalization records: 4 arrays of 2 numbers each.
     assert metrics["bytes-up"] == 4 * (model + 4 * (128 + 2 * 4))
     assert metrics["client-steps"] == 3 * 7
 
@@ -148,7 +145,7 @@ def test_our_client_reports_its_steps_and_its_extra_forward_passes(source: str) 
         statistics_source=source,
     )
     sizes = [len(local_data(config, k).x) for k in range(config.num_clients)]
-    # A last batch of one example joins the one before.
+    # A last batch of one example joins the previous one.
     batches = [n // 8 + (n % 8 > 1) for n in sizes]
     reports = train_for_real(config).reports
     probed = sum(sizes) if source == "probe" else 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One hostile client among honest ones: it loses its reply, and the run is that of the others.
 
-Three strategies go through the whole table, one of each kind; the others through fifteen rows. The
-client is hostile in every message, so also in cold starts, warm starts and clusterings.
+Three strategies, one of each kind, go through the whole table; the others through fifteen rows. The
+client is hostile in every message, also in cold starts, warm starts and clusterings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support import (
 HONEST = 5
 STRATEGIES = ("fedfusion", *TINY)
 WHOLE_TABLE = ("fedavg", "fedfusion", "fedgroup")
-"""All rows; the other strategies, which share the checks of these, see `TYPICAL` rows."""
+"""These go through all rows; the others, which share their checks, through `TYPICAL` rows."""
 TYPICAL = (
     "one NaN",
     "NaN running mean",
@@ -59,7 +59,7 @@ def honest_run(name: str) -> Outcome:
 
 
 def check_hostile(outcome: Outcome, name: str, counts: dict[str, int]) -> None:
-    """The drops are counted, and nothing else is left of the hostile client."""
+    """The drops are counted, and the hostile client leaves no other trace."""
     assert len(outcome.reports) == 3
     for server_round, asked in zip((1, 2), ASKED.get(name, (1, 1)), strict=True):
         report = outcome.reports[server_round]
@@ -111,7 +111,7 @@ def from_a_stranger(replies: list[Message]) -> list[Message]:
 
 
 def gone(replies: list[Message]) -> list[Message]:
-    """What Flower answers in the name of a node that is offline."""
+    """Flower's own answer for a node that is offline."""
     for position, reply in enumerate(replies):
         if is_last(reply):
             error = Error(ErrorCode.NODE_UNAVAILABLE, "node is not available")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Robust statistics over clients: hand-derived scores, bounds and caps, and their properties."""
+"""Robust statistics over clients: scores, bounds and caps by hand, and their properties."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_scores_do_not_depend_on_units_or_order(
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 9), st.integers(0, 1000), st.floats(1e3, 1e6))
-def test_a_minority_cannot_hide_one_of_its_own(honest: int, seed: int, far: float) -> None:
+def test_a_minority_cannot_hide_its_members(honest: int, seed: int, far: float) -> None:
     """Any number of colluders below half, all at one far place, score high; the honest do not."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(honest, 2, generator=generator)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that come late, vanish or fail, alone and by the cluster, under every strategy."""
+"""Clients that join late, vanish or fail, alone or as a whole cluster, with every strategy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from flwr.app import Context, Message
 from fedfusion_flwr.federation.conversation import RunStopped
 from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, start_state
 from tests.support import (
+    COUNTER,
     TINY,
+    After,
     FakeClient,
     Outcome,
     Recorder,
@@ -28,26 +30,6 @@ STRATEGIES = ("fedfusion", *TINY)
 SEVERAL_MODELS = ("fesem", "ifca", "fedcluster", "fedgroup")
 
 
-class Comings:
-    """Changes the federation after given rounds."""
-
-    def __init__(self, **after: Callable[[], object]) -> None:
-        self.after = after
-
-    def on_round_end(self, report: Any) -> None:
-        self.after.get(f"round_{report.server_round}", lambda: None)()
-
-
-def run_with(
-    name: str, grid: TamperingGrid, comings: Comings, rounds: int = 4, **settings: Any
-) -> Outcome:
-    recorder = Recorder()
-    strategy = make_strategy(name, recorder, **{"fraction_evaluate": 1.0, **settings})
-    strategy.callbacks.append(comings)
-    result = strategy.start(grid, initial_arrays(), rounds)
-    return Outcome(result, strategy, recorder.reports)
-
-
 def trained_in(outcome: Outcome) -> list[list[int | None]]:
     return [[row.client for row in r.clients if not row.dropped] for r in outcome.reports[1:]]
 
@@ -57,11 +39,13 @@ def test_clients_that_join_late_and_leave_early(name: str) -> None:
     """Client 4 joins after round 1; client 0 leaves after round 2. Nobody waits for them."""
     grid = TamperingGrid(FakeClient(), 4)
     first = next(iter(grid.nodes))
-    comings = Comings(
-        round_1=lambda: grid.add_node({"partition-id": 4, "num-partitions": 5}),
-        round_2=lambda: grid.remove_node(first),
+    late = {"partition-id": 4, "num-partitions": 5}
+    recorder = Recorder()
+    strategy = make_strategy(name, recorder, fraction_evaluate=1.0)
+    strategy.callbacks.append(
+        After({1: lambda: grid.add_node(late), 2: lambda: grid.remove_node(first)})
     )
-    outcome = run_with(name, grid, comings)
+    outcome = Outcome(strategy.start(grid, initial_arrays(), 4), strategy, recorder.reports)
     expected = [[0, 1, 2, 3], [0, 1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
     assert trained_in(outcome) == expected
     assert not any(report.dropped for report in outcome.reports)
@@ -69,11 +53,16 @@ def test_clients_that_join_late_and_leave_early(name: str) -> None:
     assert valid == [4, 5, 4, 4]
     if hasattr(getattr(outcome.strategy.state, "clusters", None), "of"):
         assert outcome.strategy.state.clusters.of.keys() == set(range(5))
+    if name == "fedfusion":
+        fusion = outcome.reports[4].fusion
+        assert fusion is not None
+        assert fusion.clients == [0, 1, 2, 3, 4]
+        assert fusion.weights[0] == 0
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_client_that_is_lost_during_a_round_is_missing_there(name: str) -> None:
-    """Client 3's node answers nothing in round 2, whatever it is asked."""
+    """Client 3's node answers no message of round 2."""
 
     def lose(replies: list[Message]) -> list[Message]:
         echoes = [reply.content.config_records["client"] for reply in replies]
@@ -102,6 +91,7 @@ def test_cohorts_of_a_fraction_are_seeded(name: str) -> None:
     (one, first), (again, second), (other, _) = cohorts(0, 0), cohorts(0, 1), cohorts(3, 0)
     assert one == again != other
     assert_identical(first.state, second.state)
+    assert first.train_metrics(4) == second.train_metrics(4)
     # FedCluster rounds the size of the cohort down in each of its clusters.
     assert all(len(cohort) == 4 or name == "fedcluster" for cohort in one)
 
@@ -114,12 +104,18 @@ def test_bad_replies_for_three_rounds_stop_the_run(name: str) -> None:
     hostile = FakeClient(spoil, hostile=tuple(range(4)), spoil_rounds=(3, 4, 5))
     recorder = Recorder()
     strategy = make_strategy(name, recorder)
-    with pytest.raises(RunStopped, match="stopped after 3 failed rounds in a row"):
+    stopped = r"stopped after 3 failed rounds in a row.*0 valid replies"
+    with pytest.raises(RunStopped, match=stopped):
         strategy.start(TamperingGrid(hostile, 4), initial_arrays(), 9)
     assert [report.server_round for report in recorder.reports] == [0, 1, 2, 3, 4, 5]
-    # What the run was worth is that of the last good round.
+    assert {server_round for _, server_round, _ in hostile.seen} == {1, 2, 3, 4, 5}
+    for report in recorder.reports[3:]:
+        assert report.metrics["round-failed"] == 1
+        assert report.metrics["dropped-examples"] == 4
+    # The run ends with the models of the last good round.
     good = run_federation(name, FakeClient(), 4, rounds=2)
-    assert_identical(strategy.progress.average.state, good.state)
+    for model in (strategy.progress.average.state, *(r.model for r in recorder.reports[3:5])):
+        assert_identical(model, good.state)
     models = good.strategy.models()
     for key, model in strategy.models().items():
         assert_identical(model, models[key])
@@ -130,15 +126,21 @@ def test_a_run_goes_on_after_failed_rounds(name: str) -> None:
     def spoil(reply: Message) -> None:
         reply.content.metric_records["metrics"]["num-examples"] = -1
 
-    hostile = FakeClient(spoil, hostile=tuple(range(4)), spoil_rounds=(1, 3))
-    outcome = run_federation(name, hostile, 4, rounds=4)
-    failed = [bool(r.metrics.get("round-failed")) for r in outcome.reports[1:]]
-    assert failed == [True, False, True, False]
-    assert trained_in(outcome)[3] == [0, 1, 2, 3]
+    hostile = FakeClient(spoil, hostile=tuple(range(4)), spoil_rounds=(1, 2, 4, 5))
+    outcome = run_federation(name, hostile, 4, rounds=6, max_failed_rounds=3)
+    failed = [r.server_round for r in outcome.reports if "round-failed" in r.metrics]
+    assert failed == [1, 2, 4, 5]
+    for server_round in failed:
+        before, after = outcome.reports[server_round - 1 : server_round + 1]
+        assert_identical(after.model, before.model)
+    assert outcome.strategy.progress.failed_rounds == 0
+    if name in ("fedavg", "fedfusion"):
+        assert outcome.state[COUNTER].item() == 2
+    assert trained_in(outcome)[5] == [0, 1, 2, 3]
 
 
 class Pair(PlantedClients):
-    """Two planted groups, which know their model where they may choose (IFCA)."""
+    """Two planted groups, which choose the model of their number (IFCA)."""
 
     def __init__(self, group_of: Callable[[int], int], silent: tuple[int, ...] = ()) -> None:
         super().__init__(group_of)
@@ -176,7 +178,7 @@ def test_a_cluster_whose_clients_all_vanish_keeps_its_model(name: str) -> None:
             if context.node_config["partition-id"] in (1, 3, 5):
                 grid.remove_node(node)
 
-    strategy.callbacks.append(Comings(round_3=vanish))
+    strategy.callbacks.append(After({3: vanish}))
     outcome = run_planted(strategy, None, 6, rounds=5, grid=grid)
     gone = strategy.state.clusters.of[1]
     assert {c for c, cluster in strategy.state.clusters.of.items() if cluster == gone} == {1, 3, 5}
@@ -185,7 +187,7 @@ def test_a_cluster_whose_clients_all_vanish_keeps_its_model(name: str) -> None:
         assert "round-failed" not in report.metrics
         assert [row.client for row in report.clients] == [0, 2, 4]
         assert report.metrics["clusters-updated"] == 1
-    # They would be served it, should they return; IFCA's choose anew.
+    # If they returned, they would be served it; IFCA's clients would choose again.
     if name != "ifca":
         assert_identical(strategy.personal_model(1), kept)
 
@@ -208,8 +210,7 @@ def test_a_cluster_whose_only_reply_is_bad_keeps_its_model(name: str) -> None:
 
 
 def test_an_implausible_cluster_is_held_back_alone() -> None:
-    """One cluster's fused model leaps; the other's is taken, and the leap is no failed round."""
-
+    """One cluster's fused model leaps; the other's is taken, and the round does not fail."""
     strategy = make_strategy("ifca", recorder := Recorder(), warmup_rounds=0)
     fuse = strategy.fuse_replies
 

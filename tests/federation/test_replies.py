@@ -12,13 +12,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app import Error as FlowerError
 
-from fedfusion_flwr import FedAvg, protocol
+from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.conversation import RunStopped
 from fedfusion_flwr.federation.options import Plausibility
 from fedfusion_flwr.federation.replies import ReplyJudge
-from fedfusion_flwr.tracking import BestModel, RunDirectory
 from tests.support import (
-    COUNTER,
     WEIGHT,
     FakeClient,
     Recorder,
@@ -37,35 +35,6 @@ from tests.support import (
 STRATEGIES = ("fedavg", "fedfusion")
 NAN = replace_value(WEIGHT, np.full((2, 2), math.nan), "float32")
 EVERYBODY = (0, 1, 2)
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_all_hostile_keeps_the_old_model_then_stops(name: str) -> None:
-    recorder = Recorder()
-    strategy = make_strategy(name, recorder, max_failed_rounds=3)
-    client = FakeClient(NAN, EVERYBODY)
-    with pytest.raises(
-        RunStopped, match=r"stopped after 3 failed rounds in a row.*0 valid replies"
-    ):
-        strategy.start(TamperingGrid(client, 3), initial_arrays(), num_rounds=9)
-    assert {server_round for _, server_round, _ in client.seen} == {1, 2, 3}
-    for report in recorder.reports[1:3]:
-        assert report.metrics["round-failed"] == 1
-        assert report.metrics["dropped-nonfinite"] == 3
-        assert_identical(report.model, tiny_model().state_dict())
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_good_round_forgives_failed_ones(name: str) -> None:
-    client = FakeClient(NAN, EVERYBODY, spoil_rounds=(1, 2, 4, 5))
-    outcome = run_federation(name, client, 3, rounds=6, max_failed_rounds=3)
-    failed = [r for r in range(1, 7) if "round-failed" in outcome.train_metrics(r)]
-    assert failed == [1, 2, 4, 5]
-    for server_round in failed:
-        before, after = outcome.reports[server_round - 1], outcome.reports[server_round]
-        assert_identical(after.model, before.model)
-    assert outcome.strategy.progress.failed_rounds == 0
-    assert outcome.state[COUNTER].item() == 2
 
 
 def test_failed_rounds_leave_no_trace_in_the_model() -> None:
@@ -97,23 +66,12 @@ def test_output_gate_refuses_a_leap(name: str) -> None:
     assert "round-failed" not in outcome.train_metrics(2)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_one_leaping_client_loses_its_reply_and_not_the_round(name: str) -> None:
-    leap = edit_value(WEIGHT, lambda array: array + np.float32(1e30))
-    outcome = run_federation(name, FakeClient(leap, (3,)), 4)
-    honest = run_federation(name, FakeClient(), 3)
-    assert_identical(outcome.state, honest.state)
-    assert outcome.train_metrics(1)["dropped-update"] == 1
-    (row,) = outcome.reports[1].dropped
-    assert "times the model's norm" in (row.detail or "")
-
-
 def test_run_without_one_good_round_is_a_failure() -> None:
     with pytest.raises(RunStopped, match="none of 2 rounds"):
         run_federation("fedavg", FakeClient(NAN, EVERYBODY), 3, rounds=2, max_failed_rounds=5)
 
 
-def test_run_stops_when_every_node_has_left() -> None:
+def test_run_stops_when_all_nodes_have_left() -> None:
     grid = TamperingGrid(FakeClient(), 3)
 
     def leave(server_round: int, arrays: ArrayRecord) -> None:
@@ -124,7 +82,7 @@ def test_run_stops_when_every_node_has_left() -> None:
         run_federation("fedavg", None, 3, rounds=6, grid=grid, evaluate_fn=leave)  # type: ignore[arg-type]
 
 
-def test_last_failed_round_reaches_the_callbacks_with_those_who_were_in() -> None:
+def test_last_failed_round_reaches_the_callbacks_with_all_its_clients() -> None:
     recorder = Recorder()
     strategy = make_strategy("fedavg", recorder, min_valid_replies=3, max_failed_rounds=1)
     with pytest.raises(RunStopped):
@@ -136,13 +94,6 @@ def test_last_failed_round_reaches_the_callbacks_with_those_who_were_in() -> Non
         (1, 0.0, None),
         (2, 0.0, "nonfinite"),
     ]
-
-
-def test_counter_that_would_overflow_is_refused() -> None:
-    jump = replace_value(COUNTER, 2**63 - 1, "int64")
-    outcome = run_federation("fedavg", FakeClient(jump, (3,), spoil_rounds=(1,)), 4, rounds=3)
-    assert outcome.train_metrics(1)["dropped-statistics"] == 1
-    assert outcome.train_metrics(3)["replies-valid"] == 4
 
 
 def test_a_clients_metric_never_replaces_the_rounds_own() -> None:
@@ -169,21 +120,6 @@ def test_one_client_is_the_model(name: str) -> None:
     assert_identical(outcome.state, honest_state(tiny_model().state_dict(), 0))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_order_of_replies_changes_nothing(name: str) -> None:
-    runs = [
-        run_federation(name, None, 5, grid=grid)  # type: ignore[arg-type]
-        for grid in (
-            TamperingGrid(FakeClient(), 5),
-            TamperingGrid(FakeClient(), 5, seed=1, shuffle_replies=True),
-            TamperingGrid(FakeClient(), 5, seed=2, shuffle_replies=True),
-        )
-    ]
-    for other in runs[1:]:
-        assert_identical(other.state, runs[0].state)
-        assert other.train_metrics(2) == runs[0].train_metrics(2)
-
-
 def test_report_lists_every_client() -> None:
     outcome = run_federation("fedfusion", FakeClient(NAN, (1,)), 3)
     rows = {row.client: row for row in outcome.reports[1].clients}
@@ -195,9 +131,6 @@ def test_report_lists_every_client() -> None:
     assert rows[2].metrics["train-loss"] == 3.0
     assert sum(row.weight for row in rows.values()) == pytest.approx(1)
     assert sum(rows[0].assignment or []) == pytest.approx(1, abs=1e-5)
-
-
-# --- local evaluation -----------------------------------------------------------------------------
 
 
 def spoil_evaluation(key: str, value: object) -> Any:
@@ -233,21 +166,6 @@ def test_evaluation_with_no_good_reply_has_no_result() -> None:
     assert outcome.reports[2].metrics["evaluate-replies-dropped"] == 3
 
 
-def test_nan_accuracy_never_wins_best_model(tmp_path: Any) -> None:
-    accuracies = {0: 0.9, 1: 0.3, 2: math.nan, 3: 0.2}
-
-    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        return MetricRecord({"global-accuracy": accuracies[server_round], "global-loss": 1.0})
-
-    best = BestModel(RunDirectory(tmp_path / "run"))
-    strategy = FedAvg(callbacks=[best], fraction_evaluate=0)
-    strategy.start(TamperingGrid(FakeClient(), 2), initial_arrays(), 3, evaluate_fn=evaluate)
-    assert (best.state.server_round, best.state.value) == (1, 0.3)
-
-
-# --- the judge alone ------------------------------------------------------------------------------
-
-
 def judged(
     content: RecordDict | None, node: int = 11, channels: int | None = 2, **settings: Any
 ) -> Any:
@@ -256,10 +174,7 @@ def judged(
     TamperingGrid(FakeClient(), 0)  # names this process as a message's sender
     request = Message(RecordDict(), node, "train")
     request.metadata.__dict__["_message_id"] = "m"
-    if content is None:
-        reply = Message(FlowerError(1, "first line\nsecond"), reply_to=request)
-    else:
-        reply = Message(content, reply_to=request)
+    reply = Message(content or FlowerError(1, "first line\nsecond"), reply_to=request)
     reply.metadata.__dict__["_src_node_id"] = node
     good, bad = judge.judge([reply])
     return good, {row.node: row for row in bad}
@@ -282,23 +197,19 @@ def test_good_reply() -> None:
     assert bad[12].client == 1
 
 
-def test_error_reply_shows_its_first_line() -> None:
+def test_a_clients_text_is_logged_as_one_printable_line() -> None:
     _, bad = judged(None)
     assert (bad[11].dropped, bad[11].detail) == ("error", "first line")
-
-
-def test_what_a_client_writes_cannot_steer_the_terminal_of_the_log() -> None:
     _, bad = judged(good_content(**{"\x1b[2Jmore": math.nan}))
     assert "[2Jmore" in bad[11].detail
     assert bad[11].detail.isprintable()
 
 
-def test_normalization_of_more_channels_than_the_model_has_numbers() -> None:
-    """Where the model does not tell their number, as with GroupNorm."""
+def test_normalization_of_more_channels_than_the_model_has_values() -> None:
+    """Where the model does not show their number, as with GroupNorm."""
     content = good_content()
-    content["normalization"] = protocol.record_from_state(
-        {key: torch.ones(5000) for key in ("mean", "std", "shift", "scale")}
-    )
+    many = {key: torch.ones(5000) for key in protocol.STATISTICS_KEYS}
+    content["normalization"] = protocol.record_from_state(many)
     _, bad = judged(content, channels=None)
     assert bad[11].dropped == "size"
 
@@ -333,9 +244,8 @@ def test_only_model_under_another_name_is_taken() -> None:
 
 def test_statistics_of_the_reply() -> None:
     content = good_content()
-    content["normalization"] = protocol.record_from_state(
-        {key: torch.tensor([1.0, 2.0]) for key in ("mean", "std", "shift", "scale")}
-    )
+    two = {key: torch.tensor([1.0, 2.0]) for key in protocol.STATISTICS_KEYS}
+    content["normalization"] = protocol.record_from_state(two)
     content["client"] = ConfigRecord({"server-round": 4, "partition-id": 8})
     (reply,), _ = judged(content)
     assert reply.statistics.std.tolist() == [1.0, 2.0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cohorts: quotas by hand, never-seen first, apportionment properties."""
+"""Cohorts: quotas by hand, unseen clients first, properties of apportionment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfusion_flwr.federation.sampling import largest_remainder, random_cohort, stratified_cohort
-from tests.support import FakeClient, TamperingGrid, run_federation
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -120,23 +119,3 @@ def test_each_client_is_as_likely_as_the_others() -> None:
     counts = Counter(c for _ in range(2000) for c in random_cohort(range(10), 3, rng))
     assert min(counts.values()) > 500  # expected 600, standard deviation 20
     assert max(counts.values()) < 700
-
-
-def test_run_samples_the_same_clients_for_the_same_seed() -> None:
-    def cohorts(seed: int, grid_seed: int) -> list[list[int | None]]:
-        grid = TamperingGrid(FakeClient(), 10, seed=grid_seed)
-        outcome = run_federation(
-            "fedavg",
-            FakeClient(),
-            10,
-            rounds=4,
-            grid=grid,
-            seed=seed,
-            fraction_train=0.3,
-            min_available_nodes=10,
-        )
-        return [[row.client for row in report.clients] for report in outcome.reports[1:]]
-
-    # Flower's node ids differ with the grid's seed; the cohorts do not.
-    assert cohorts(0, 0) == cohorts(0, 1) != cohorts(1, 0)
-    assert {len(cohort) for cohort in cohorts(0, 0)} == {3}

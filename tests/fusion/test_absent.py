@@ -50,7 +50,7 @@ def test_an_absent_component_repeats_its_step_from_the_current_model() -> None:
 @pytest.mark.parametrize(
     ("present", "mixture", "steps", "weights"),
     [
-        # all that ever were are present, whatever the mixture says of the third
+        # the first two are present, and the third never was
         ([0.5, 0.5, 0], (0.2, 0.2, 0.6), [], []),
         # no place in the mixture
         ([0, 1, 0], (0, 1, 0), [], []),
@@ -58,7 +58,7 @@ def test_an_absent_component_repeats_its_step_from_the_current_model() -> None:
         ([0, 0, 1], (0.3, 0.2, 0.5), [5.0, -1.0], [0.3, 0.2]),
     ],
 )
-def test_ghosts_are_of_absent_components_that_the_mixture_has_a_place_for(
+def test_only_absent_components_with_a_place_in_the_mixture_have_ghosts(
     present: list[float], mixture: tuple[float, ...], steps: list[float], weights: list[float]
 ) -> None:
     ghosts, found = after_one_round().recall(f64(present), f64(*mixture), model(0.0, 0.0))

@@ -169,7 +169,7 @@ def test_states_that_do_not_fit_are_refused(
         fuse_state_dicts(states, f64(*weights))
 
 
-def test_parameters_are_told_from_buffers() -> None:
+def test_parameters_are_distinguished_from_buffers() -> None:
     model = build_model("lenet", (1, 8, 8), 3, seed=0)
     names = {key for key, value in model.state_dict().items() if is_parameter(key, value)}
     assert names == {name for name, _ in model.named_parameters()}

@@ -21,7 +21,7 @@ WIDTH = 40
 
 
 def vector(number: int) -> Tensor:
-    """A standard normal draw of its own for every number."""
+    """A standard normal draw for every number."""
     return torch.randn(WIDTH, generator=torch.Generator().manual_seed(number))
 
 
@@ -98,11 +98,12 @@ def run_planted(
     num_clients: int,
     rounds: int = 3,
     grid: InProcessGrid | None = None,
+    start: State | None = None,
 ) -> Outcome:
     recorder = Recorder()
     strategy.callbacks.insert(0, recorder)
     grid = grid or InProcessGrid(clients, num_clients, shuffle_replies=True)
-    result = strategy.start(grid, protocol.record_from_state(start_state()), rounds)
+    result = strategy.start(grid, protocol.record_from_state(start or start_state()), rounds)
     return Outcome(result, strategy, recorder.reports)
 
 

@@ -48,9 +48,8 @@ def plain_network(_shape: object) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, CLASSES))
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small data set and networks under names that a run config knows."""
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fixture ``small`` does."""
     monkeypatch.setitem(SOURCES, "npz", images)
     monkeypatch.setitem(MODELS, "lenet", ModelEntry(batchnorm_network, 8))
     monkeypatch.setitem(MODELS, "resnet18", ModelEntry(plain_network, 8))
@@ -80,10 +79,7 @@ def initial_model(config: RunConfig, number: int = 0) -> State:
 
 
 def train_for_real(
-    config: RunConfig,
-    *,
-    start: State | None = None,
-    strategy: FederatedStrategy | None = None,
+    config: RunConfig, *, start: State | None = None, strategy: FederatedStrategy | None = None
 ) -> Outcome:
     """A run in this process through the package's ClientApp; replies arrive in random order."""
     recorder = Recorder()

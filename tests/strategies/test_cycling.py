@@ -11,17 +11,9 @@ import torch
 
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.strategies import FedClusterCycling
-from tests.strategies.planted import (
-    QUIET,
-    PlantedClients,
-    flat,
-    run_planted,
-    start_state,
-)
-from tests.strategies.small import initial_model, small, small_config, train_for_real
-from tests.support import Outcome
-
-assert small  # a fixture, used by name below
+from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, start_state
+from tests.strategies.small import initial_model, small_config, train_for_real
+from tests.support import After, Outcome
 
 
 def cycling(**settings: Any) -> FedClusterCycling:
@@ -37,7 +29,7 @@ def nobody(_client: int) -> int:
 
 
 @pytest.mark.parametrize(("num_clients", "num_clusters"), [(10, 3), (7, 7), (5, 9), (6, 1)])
-def test_clusters_are_disjoint_cover_everybody_and_are_of_one_size(
+def test_clusters_are_disjoint_cover_all_clients_and_have_one_size(
     num_clients: int, num_clusters: int
 ) -> None:
     strategy = cycling(num_clusters=num_clusters)
@@ -148,16 +140,15 @@ def test_late_clients_join_the_smallest_cluster_and_an_empty_turn_goes_to_all() 
     node_of = {c.node_config["partition-id"]: node for node, c in grid.contexts.items()}
     strategy = cycling(num_clusters=2, reshuffle_cycle=False)
 
-    class Comings:
-        def on_round_end(self, report: Any) -> None:
-            if report.server_round == 2:
-                assert sorted(map(len, strategy.state.clusters)) == [2, 3]
-                grid.add_node({"partition-id": 5, "num-partitions": 6})
-            if report.server_round == 4:
-                for client in set(strategy.state.clusters[0]) - {5}:
-                    grid.remove_node(node_of[client])
+    def join() -> None:
+        assert sorted(map(len, strategy.state.clusters)) == [2, 3]
+        grid.add_node({"partition-id": 5, "num-partitions": 6})
 
-    strategy.callbacks.append(Comings())
+    def leave() -> None:
+        for client in set(strategy.state.clusters[0]) - {5}:
+            grid.remove_node(node_of[client])
+
+    strategy.callbacks.append(After({2: join, 4: leave}))
     outcome = run_planted(strategy, clients, 5, rounds=6, grid=grid)
     assert sorted(map(len, strategy.state.clusters)) == [3, 3]
     assert 5 in strategy.state.clusters[1]

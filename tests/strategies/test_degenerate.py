@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a strategy has nothing to do it is FedAvg, bit for bit, in every round.
+"""A strategy that has nothing to do is FedAvg, bit for bit, in every round.
 
-Real training through the package's own client. FedFusion's rows of this table stand elsewhere:
-``test_fedfusion.py`` (one component, bit for bit; counts and identical clients, to rounding).
+Real training through the package's own client. FedFusion's cases are in ``test_fedfusion.py`` (one
+component, bit for bit; counts and identical clients, to rounding).
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from client_app import app
 from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.strategies import FedAvg, FedGroup
-from tests.strategies.small import initial_model, small, small_config, train_for_real
+from tests.strategies.small import initial_model, small_config, train_for_real
 from tests.support import Outcome, assert_identical
 
 pytestmark = pytest.mark.usefixtures("small")
-assert small  # a fixture, used by name above
 
 HALF = {"fraction_train": 0.5}
 NO_NORMALIZATION = {"model": "resnet18"}
@@ -74,7 +73,7 @@ def test_equals_fedavg_bit_for_bit(row: str) -> None:
 
 
 def test_fedgroup_with_one_group_is_fedavg_from_the_mean_of_the_pretrained() -> None:
-    """eta_G = 0; the cohort is everybody, as nobody is a newcomer after the cold start."""
+    """eta_G = 0; the cohort is all clients, and there are no newcomers after the cold start."""
     grouped = train_for_real(small_config(strategy="fedgroup", num_clusters=1, pretrain_steps=3))
 
     class ColdStart(FedGroup):
@@ -102,7 +101,7 @@ def test_the_table_can_fail() -> None:
 
 
 def test_our_fedavg_is_flowers_to_rounding() -> None:
-    """The other side of the table is itself held to Flower's; moments aside."""
+    """The reference of the table equals Flower's FedAvg, apart from moments."""
     config = small_config(strategy="fedavg", num_server_rounds=2, **NO_NORMALIZATION)
     ours = train_for_real(config, strategy=FedAvg(fraction_evaluate=0.0)).state
     grid = InProcessGrid(app, config.num_clients, config.to_run_config())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FedBN: normalization layers are each client's own, everything else is averaged."""
+"""FedBN: every client keeps its normalization layers; everything else is averaged."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def run(client: FakeClient, rounds: int = 2, **settings: Any) -> Outcome:
     )
 
 
-def own(state: State) -> State:
-    return {key: value for key, value in state.items() if key.startswith("norm.")}
+def away(reply: Message) -> None:
+    raise OSError("away")
 
 
 def test_clients_get_their_own_layers_back_and_the_average_of_the_others() -> None:
@@ -66,26 +66,18 @@ def test_the_global_model_averages_all_layers_for_those_never_seen() -> None:
 
 
 def test_a_client_that_skipped_rounds_has_the_layers_of_its_last() -> None:
-    """Client 2 loses its replies of rounds 2 and 3; the counters tell how often each trained."""
-
-    def spoil(reply: Message) -> None:
-        raise OSError("away")
-
-    client = Recording(spoil, hostile=(2,), spoil_rounds=(2, 3))
+    """Client 2 loses its replies of rounds 2 and 3; the counters show how often each trained."""
+    client = Recording(away, hostile=(2,), spoil_rounds=(2, 3))
     outcome = run(client, rounds=4)
     sent: dict[tuple[str, int, int], State] = client.__dict__["sent"]
     assert [int(sent["train", 4, k][COUNTER]) for k in range(CLIENTS)] == [3, 3, 1]
-    # A counter of its own that lies behind the global one is no step backwards.
+    # A client's counter that is behind the global one is not a step backwards.
     assert not outcome.reports[4].dropped
 
 
 def test_a_failed_round_changes_nobodys_layers() -> None:
     """Round 2 has one reply too few."""
-
-    def spoil(reply: Message) -> None:
-        raise OSError("away")
-
-    client = Recording(spoil, hostile=(2,), spoil_rounds=(2,))
+    client = Recording(away, hostile=(2,), spoil_rounds=(2,))
     outcome = run(client, rounds=2, min_valid_replies=3)
     assert isinstance(outcome.strategy, FedBN)
     assert outcome.reports[2].metrics["round-failed"] == 1

@@ -21,12 +21,13 @@ from fedfusion_flwr.fusion import (
 from tests.support import (
     FakeClient,
     Outcome,
-    Recorder,
     assert_identical,
     initial_arrays,
     run_federation,
     tiny_model,
 )
+
+pytestmark = pytest.mark.rounding
 
 GROUPS = 3
 
@@ -48,17 +49,10 @@ def grouped_client(message: Message, context: Context) -> Message:
 
 
 def fuse_groups(num_clients: int, rounds: int = 2, **settings: Any) -> Outcome:
-    recorder = Recorder()
-    defaults: dict[str, Any] = {
-        "num_components": 5,
-        "min_train_nodes": 1,
-        "min_available_nodes": num_clients,
-        "fraction_evaluate": 0.0,
-        "callbacks": [recorder],
-    }
-    strategy = FedFusion(**{**defaults, **settings})
-    result = strategy.start(InProcessGrid(grouped_client, num_clients), initial_arrays(), rounds)
-    return Outcome(result, strategy, recorder.reports)
+    defaults = {"num_components": 5, "inference": None, "min_available_nodes": num_clients}
+    return run_federation(
+        "fedfusion", grouped_client, num_clients, rounds=rounds, **{**defaults, **settings}
+    )
 
 
 def test_one_component_is_fedavg_bit_for_bit() -> None:
@@ -126,7 +120,7 @@ def test_a_cohort_is_weighted_to_the_population() -> None:
     assert sizes == {4}
 
 
-def test_stratified_sampling_meets_everybody_then_keeps_proportions() -> None:
+def test_stratified_sampling_meets_all_clients_then_keeps_proportions() -> None:
     outcome = fuse_groups(9, rounds=8, fraction_train=1 / 3, sampling="stratified")
     cohorts = [sorted(row.client or 0 for row in r.clients) for r in outcome.reports[1:]]
     assert sorted(c for cohort in cohorts[:3] for c in cohort) == list(range(9))
@@ -188,31 +182,6 @@ def test_model_without_normalization_is_refused_with_the_remedy() -> None:
     assert "probe" in str(refusal.value)
 
 
-def test_late_and_lost_clients() -> None:
-    """A client joins after round 1 and another leaves after round 2; nobody waits for them."""
-    grid = InProcessGrid(grouped_client, 5)
-    first = next(iter(grid.nodes))
-    recorder = Recorder()
-
-    class Comings:
-        def on_round_end(self, report: Any) -> None:
-            if report.server_round == 1:
-                grid.add_node({"partition-id": 5, "num-partitions": 6})
-            if report.server_round == 2:
-                grid.remove_node(first)
-
-    strategy = FedFusion(
-        num_components=5,
-        min_available_nodes=5,
-        fraction_evaluate=0.0,
-        callbacks=[recorder, Comings()],
-    )
-    strategy.start(grid, initial_arrays(), 3)
-    cohorts = [[row.client for row in report.clients] for report in recorder.reports[1:]]
-    assert cohorts == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]
-    assert strategy.state.memory.ids == [0, 1, 2, 3, 4, 5]
-
-
 def test_served_model_is_the_average_and_training_goes_on_from_the_newest() -> None:
     """Decay 1/2 after two rounds serves (w_1 + 2 w_2) / 3; the third round starts from w_2."""
     plain = [run_federation("fedavg", FakeClient(), 4, rounds=n).state for n in (1, 2)]
@@ -223,24 +192,13 @@ def test_served_model_is_the_average_and_training_goes_on_from_the_newest() -> N
     assert_identical(served.strategy.current, plain[0])
 
 
-def test_seed_decides_the_cohorts() -> None:
-    def cohorts(seed: int) -> list[list[int | None]]:
-        outcome = run_federation(
-            "fedavg", FakeClient(), 10, rounds=4, fraction_train=0.3, seed=seed
-        )
-        return [[row.client for row in report.clients] for report in outcome.reports[1:]]
-
-    assert cohorts(1) == cohorts(1)
-    assert cohorts(1) != cohorts(2)
-
-
 def test_inference_must_have_as_many_components() -> None:
     with pytest.raises(ValueError, match="num_components = 4"):
         FedFusion(num_components=4, inference=DistributionInference(3))
 
 
 def test_tiny_model_statistics_follow_the_groups() -> None:
-    """Guards the fixture above: the groups differ in statistics and not only in names."""
+    """Guards `grouped_client`: the groups differ in statistics and not only in names."""
     assert "norm.running_mean" in tiny_model().state_dict()
     outcome = fuse_groups(6, rounds=1)
     fusion = outcome.reports[-1].fusion

@@ -77,24 +77,24 @@ def test_group_models_are_uniform_means_and_directions_those_of_the_updates() ->
         )
 
 
-def test_cold_start_takes_alpha_clients_a_group_and_the_others_are_newcomers() -> None:
+def test_cold_start_takes_alpha_clients_per_group_and_the_others_are_newcomers() -> None:
     clients = PlantedClients(group_of)
     strategy = fedgroup(pretrain_clients=3, pretrain_steps=8, fraction_train=0.5)
     run_planted(strategy, clients, 20, rounds=4)
     asked = [
-        (server_round, client, told["max-steps"])
-        for _, server_round, client, _, told in clients.sent
-        if told.get("phase") == "cold-start"
+        (server_round, client, settings["max-steps"])
+        for _, server_round, client, _, settings in clients.sent
+        if settings.get("phase") == "cold-start"
     ]
     first = [client for server_round, client, _ in asked[:6]]
     assert len(set(first)) == 6
     assert {steps for *_, steps in asked} == {8}
-    # Each client is asked once; who trained in some round was asked before.
-    everybody = [client for _, client, _ in asked]
-    assert len(everybody) == len(set(everybody))
-    assert strategy.state.clusters.of.keys() == set(everybody)
-    pretrained = [state for *_, state, told in clients.sent if told.get("phase") == "cold-start"]
-    assert all(torch.equal(flat(state), flat(start_state())) for state in pretrained)
+    # Each client is asked once, before it trains in a round.
+    pretrained = [client for _, client, _ in asked]
+    assert len(pretrained) == len(set(pretrained))
+    assert strategy.state.clusters.of.keys() == set(pretrained)
+    sent = [state for *_, state, settings in clients.sent if "phase" in settings]
+    assert all(torch.equal(flat(state), flat(start_state())) for state in sent)
 
 
 def test_zero_updates_have_no_direction_and_do_no_harm() -> None:
@@ -107,22 +107,19 @@ def test_zero_updates_have_no_direction_and_do_no_harm() -> None:
     strategy = fedgroup()
     outcome = run_planted(strategy, Idle(group_of), 5, rounds=2)
     assert strategy.state.clusters.of.keys() == set(range(5))
-    assert (
-        strategy.state.clusters.of[0]
-        == strategy.state.clusters.of[2]
-        != strategy.state.clusters.of[1]
-    )
+    group = strategy.state.clusters.of
+    assert group[0] == group[2] != group[1]
     assert all(value.isfinite().all() for value in outcome.state.values())
-    nobody = fedgroup()
-    run_planted(nobody, PlantedClients(group_of, step=0.0), 4, rounds=2)
-    assert nobody.state.clusters.models == []
+    idle = fedgroup()
+    run_planted(idle, PlantedClients(group_of, step=0.0), 4, rounds=2)
+    assert idle.state.clusters.models == []
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_identical_groups_stay_as_they_are(rate: float) -> None:
     strategy = fedgroup(inter_group_rate=rate)
     strategy.state.clusters.models = [start_state(), start_state()]
-    for mixed in strategy._mixed_groups():
+    for mixed in strategy.mixed_groups():
         torch.testing.assert_close(flat(mixed), flat(start_state()))
 
 
@@ -133,13 +130,13 @@ def test_aggregation_between_groups_by_hand() -> None:
         {"w": torch.tensor([3.0, 4.0])},
         {"w": torch.tensor([0.0, 10.0])},
     ]
-    first, second = strategy._mixed_groups()
+    first, second = strategy.mixed_groups()
     torch.testing.assert_close(first["w"], torch.tensor([2.0, 6.0]))  # (3,4) + .5 (0,10) over 1.5
     torch.testing.assert_close(second["w"], torch.tensor([1.5, 7.0]))  # (0,10) + 1 (3,4) over 2
 
 
 def test_rate_zero_leaves_the_groups_to_themselves() -> None:
-    """The models are bit for bit those of a run without the extra aggregation, and with it not."""
+    """With a positive rate the groups' models differ from those, and lie closer together."""
     runs = [
         run_planted(fedgroup(inter_group_rate=rate), PlantedClients(group_of), 6, rounds=2)
         for rate in (0.0, 0.5)
@@ -169,4 +166,4 @@ def test_statistics_between_groups_are_fused_as_asked() -> None:
         # The norm of (w, n.weight) is sqrt 2: with this rate both groups count the same.
         strategy = fedgroup(inter_group_rate=2**0.5, pool_moments=pool)
         strategy.state.clusters.models = models
-        assert float(strategy._mixed_groups()[0]["n.running_var"]) == pytest.approx(expected)
+        assert float(strategy.mixed_groups()[0]["n.running_var"]) == pytest.approx(expected)

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from fedfusion_flwr.app.training import add_proximal_gradient
+from fedfusion_flwr.strategies import FedProx
 from tests.strategies.planted import QUIET, PlantedClients, run_planted
-from tests.strategies.small import initial_model, small, small_config, train_for_real
-
-assert small  # a fixture, used by name below
+from tests.strategies.small import initial_model, small_config, train_for_real
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 4.0])
@@ -49,7 +48,7 @@ def test_gradient_is_that_of_one_squared_norm_over_all_tensors() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_larger_mu_the_nearer_clients_stay() -> None:
-    """Full-batch steps from one model; its running statistics are no part of the distance."""
+    """Full-batch steps from one model; running statistics are not part of the distance."""
     distances = []
     for mu in (0.0, 0.01, 0.1, 1.0, 10.0):
         config = small_config(
@@ -67,9 +66,7 @@ def test_the_larger_mu_the_nearer_clients_stay() -> None:
     assert distances[0] > 1.2 * distances[-1] > 0
 
 
-def test_clients_are_told_mu_every_round() -> None:
-    from fedfusion_flwr.strategies import FedProx
-
+def test_clients_are_sent_mu_in_every_round() -> None:
     clients = PlantedClients(lambda _: 0)
     run_planted(FedProx(proximal_mu=0.25, **QUIET), clients, 2, rounds=2)
     assert [settings["proximal-mu"] for *_, settings in clients.sent] == [0.25] * 4

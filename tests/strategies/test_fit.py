@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models a strategy takes: refused at the start of a run, or run to the end."""
+"""Which models a strategy accepts: refused at the start of a run, or run to the end."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from torch import nn
 
-from client_app import app
 from fedfusion_flwr import FedFusion, RunConfig, protocol
-from fedfusion_flwr.app.server import run
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.fusion import NormalizationStatistics
 from fedfusion_flwr.models import DataShape, ModelError, build_model
 from fedfusion_flwr.strategies import check_fits
+from tests.runs import rows, run_in_process
 from tests.support import Recorder
 
 SHAPE = DataShape((1, 8, 8), 3)
@@ -26,13 +24,8 @@ SHAPE = DataShape((1, 8, 8), 3)
 
 def check(model: nn.Module | None = None, **settings: Any) -> None:
     config = RunConfig(**settings)
-    built = model or build_model(
-        config.model,
-        SHAPE.input_shape,
-        SHAPE.num_classes,
-        0,
-        normalization=config.normalization,  # type: ignore[arg-type]
-    )
+    shape = SHAPE.input_shape, SHAPE.num_classes
+    built = model or build_model(config.model, *shape, 0, normalization=config.normalization)
     check_fits(config, built, SHAPE.examples(2))
 
 
@@ -52,7 +45,7 @@ def test_what_fits_passes(settings: dict[str, Any]) -> None:
     check(**settings)
 
 
-def test_fed_gn_without_anything_to_normalize_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_fed_gn_without_anything_to_normalize_warns(caplog: pytest.LogCaptureFixture) -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     with caplog.at_level("WARNING", logger="flwr"):
         check(plain, strategy="fed-gn")
@@ -78,7 +71,7 @@ def test_local_statistics_need_batchnorm(normalization: str) -> None:
 def test_a_model_without_normalization_is_refused(source: str) -> None:
     with pytest.raises(ModelError, match=r"no normalization layer; use normalization = \"batch"):
         check(normalization="none", statistics_source=source)
-    # A model that never had one: no remedy is named that would not help.
+    # A model that never had one: a remedy that would not help is not named.
     with pytest.raises(ModelError, match="has no normalization layer; use another model or"):
         check(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), statistics_source=source)
 
@@ -101,15 +94,9 @@ def test_fused_normalization_needs_batchnorm(strategy: str) -> None:
 
 
 def run_here(folder: Path, **config: Any) -> list[dict[str, Any]]:
-    run_config: dict[str, Any] = {
-        "num-server-rounds": 2,
-        "partition": "components",
-        "output-dir": str(folder / "run"),
-        **config,
-    }
-    run(InProcessGrid(app, 10, run_config), Context(1, 0, {}, RecordDict(), run_config))
-    text = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    defaults = {"num-server-rounds": 2, "output-dir": str(folder / "run")}
+    run_in_process({**defaults, **config})
+    return rows(folder / "run")
 
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -120,20 +107,20 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("normalization", ["group", "layer"])
 def test_fedfusion_runs_on_probed_layers(tmp_path: Path, normalization: str) -> None:
-    rows = run_here(tmp_path, normalization=normalization, **{"statistics-source": "probe"})
-    for row in rows[1:]:
+    metrics = run_here(tmp_path, normalization=normalization, **{"statistics-source": "probe"})
+    for row in metrics[1:]:
         assert row["replies-valid"] == 10
         assert row["fusion-fallback"] == 0
         assert row["components-occupied"] > 1
-    assert rows[-1]["train-loss"] < rows[1]["train-loss"]
+    assert metrics[-1]["train-loss"] < metrics[1]["train-loss"]
 
 
 @pytest.mark.parametrize("source", ["local", "probe"])
 def test_fedavg_runs_without_any_normalization(tmp_path: Path, source: str) -> None:
     config = {"strategy": "fedavg", "normalization": "none", "statistics-source": source}
-    rows = run_here(tmp_path, **config)
-    assert [row["replies-valid"] for row in rows[1:]] == [10, 10]
-    assert rows[-1]["train-loss"] < rows[1]["train-loss"]
+    metrics = run_here(tmp_path, **config)
+    assert [row["replies-valid"] for row in metrics[1:]] == [10, 10]
+    assert metrics[-1]["train-loss"] < metrics[1]["train-loss"]
 
 
 def test_bfloat16_reaches_clients_and_server(tmp_path: Path) -> None:
@@ -144,8 +131,8 @@ def test_bfloat16_reaches_clients_and_server(tmp_path: Path) -> None:
         assert half[key] == pytest.approx(full[key], rel=0.2)
 
 
-def test_a_client_that_says_nothing_loses_its_reply_and_ends_no_run() -> None:
-    """GroupNorm has no statistics in the state dict: who sends no record cannot be weighted."""
+def test_a_client_without_a_record_loses_its_reply_and_does_not_end_the_run() -> None:
+    """GroupNorm has no statistics in the state dict: a client without a record has no weight."""
     model = nn.Sequential(nn.Linear(2, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2))
 
     def answer(message: Message, context: Context) -> Message:

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from fedfusion_flwr.federation.bounds import difference, inner_product, squared_distance
 from fedfusion_flwr.strategies import geometry
-from fedfusion_flwr.strategies.geometry import (
-    count_different,
-    gram_matrix,
-    principal_coordinates,
-)
+from fedfusion_flwr.strategies.geometry import count_different, gram_matrix, principal_coordinates
 
 State = dict[str, Tensor]
 FAST = settings(max_examples=60, deadline=None, derandomize=True)
@@ -100,7 +96,7 @@ def test_principal_coordinates_are_those_of_the_singular_value_decomposition(
     torch.testing.assert_close(points.abs(), expected.abs(), rtol=1e-5, atol=1e-6 * rows.norm())
 
 
-def test_directions_of_rounding_are_none() -> None:
+def test_rounding_gives_no_direction() -> None:
     """Equal updates, and multiples of one: no coordinate but the first."""
     rows = torch.outer(torch.tensor([1.0, 1.0, 2.0, -1.0]), torch.randn(50)).double()
     points = principal_coordinates(rows @ rows.T)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IFCA: the clients' choice among the models, and what the server believes of it."""
+"""IFCA: the clients' choice among the models, and how the server checks it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from flwr.app import Message
 
 from fedfusion_flwr import FedFusionError, protocol
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.strategies import IFCA
 from tests.strategies.planted import (
@@ -27,7 +26,6 @@ from tests.support import (
     COUNTER,
     FakeClient,
     Outcome,
-    Recorder,
     assert_identical,
     replace_metric,
     run_federation,
@@ -76,11 +74,7 @@ def near(order: tuple[int, ...]) -> Any:
 
 def walk(order: tuple[int, ...] = (0, 1, 2), rounds: int = 3, **settings: Any) -> Outcome:
     strategy = ifca(initial_state=near(order), **settings)
-    recorder = Recorder()
-    strategy.callbacks.append(recorder)
-    start = protocol.record_from_state(near(order)(0))
-    result = strategy.start(InProcessGrid(Walkers(group_of), 9), start, rounds)
-    return Outcome(result, strategy, recorder.reports)
+    return run_planted(strategy, Walkers(group_of), 9, rounds, start=near(order)(0))
 
 
 def test_planted_groups_choose_their_model_at_once_and_stay() -> None:
@@ -110,8 +104,7 @@ def test_a_model_chosen_by_nobody_is_unchanged() -> None:
         return far if number == 3 else near((0, 1, 2))(number)
 
     strategy = ifca(num_clusters=4, initial_state=initial)
-    start = protocol.record_from_state(initial(0))
-    strategy.start(InProcessGrid(Walkers(group_of), 9), start, 3)
+    run_planted(strategy, Walkers(group_of), 9, rounds=3, start=initial(0))
     assert_identical(strategy.models()["c3"], far)
     assert strategy.round.report.metrics["clusters-updated"] == 3
     assert strategy.round.report.metrics["clients-of-c3"] == 0
@@ -150,7 +143,7 @@ def test_warm_up_trains_each_model_with_a_fixed_division_of_the_clients() -> Non
             assert row.cluster is not None
             sent.setdefault(row.client, set()).add(row.cluster)
             trained.add(row.client)
-        # Nobody who has not trained yet is counted to a cluster.
+        # A client that has not trained yet is in no cluster.
         assert report.clusters.keys() == trained
     assert all(len(clusters) == 1 for clusters in sent.values())
     assert len(set.union(*sent.values())) == 3
@@ -184,13 +177,11 @@ def test_a_reply_that_names_no_model_is_dropped(named: Any, reason: str) -> None
 
 
 def test_replies_are_judged_against_the_model_they_were_trained_from() -> None:
-    """Model 0 comes with five tracked batches, model 1 with none: neither is a step backwards."""
+    """Model 0 has five tracked batches, model 1 none: neither reply is a step backwards."""
     start = tiny_model().state_dict() | {COUNTER: torch.tensor(5)}
     strategy = IFCA(num_clusters=2, warmup_rounds=0, initial_state=untrained_state, **QUIET)
-    recorder = Recorder()
-    strategy.callbacks.append(recorder)
-    strategy.start(InProcessGrid(FakeClient(), 4), protocol.record_from_state(start), 2)
-    assert [row.dropped for report in recorder.reports for row in report.clients] == [None] * 8
+    outcome = run_planted(strategy, FakeClient(), 4, rounds=2, start=start)
+    assert [row.dropped for report in outcome.reports for row in report.clients] == [None] * 8
     counters = [int(model[COUNTER]) for model in strategy.models().values()]
     assert counters == [7, 2]
 
@@ -202,5 +193,6 @@ def test_a_leap_is_measured_from_the_chosen_model() -> None:
     clients.choose = lambda models, client: client % 2  # type: ignore[method-assign]
     strategy = ifca(num_clusters=2, initial_state=lambda _: small)
     outcome = run_planted(strategy, clients, 2, rounds=1)
-    dropped = {row.client: row.dropped for row in outcome.reports[1].clients}
-    assert dropped == {0: None, 1: "update"}
+    rows = {row.client: row for row in outcome.reports[1].clients}
+    assert (rows[0].dropped, rows[1].dropped) == (None, "update")
+    assert "times the model's norm" in str(rows[1].detail)

@@ -10,6 +10,8 @@ from fedfusion_flwr import RunConfig
 from fedfusion_flwr.data import partition_for
 from tests.strategies.small import train_for_real
 
+pytestmark = pytest.mark.rounding
+
 
 @pytest.mark.parametrize(
     ("rotations", "clients", "warmup_rounds"),
@@ -18,7 +20,7 @@ from tests.strategies.small import train_for_real
 def test_planted_rotations_are_recovered_and_stay(
     rotations: int, clients: int, warmup_rounds: int
 ) -> None:
-    """The warm-up's division knows nothing of them; by the second free choice they are found."""
+    """The warm-up's division ignores them; by the second free choice they are found."""
     config = RunConfig.from_run_config(
         {
             "strategy": "ifca",

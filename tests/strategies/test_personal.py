@@ -25,7 +25,7 @@ from fedfusion_flwr.strategies import (
     FeSEM,
 )
 from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, start_state
-from tests.support import FakeClient, assert_identical, honest_state, initial_arrays
+from tests.support import After, FakeClient, assert_identical, honest_state, initial_arrays
 
 CLIENTS = 6
 
@@ -39,7 +39,7 @@ def built(strategy: type[FederatedStrategy], **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("strategy", [FedAvg, FedProx, FedClusterCycling])
-def test_one_model_serves_everybody(strategy: type[FederatedStrategy]) -> None:
+def test_one_model_serves_all_clients(strategy: type[FederatedStrategy]) -> None:
     clients = PlantedClients(group_of)
     own = {"num_clusters": 1} if strategy is FedClusterCycling else {}
     outcome = run_planted(built(strategy, **own), clients, CLIENTS, rounds=2)
@@ -72,12 +72,8 @@ def test_a_cluster_is_served_its_mean_and_others_the_global_model(strategy: Any)
     clients = PlantedClients(group_of)
     grid = InProcessGrid(clients, CLIENTS)
 
-    class Comings:
-        def on_round_end(self, report: Any) -> None:
-            if report.server_round == 3:
-                strategy.late = grid.add_node({"partition-id": CLIENTS, "num-partitions": 7})
-
-    strategy.callbacks.append(Comings())
+    late = {"partition-id": CLIENTS, "num-partitions": CLIENTS + 1}
+    strategy.callbacks.append(After({3: lambda: grid.add_node(late)}))
     outcome = run_planted(strategy, clients, CLIENTS, rounds=3, grid=grid)
     trained = {
         client: flat(state) + clients.update(client, 3).double()
@@ -101,7 +97,7 @@ def test_fedcluster_serves_the_global_model_before_its_clusters() -> None:
         assert_identical(state, outcome.reports[2].model)
 
 
-def test_ifca_sends_the_models_of_after_the_round() -> None:
+def test_ifca_sends_the_updated_models() -> None:
     clients = PlantedClients(group_of)
     strategy = built(IFCA, num_clusters=3, initial_state=start_state)
     run_planted(strategy, clients, CLIENTS, rounds=4)
@@ -157,10 +153,10 @@ def test_fedfusion_serves_the_clients_mixture_of_component_models_by_hand() -> N
     assert_identical(strategy.personal_model(77), served)
 
 
-def test_evaluation_is_due_every_so_many_rounds_and_in_the_last() -> None:
+def test_evaluation_is_due_periodically_and_in_the_last_round() -> None:
     clients = PlantedClients(group_of)
     outcome = run_planted(built(FedAvg, evaluate_every=3), clients, 2, rounds=7)
     assert sorted({r for kind, r, *_ in clients.sent if kind == "evaluate"}) == [3, 6, 7]
-    assert sorted(outcome.result.evaluate_metrics_clientapp) == []  # these clients report none
+    assert not outcome.result.evaluate_metrics_clientapp  # these clients report none
     valid = [r.server_round for r in outcome.reports if "evaluate-replies-valid" in r.metrics]
     assert valid == [3, 6, 7]

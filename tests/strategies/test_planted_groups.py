@@ -13,7 +13,7 @@ from fedfusion_flwr.federation.replies import ClientReply
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.strategies import FedCluster, FedGroup, FeSEM
 from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, same_partition
-from tests.support import assert_identical
+from tests.support import After, assert_identical
 
 CLIENTS, GROUPS = 12, 3
 
@@ -23,31 +23,24 @@ def group_of(client: int) -> int:
     return (0, 1, 2, 0, 0, 1)[client % 6]
 
 
+KNOWN: dict[str, tuple[type[FederatedStrategy], dict[str, Any]]] = {
+    "fesem": (FeSEM, {}),
+    "fedgroup": (FedGroup, {}),
+    "fedcluster": (FedCluster, {"cluster_round": 1}),
+    "fedcluster, threshold": (FedCluster, {"cluster_round": 1, "distance_threshold": 8.0}),
+    "fedcluster, complete": (FedCluster, {"cluster_round": 1, "linkage": "complete"}),
+    "fedcluster, average": (FedCluster, {"cluster_round": 1, "linkage": "average"}),
+}
+every_finder = pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+
+
 def finder(name: str, seed: int = 0, **settings: Any) -> FederatedStrategy:
-    known: dict[str, tuple[type[FederatedStrategy], dict[str, Any]]] = {
-        "fesem": (FeSEM, {}),
-        "fedgroup": (FedGroup, {}),
-        "fedcluster": (FedCluster, {"cluster_round": 1}),
-        "fedcluster, threshold": (FedCluster, {"cluster_round": 1, "distance_threshold": 8.0}),
-        "fedcluster, complete": (FedCluster, {"cluster_round": 1, "linkage": "complete"}),
-        "fedcluster, average": (FedCluster, {"cluster_round": 1, "linkage": "average"}),
-    }
-    strategy, own = known[name]
+    strategy, own = KNOWN[name]
     return strategy(**{"seed": seed, "num_clusters": GROUPS, **QUIET, **own, **settings})
 
 
-FINDERS = (
-    "fesem",
-    "fedgroup",
-    "fedcluster",
-    "fedcluster, threshold",
-    "fedcluster, complete",
-    "fedcluster, average",
-)
-
-
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", FINDERS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_planted_groups_are_found_exactly_and_kept(name: str, seed: int) -> None:
     strategy = finder(name, seed)
     outcome = run_planted(strategy, PlantedClients(group_of, seed), CLIENTS, rounds=4)
@@ -59,20 +52,18 @@ def test_planted_groups_are_found_exactly_and_kept(name: str, seed: int) -> None
     assert sorted(sizes) == [2, 4, 6]
 
 
-@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+@every_finder
 def test_newcomers_join_their_group(name: str) -> None:
     """Three clients join in round 3, one of each group."""
     clients = PlantedClients(group_of)
     grid = InProcessGrid(clients, CLIENTS)
 
-    class Comings:
-        def on_round_end(self, report: Any) -> None:
-            if report.server_round == 2:
-                for client in (12, 13, 14):
-                    grid.add_node({"partition-id": client, "num-partitions": 15})
+    def join() -> None:
+        for client in (12, 13, 14):
+            grid.add_node({"partition-id": client, "num-partitions": 15})
 
     strategy = finder(name)
-    strategy.callbacks.append(Comings())
+    strategy.callbacks.append(After({2: join}))
     run_planted(strategy, clients, CLIENTS, rounds=4, grid=grid)
     assert strategy.state.clusters.of.keys() == set(range(15))
     assert same_partition(strategy.state.clusters.of, group_of)
@@ -86,8 +77,9 @@ def test_fedgroups_newcomer_that_goes_the_other_way_does_not_join() -> None:
     for group, direction in enumerate(strategy.state.directions):
         for sign in (1.0, -1.0):
             state = {k: v.double() + sign * direction[k] for k, v in strategy.state.origin.items()}
-            joined = strategy._nearest(ClientReply(99, 99, 10, {}, state))
-            assert (joined == group) == (sign > 0)
+            reply = ClientReply(99, 99, 10, {}, state)
+            strategy.prepare_cohort([99], lambda *_, reply=reply: [reply])
+            assert (strategy.state.clusters.of.pop(99) == group) == (sign > 0)
 
 
 @pytest.mark.parametrize("name", ["fedgroup", "fedcluster"])
@@ -104,7 +96,7 @@ def test_assignment_never_changes_though_updates_do(name: str) -> None:
     assert same_partition(strategy.state.clusters.of, group_of)
 
 
-@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+@every_finder
 def test_unselected_groups_keep_their_model_to_the_bit(name: str) -> None:
     """Only clients of one group answer in round 4."""
 
@@ -117,12 +109,10 @@ def test_unselected_groups_keep_their_model_to_the_bit(name: str) -> None:
     kept: dict[str, Any] = {}
     strategy = finder(name, **({"centre_update": "round"} if name == "fesem" else {}))
 
-    class Keep:
-        def on_round_end(self, report: Any) -> None:
-            if report.server_round == 3:
-                kept.update({k: dict(v) for k, v in strategy.models().items()})
+    def keep() -> None:
+        kept.update({k: dict(v) for k, v in strategy.models().items()})
 
-    strategy.callbacks.append(Keep())
+    strategy.callbacks.append(After({3: keep}))
     outcome = run_planted(strategy, OneGroup(group_of), CLIENTS, rounds=4)
     trained = strategy.state.clusters.of[1]
     for cluster, (key, model) in enumerate(strategy.models().items()):
@@ -134,7 +124,7 @@ def test_unselected_groups_keep_their_model_to_the_bit(name: str) -> None:
     assert outcome.reports[4].metrics["replies-valid"] == 4
 
 
-@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+@every_finder
 def test_identical_clients_are_one_cluster(name: str) -> None:
     """Rounding in the Gram matrix's null directions must not pass for a difference."""
     same = PlantedClients(lambda _: 0, noise=0.0)
@@ -144,7 +134,7 @@ def test_identical_clients_are_one_cluster(name: str) -> None:
     assert len(strategy.state.clusters.models) == 1
 
 
-@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+@every_finder
 def test_fewer_clients_than_clusters(name: str) -> None:
     strategy = finder(name, num_clusters=5)
     run_planted(strategy, PlantedClients(group_of), 2, rounds=2)
@@ -154,7 +144,7 @@ def test_fewer_clients_than_clusters(name: str) -> None:
     assert single.state.clusters.of == {0: 0}
 
 
-@pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
+@every_finder
 def test_a_failed_first_exchange_is_repeated(name: str) -> None:
     """Nobody answers before round 3; FedCluster's clustering would be due in round 2."""
     silent_until = 3
@@ -174,7 +164,7 @@ def test_a_failed_first_exchange_is_repeated(name: str) -> None:
 
 
 def test_fedcluster_samples_within_each_cluster() -> None:
-    """Half of each cluster of 6, 4 and 2 clients, at least one; before that, half of everybody."""
+    """Half of each cluster of 6, 4 and 2 clients, at least one; before that, half of them all."""
     strategy = finder("fedcluster", fraction_train=0.5)
     outcome = run_planted(strategy, PlantedClients(group_of), CLIENTS, rounds=6)
     cohorts = [[row.client for row in report.clients] for report in outcome.reports[1:]]

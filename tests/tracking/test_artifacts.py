@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,6 @@ from fedfusion_flwr.tracking import (
     state_digest,
 )
 from tests.support import assert_identical, tiny_model
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> RunDirectory:
-    return RunDirectory(tmp_path / "run")
 
 
 def lines(directory: RunDirectory, name: str) -> list[dict[str, Any]]:
@@ -58,9 +54,6 @@ def snapshot(clients: list[int], first: float = 0.5) -> FusionSnapshot:
     return FusionSnapshot(clients, posterior, mixture, torch.full((k,), 1 / k).double())
 
 
-# --- rows -----------------------------------------------------------------------------------------
-
-
 def test_rows_of_a_round(directory: RunDirectory) -> None:
     log = RunLog(directory)
     log.on_round_end(RoundReport(0, metrics={"global-accuracy": 0.1, "global-loss": 2.3}))
@@ -68,15 +61,7 @@ def test_rows_of_a_round(directory: RunDirectory) -> None:
         1,
         num_sampled=2,
         clients=[
-            ClientRow(
-                0,
-                77,
-                partition=0,
-                num_examples=9,
-                weight=1.0,
-                assignment=[0.0, 1.0],
-                metrics={"train-loss": 0.5},
-            ),
+            ClientRow(0, 77, 0, 9, weight=1.0, assignment=[0.0, 1.0], metrics={"train-loss": 0.5}),
             ClientRow(1, 78, dropped="nonfinite", detail="'x' is not finite"),
         ],
         metrics={"global-accuracy": 0.2, "global-loss": math.nan},
@@ -127,19 +112,15 @@ def test_json_keeps_the_order_of_keys(directory: RunDirectory) -> None:
     assert RunConfig.from_run_config(read) == RunConfig()
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 def test_interrupted_writing_leaves_the_old_file(directory: RunDirectory) -> None:
     directory.write_json("x.json", 1)
 
-    def broken() -> None:
-        with directory.writing("x.json") as file:
-            file.write(b"half a fi")
-            raise KeyboardInterrupt
+    def interrupted() -> Iterator[bytes]:
+        yield b"half a fi"
+        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        broken()
+    with pytest.raises(KeyboardInterrupt), directory.writing("x.json") as file:
+        file.writelines(interrupted())
     assert json.loads((directory.path / "x.json").read_text()) == 1
     assert files(directory) == ["config.json", "x.json"]
 
@@ -197,10 +178,7 @@ def test_state_file(directory: RunDirectory) -> None:
         assert_identical({key: file.get_tensor(key) for key in state}, state)
 
 
-# --- fusion archive -------------------------------------------------------------------------------
-
-
-def test_archive_is_padded_for_clients_that_came_late(directory: RunDirectory) -> None:
+def test_archive_is_padded_for_late_clients(directory: RunDirectory) -> None:
     archive = FusionArchive(directory)
     archive.on_round_end(RoundReport(0))
     assert "fusion.npz" not in files(directory)
@@ -221,14 +199,12 @@ def test_archive_is_padded_for_clients_that_came_late(directory: RunDirectory) -
         assert data["components"].shape == (2, 2, 3)
 
 
-def test_archive_keeps_the_newest_statistics_and_what_was_planted(
-    directory: RunDirectory,
-) -> None:
+def test_archive_keeps_the_newest_statistics_and_what_was_planted(directory: RunDirectory) -> None:
     archive = FusionArchive(directory)
     for server_round, value in ((1, 1.0), (2, 2.0)):
-        told = dataclasses.replace(snapshot([0, 2]), statistics=torch.full((2, 3), value))
-        archive.on_round_end(RoundReport(server_round, fusion=told, planted={2: 4}))
-    archive.on_round_end(RoundReport(3, fusion=dataclasses.replace(told, clients=[0, 7])))
+        fusion = dataclasses.replace(snapshot([0, 2]), statistics=torch.full((2, 3), value))
+        archive.on_round_end(RoundReport(server_round, fusion=fusion, planted={2: 4}))
+    archive.on_round_end(RoundReport(3, fusion=dataclasses.replace(fusion, clients=[0, 7])))
     with np.load(directory.path / "fusion.npz", allow_pickle=False) as data:
         assert data["clients"].tolist() == [0, 2, 7]
         assert data["planted"].tolist() == [-1, -1, -1]
@@ -236,9 +212,7 @@ def test_archive_keeps_the_newest_statistics_and_what_was_planted(
     assert all(earlier.statistics is None for earlier in archive.snapshots[:-1])
 
 
-def test_a_long_run_rewrites_the_archive_seldom_and_never_lacks_much(
-    directory: RunDirectory,
-) -> None:
+def test_a_long_run_rewrites_the_archive_rarely(directory: RunDirectory) -> None:
     archive = FusionArchive(directory)
     path = directory.path / "fusion.npz"
     written: list[int] = []
@@ -257,7 +231,7 @@ def test_a_long_run_rewrites_the_archive_seldom_and_never_lacks_much(
         assert data["rounds"].tolist() == list(range(1, 161))
 
 
-def test_an_archive_read_back_goes_on_where_it_was(directory: RunDirectory) -> None:
+def test_an_archive_that_is_read_back_goes_on(directory: RunDirectory) -> None:
     first = FusionArchive(directory)
     for server_round in range(1, 41):
         first.on_round_end(RoundReport(server_round, fusion=snapshot([0])))
@@ -269,11 +243,10 @@ def test_an_archive_read_back_goes_on_where_it_was(directory: RunDirectory) -> N
         assert data["rounds"].tolist() == list(range(1, 32))
 
 
-# --- best model -----------------------------------------------------------------------------------
-
-
 def test_best_model_is_the_first_of_the_highest(directory: RunDirectory) -> None:
     best = BestModel(directory)
+    best.on_round_end(RoundReport(1))  # without an accuracy
+    assert files(directory) == ["config.json"]
     for server_round, accuracy in enumerate([0.99, 0.3, 0.5, math.nan, 0.5, 0.4, -math.inf]):
         model = {"x": torch.tensor([float(server_round)])}
         best.on_round_end(
@@ -283,14 +256,6 @@ def test_best_model_is_the_first_of_the_highest(directory: RunDirectory) -> None
     with safe_open(directory.path / "best_model.safetensors", framework="pt") as file:
         assert file.get_tensor("x").item() == 2.0
         assert file.metadata() == {"round": "2", "global-accuracy": "0.5"}
-
-
-def test_no_best_model_without_an_accuracy(directory: RunDirectory) -> None:
-    BestModel(directory).on_round_end(RoundReport(1))
-    assert files(directory) == ["config.json"]
-
-
-# --- digest ---------------------------------------------------------------------------------------
 
 
 def test_equal_states_have_equal_digests() -> None:
@@ -303,20 +268,11 @@ def test_equal_states_have_equal_digests() -> None:
 
 def test_digest_sees_every_difference() -> None:
     zeros = torch.zeros(4)
-    states = [
-        {},
-        {"x": zeros},
-        {"y": zeros},
-        {"x": zeros, "y": zeros},
-        {"x": zeros.reshape(2, 2)},
-        {"x": zeros.to(torch.int32)},
-        {"x": torch.tensor([0.0, 0.0, 0.0, -0.0])},
-        {"x": torch.tensor([0.0, 0.0, 0.0, 1e-45])},
-        {"x": zeros[:3]},
-        {"x": torch.empty(0)},
-        {"x": torch.empty(0, 1)},
-        {"x": torch.tensor(0.0)},
-        {"x": torch.tensor(False)},
-        {"x": torch.tensor(0)},
+    tensors = [
+        *(zeros, zeros.reshape(2, 2), zeros.to(torch.int32), zeros[:3]),
+        *(torch.tensor([0.0, 0.0, 0.0, -0.0]), torch.tensor([0.0, 0.0, 0.0, 1e-45])),
+        *(torch.empty(0), torch.empty(0, 1)),
+        *(torch.tensor(0.0), torch.tensor(False), torch.tensor(0)),
     ]
+    states = [{}, {"y": zeros}, {"x": zeros, "y": zeros}, *({"x": tensor} for tensor in tensors)]
     assert len({state_digest(state) for state in states}) == len(states)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line a round."""
+"""The console line of a round."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fedfusion_flwr.federation.round import FusionSnapshot, RoundReport
@@ -54,7 +55,7 @@ def test_bad_news_stands_out() -> None:
 
 
 def test_exchanges_before_the_round_are_shown() -> None:
-    """A cold start of three clients and a cohort of one: five replies were bad or good in all."""
+    """A cold start of four clients and a cohort of one: five replies in total, good or bad."""
     report = RoundReport(
         1,
         num_sampled=1,
@@ -64,17 +65,19 @@ def test_exchanges_before_the_round_are_shown() -> None:
     assert ConsoleLine(1).line(report).endswith("dropped 2/5 | exchange 1.5 train 0.5 s")
 
 
-def test_line_is_logged(shown: list[str]) -> None:
+def test_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     callback = ConsoleLine(2)
     report = RoundReport(1, metrics={"train-loss": 1.0})
-    callback.on_round_end(report)
-    assert shown == [callback.line(report)]
+    with caplog.at_level("INFO", logger="flwr"):
+        callback.on_round_end(report)
+    assert caplog.messages == [callback.line(report)]
 
 
-def test_no_lines_but_ours_and_the_warnings(shown: list[str]) -> None:
+def test_flowers_own_lines_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     def crash(_: object) -> None:
         raise OSError("no disk")
 
-    run_federation("fedavg", FakeClient(crash, (1,)), 2)
-    assert not any("ROUND" in line for line in shown)
-    assert sum("dropped (error): OSError: no disk" in line for line in shown) == 2
+    with caplog.at_level("INFO", logger="flwr"):
+        run_federation("fedavg", FakeClient(crash, (1,)), 2)
+    assert not any("ROUND" in line for line in caplog.messages)
+    assert sum("dropped (error): OSError: no disk" in line for line in caplog.messages) == 2

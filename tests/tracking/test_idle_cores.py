@@ -14,7 +14,7 @@ def round_of(seconds: list[float], waited: float, server_round: int = 2) -> Roun
     return RoundReport(server_round, clients=rows, seconds={"train": waited - 0.5, "transfer": 0.5})
 
 
-def test_clients_that_train_one_after_the_other_are_told_of() -> None:
+def test_clients_that_train_one_after_the_other_give_a_hint() -> None:
     """Ten clients of 1 s in 10 s keep 1.0 of 2 cores busy."""
     advice = IdleCores(2, 1).advice(round_of([1.0] * 10, 10.0))
     assert advice is not None
@@ -38,9 +38,10 @@ def test_no_hint_where_nothing_is_wasted(
     assert IdleCores(cores, threads).advice(round_of(seconds, waited)) is None
 
 
-def test_it_is_said_once_and_not_of_the_first_round(shown: list[str]) -> None:
+def test_it_is_logged_once_and_not_for_the_first_round(caplog: pytest.LogCaptureFixture) -> None:
     callback = IdleCores(2, 1)
-    for server_round in range(5):
-        callback.on_round_end(round_of([1.0] * 10, 10.0, server_round))
-    assert len(shown) == 1
-    assert shown[0].startswith("hint: ")
+    with caplog.at_level("INFO", logger="flwr"):
+        for server_round in range(5):
+            callback.on_round_end(round_of([1.0] * 10, 10.0, server_round))
+    (hint,) = caplog.messages
+    assert hint.startswith("hint: ")

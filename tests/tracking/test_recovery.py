@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adjusted Rand index between planted and inferred components."""
+"""Scores of inferred against planted components."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def report(
     )
 
 
+def scored(planted: list[int], found: RoundReport) -> RoundReport:
+    ComponentRecovery(np.array(planted)).on_round_end(found)
+    return found
+
+
 @pytest.mark.parametrize(
     ("planted", "found", "expected"),
     [
@@ -42,10 +47,7 @@ def report(
     ],
 )
 def test_by_hand(planted: list[int], found: list[int], expected: float) -> None:
-    recovery = ComponentRecovery(np.array(planted))
-    scored = report(found)
-    recovery.on_round_end(scored)
-    assert scored.metrics[ARI] == pytest.approx(expected)
+    assert scored(planted, report(found)).metrics[ARI] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_by_hand(planted: list[int], found: list[int], expected: float) -> None:
     [
         ([0, 0, 1, 1], [3, 3, 2, 2], 1.0),
         ([0, 0, 1, 1], [0, 1, 0, 1], 0.0),
-        # Halves are told (ln 2 nats), with found shares 1/2, 1/3, 1/6:
+        # Knowing the found group tells the half (ln 2 nats); found shares 1/2, 1/3, 1/6:
         # ln 2 over the mean of ln 2 and ln 2 / 2 + ln 3 / 3 + ln 6 / 6
         (
             [0, 0, 0, 1, 1, 1],
@@ -63,43 +65,30 @@ def test_by_hand(planted: list[int], found: list[int], expected: float) -> None:
     ],
 )
 def test_mutual_information_by_hand(planted: list[int], found: list[int], expected: float) -> None:
-    scored = report(found)
-    ComponentRecovery(np.array(planted)).on_round_end(scored)
-    assert scored.metrics[NMI] == pytest.approx(expected)
+    assert scored(planted, report(found)).metrics[NMI] == pytest.approx(expected)
 
 
 def test_clients_are_matched_by_partition_not_by_id() -> None:
-    recovery = ComponentRecovery(np.array([0, 1, 0, 1]))
-    scored = report([0, 0, 1, 1], known={0: 0, 1: 2, 2: 1, 3: 3})
-    recovery.on_round_end(scored)
-    assert scored.metrics[ARI] == 1.0
-    assert scored.planted == {0: 0, 1: 0, 2: 1, 3: 1}
+    outcome = scored([0, 1, 0, 1], report([0, 0, 1, 1], known={0: 0, 1: 2, 2: 1, 3: 3}))
+    assert outcome.metrics[ARI] == 1.0
+    assert outcome.planted == {0: 0, 1: 0, 2: 1, 3: 1}
 
 
 def test_partitions_of_earlier_rounds_are_remembered() -> None:
     recovery = ComponentRecovery(np.array([0, 0, 1, 1]))
     recovery.on_round_end(report([0, 0, 1, 1], known={0: 0, 2: 2}))
-    scored = report([0, 0, 1, 1], known={1: 1, 3: 3}, server_round=2)
-    recovery.on_round_end(scored)
-    assert scored.metrics[ARI] == 1.0
+    later = report([0, 0, 1, 1], known={1: 1, 3: 3}, server_round=2)
+    recovery.on_round_end(later)
+    assert later.metrics[ARI] == 1.0
 
 
-def test_clients_that_do_not_say_who_they_are_are_left_out() -> None:
-    recovery = ComponentRecovery(np.array([0, 0, 1, 1]))
-    scored = report([0, 1, 1, 1], known={0: 0, 2: 2, 3: 3})  # the misplaced client 1 is unknown
-    recovery.on_round_end(scored)
-    assert scored.metrics[ARI] == 1.0
+def test_clients_that_do_not_name_their_partition_are_left_out() -> None:
+    found = report([0, 1, 1, 1], known={0: 0, 2: 2, 3: 3})  # the misplaced client 1 is unknown
+    assert scored([0, 0, 1, 1], found).metrics[ARI] == 1.0
 
 
-@pytest.mark.parametrize("known", [{}, {0: 0}])
-def test_no_score_for_fewer_than_two(known: dict[int, int]) -> None:
-    recovery = ComponentRecovery(np.array([0, 1]))
-    scored = report([0, 1], known=known)
-    recovery.on_round_end(scored)
-    assert scored.metrics == {}
-
-
-def test_no_score_without_an_inference() -> None:
-    nothing = RoundReport(0)
-    ComponentRecovery(np.array([0, 1])).on_round_end(nothing)
-    assert nothing.metrics == {}
+@pytest.mark.parametrize(
+    "found", [report([0, 1], known={}), report([0, 1], known={0: 0}), RoundReport(0)]
+)
+def test_no_score_for_fewer_than_two(found: RoundReport) -> None:
+    assert scored([0, 1], found).metrics == {}

@@ -5,22 +5,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from client_app import app
 from fedfusion_flwr import protocol
-from fedfusion_flwr.app.server import run
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.round import RoundReport
 from fedfusion_flwr.tracking import RunSummary
-from tests.strategies.small import small, small_config
-
-assert small  # a fixture, used by name below
+from tests.runs import rows, run_in_process
+from tests.strategies.small import small_config
 
 
 def summarized(*rounds: dict[str, float]) -> RunSummary:
@@ -31,7 +25,7 @@ def summarized(*rounds: dict[str, float]) -> RunSummary:
 
 
 def test_last_and_best_round_by_hand() -> None:
-    """Round 0, the untrained model, is no round; the first of equals stays the best."""
+    """Round 0, the untrained model, does not count; the first of equals stays the best."""
     summary = summarized(
         {"global-accuracy": 0.9},
         {"global-accuracy": 0.5, "personalized-accuracy": 0.4, "bytes-up": 10.0},
@@ -66,26 +60,21 @@ def test_accuracy_that_was_last_measured_earlier_keeps_its_round() -> None:
     assert summary.summary()["last-round"]["personalized-accuracy"]["round"] == 1
 
 
-def run_small(folder: Path, **settings: Any) -> None:
-    config = small_config(output_dir=str(folder), **settings)
-    run_config = config.to_run_config()
-    grid = InProcessGrid(app, config.num_clients, run_config)
-    run(grid, Context(1, 0, {}, RecordDict(), run_config))
-
-
 @pytest.mark.usefixtures("small")
 def test_files_of_a_run_with_several_models(tmp_path: Path) -> None:
-    run_small(tmp_path, strategy="ifca", num_clusters=2, fraction_evaluate=1.0, evaluate_every=2)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    settings = {"num_clusters": 2, "fraction_evaluate": 1.0, "evaluate_every": 2}
+    config = small_config(strategy="ifca", output_dir=str(tmp_path), **settings)
+    run_in_process(config.to_run_config())
+    metrics = rows(tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     for name in ("global-accuracy", "personalized-accuracy"):
-        measured = [(row["round"], row[name]) for row in rows[1:] if name in row]
+        measured = [(row["round"], row[name]) for row in metrics[1:] if name in row]
         last = summary["last-round"][name]
         assert (last["round"], last[name]) == measured[-1]
         assert summary["best-round"][name][name] == max(value for _, value in measured)
-    assert [row["round"] for row in rows if "personalized-accuracy" in row] == [2, 3]
+    assert [row["round"] for row in metrics if "personalized-accuracy" in row] == [2, 3]
     for name, total in summary["costs"].items():
-        assert total == pytest.approx(sum(row.get(name, 0) for row in rows))
+        assert total == pytest.approx(sum(row.get(name, 0) for row in metrics))
 
     models = protocol.unpack_states(load_file(tmp_path / "final_models.safetensors"))
     final = load_file(tmp_path / "final_model.safetensors")
@@ -99,6 +88,7 @@ def test_files_of_a_run_with_several_models(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_strategy_with_one_model_leaves_one(tmp_path: Path) -> None:
-    run_small(tmp_path, strategy="fedprox", num_server_rounds=1)
+    config = small_config(strategy="fedprox", num_server_rounds=1, output_dir=str(tmp_path))
+    run_in_process(config.to_run_config())
     assert (tmp_path / "final_model.safetensors").exists()
     assert not (tmp_path / "final_models.safetensors").exists()

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
 
-from client_app import app
-from fedfusion_flwr.app.server import run
 from fedfusion_flwr.config import ConfigError
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.round import FusionSnapshot, RoundReport
 from fedfusion_flwr.fusion import FusionPosterior
 from fedfusion_flwr.tracking import TensorBoardLog
+from tests.runs import run_in_process
 
 TINY = {
     "num-clients": 2,
@@ -82,14 +79,14 @@ def test_key_of_a_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     for name, wanted in (("with", True), ("without", False)):
         config = {**TINY, "tensorboard": wanted, "output-dir": str(tmp_path / name)}
-        run(InProcessGrid(app, 2, config), Context(1, 0, {}, RecordDict(), config))
+        run_in_process(config)
     assert not (tmp_path / "without" / "tensorboard").exists()
     logged = read(tmp_path / "with" / "tensorboard")
     assert [step for step, _ in logged["global-accuracy"]] == [0, 1, 2]
     assert {"train-loss", "client-steps", "bytes-up", "seconds/train"} <= set(logged)
 
 
-def test_one_sentence_where_it_is_not_installed(
+def test_one_sentence_if_it_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

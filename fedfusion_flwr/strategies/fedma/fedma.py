@@ -12,13 +12,13 @@ One pass over a network of N layers, with J clients:
   layer N: the row of class c <- sum_j n_jc w_jc / sum_j n_jc, over n_jc examples of the class
 
 A Flower round is one training, so that a pass is N rounds. The clients of a pass are drawn at its
-start; who fails on the way is left out of its remaining layers. Between passes the global model is
-the last complete one, and that is served. Where this differs from the authors' code:
+start; one that fails is left out of the remaining layers. Between passes, the last complete global
+model is served. Where this differs from the authors' code:
   - a global unit is the plain mean of its members, not the shrunk MAP estimate
   - normalization layers, which the paper's networks do not have, move with their units
   - every training is ``local-epochs`` at ``learning-rate``; theirs of the last layer is three times
     as long, at a tenth of the rate
-  - a client that was not in the last pass gets each layer's units of most members
+  - a client that was not in the last pass gets the units of each layer that have most members
 With ``matching-width = "fixed"`` no unit is ever added: a deviation from the paper.
 """
 
@@ -59,13 +59,13 @@ class FedMAState:
     passes, completed_in : int
         Complete passes, and the round in which the last of them ended.
     layer : int
-        Of the pass in progress: the layer that is matched next, counted from 0.
+        The layer of the pass in progress that is matched next, counted from 0.
     nets : dict[int, State]
-        What each client trains for it.
+        The network that each client trains for it.
     matchings, units : list
-        Of each layer so far, the matching and each client's units.
+        For each layer so far, the matching and each client's units.
     units_of : dict[int, list[Units]]
-        Of the last complete pass: each client's units of every hidden layer.
+        For the last complete pass, each client's units of every hidden layer.
     common_units : list[Units]
         The same for a newcomer.
     """
@@ -89,14 +89,14 @@ class FedMA(FederatedStrategy):
     network : PlainNetwork
         The model's layers; see `fedfusion_flwr.strategies.fedma.network`.
     initial_state : Callable[[int], State] or None
-        Makes the untrained network of client k of number k + 1. None starts every client from the
-        initial global model: then their units are already aligned.
+        Makes the untrained network of client k from the number k + 1. None starts every client
+        from the initial global model: their units are then already aligned.
     matching_width : {"variable", "fixed"}
         Whether a unit that is like no other may become a new one.
     matching_gamma : float
         The larger, the sooner it does.
     matching_sweeps : int
-        How often every client is matched anew.
+        How often every client is matched again.
 
     Models of different widths have no moving average: ``average_decay`` must stay 0.
     """
@@ -137,7 +137,7 @@ class FedMA(FederatedStrategy):
             )
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
-        """Those of the pass that are connected; a new pass begins where that is too few."""
+        """The clients of the pass that are connected; with too few of them a new pass begins."""
         members = sorted(self.state.nets.keys() & set(clients))
         if self.state.layer > 0 and len(members) >= max(self.min_valid_replies, 1):
             return members
@@ -157,7 +157,7 @@ class FedMA(FederatedStrategy):
         return {**settings, protocol.CLASS_COUNTS: True} if self._is_last else settings
 
     def check_reply(self, reply: ClientReply) -> None:
-        """Refuse class counts that are none."""
+        """Refuse invalid class counts."""
         if not self._is_last:
             return
         classes = width_of(self._layers.layers[-1], reply.state)
@@ -171,7 +171,7 @@ class FedMA(FederatedStrategy):
             )
 
     def advance(self, replies: list[ClientReply]) -> Update:
-        """Match or average one layer; the global model changes with the last one only."""
+        """Match or average one layer; the global model changes only with the last one."""
         layer, clients = self._layers.layers[self.state.layer], [reply.client for reply in replies]
         states = [self._trained(reply) for reply in replies]
         with Timer() as timer, one_thread():
@@ -210,7 +210,7 @@ class FedMA(FederatedStrategy):
         return update
 
     def evaluates(self, server_round: int) -> bool:
-        """At the end of a pass, when the global model is a new one; and in the last round."""
+        """At the end of a pass, when the global model has changed, and in the last round."""
         ended = self.state.completed_in == server_round > 0
         due = (
             ended and self.state.passes % self.evaluate_every == 0
@@ -229,7 +229,7 @@ class FedMA(FederatedStrategy):
         return self.initial_state(client + 1) if self.initial_state else self.current
 
     def _trained(self, reply: ClientReply) -> State:
-        """The client's network, its matched layers as they were sent: nobody may change them."""
+        """The client's network, with the matched layers as sent: clients may not change them."""
         sent = self.state.nets[reply.client]
         matched = self._layers.keys_below(self.state.layer, sent)
         return {**reply.state, **{key: sent[key] for key in matched}}
@@ -260,7 +260,7 @@ class FedMA(FederatedStrategy):
         self.state.layer, self.state.nets = 0, {}
 
     def num_channels(self) -> int | None:
-        """Of what the clients were sent: in a phase all of them train one size, which changes."""
+        """That of the models sent: all clients of a round train one size, which then changes."""
         return self.channels_of(next(iter(self.round.sent.values()), self.current))
 
     @property
@@ -269,7 +269,7 @@ class FedMA(FederatedStrategy):
         return self.network
 
     def settings(self) -> Iterable[str]:
-        """Passes, widths and starts; warns of rounds that are part of no whole pass."""
+        """Passes, widths and starts; warns about rounds after the last whole pass."""
         fixed = self.matching_width == "fixed"
         width = (
             "fixed width: a deviation from the paper"
@@ -286,18 +286,18 @@ class FedMA(FederatedStrategy):
         if rest:
             log(
                 WARNING,
-                "the last %d of %d rounds are part of no whole pass and leave the model as it is; "
+                "the last %d of %d rounds do not complete a pass and leave the model unchanged; "
                 "make num-server-rounds a multiple of %d",
                 *(rest, self.num_rounds, depth),
             )
 
 
 def class_weights(replies: list[ClientReply]) -> Tensor:
-    """What each client counts for each class, (J, C): its examples; 1 for a class nobody has.
+    """Each client's weight for each class, (J, C): its examples; 1 for a class without any.
 
-    A client whose example count a defence has cut counts less in every class.
+    Where a defence has cut a client's example count, its weight is lower in every class.
     """
-    told = torch.tensor([reply.lists[protocol.CLASS_COUNTS] for reply in replies]).double()
-    believed = torch.tensor([reply.num_examples for reply in replies]).double()
-    counts = told * (believed / told.sum(1)).unsqueeze(1)
+    counts = torch.tensor([reply.lists[protocol.CLASS_COUNTS] for reply in replies]).double()
+    accepted = torch.tensor([reply.num_examples for reply in replies]).double()
+    counts = counts * (accepted / counts.sum(1)).unsqueeze(1)
     return torch.where(counts.sum(0) > 0, counts, 1.0)

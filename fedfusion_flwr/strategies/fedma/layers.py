@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chain of convolutions and fully connected layers, seen as units that can be moved about.
+"""A chain of convolutions and fully connected layers, seen as units that can be reordered.
 
 A layer's units are the rows of its weight; each has its bias and, where a normalization layer
 follows, its scale, shift and running statistics. The next layer's inputs are those units, in blocks
-of one feature or, behind a flattened image, of all pixels of a channel.
+of one feature or, after a flattened image, of all pixels of a channel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Layer:
     normalization : str or None
         Prefix of the keys of the normalization layer that follows, its entries (units,).
     eps : float
-        Of that normalization layer.
+        Epsilon of that normalization layer.
     """
 
     weight: str
@@ -131,14 +131,14 @@ class PlainNetwork:
         return [key for layer in self.layers[:depth] for key in layer.entries(state)]
 
     def take(self, state: Mapping[str, Tensor], units: Sequence[Units]) -> State:
-        """The network of some of the hidden units, in the given order.
+        """The network that has only the given hidden units, in the given order.
 
         Parameters
         ----------
         state : Mapping[str, Tensor]
-            Of any widths.
+            State dict of any widths.
         units : Sequence[NDArray[np.int64]]
-            Of every hidden layer, from below, which of its units, (L_n,).
+            Which units to take from each hidden layer, lowest first, (L_n,).
         """
         taken = dict(state)
         for n, layer in enumerate(self.layers):
@@ -155,8 +155,8 @@ class PlainNetwork:
     def widen_inputs(self, state: Mapping[str, Tensor], n: int, units: Units, width: int) -> State:
         """Layer ``n`` with the inputs of a layer below of ``width`` units.
 
-        Input i moves to ``units[i]``; the columns of the other units are zero, so that what the
-        layer computes of its own units stays the same.
+        Input i moves to ``units[i]``; the columns of the other units are zero, so that the layer
+        still computes the same.
         """
         layer = self.layers[n]
         blocks = _blocks(state[layer.weight], len(units))

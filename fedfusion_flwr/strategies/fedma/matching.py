@@ -11,7 +11,7 @@ s_i = sum of the members' rows, c_i members and precisions p_i = 1 + c_i, the ga
 
 (c_i at most 10 in the logarithm) is maximized over a client's injective assignments by the
 Hungarian method: first client by client, the widest first, then in sweeps in which every client is
-taken out, units that nobody is left in are deleted, and the client is matched anew.
+taken out, units that are left without members are deleted, and the client is matched again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Floats = NDArray[np.float64]
 Units = NDArray[np.int64]
 
 MAX_POPULARITY = 10
-"""Members beyond these make a unit no more attractive."""
+"""More members than this make a unit no more attractive."""
 
 MAX_UNITS = 700
-"""A layer this wide offers a client one new unit only; that of the authors' code."""
+"""A layer this wide offers a client only one new unit; from the authors' code."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def match_units(
     gamma : float
         Positive; the larger, the sooner a unit becomes a new global one.
     sweeps : int
-        How often every network is matched anew.
+        How often every network is matched again.
     generator : numpy.random.Generator
         Source of the order of the networks in each sweep.
     grow : bool
@@ -99,7 +99,7 @@ def match_units(
 
 
 class _Run:
-    """Member sums (L, D), member counts (L,) and assignments on their way."""
+    """A matching in progress: member sums (L, D), member counts (L,) and assignments."""
 
     def __init__(self, descriptors: Sequence[Floats], gamma: float, grow: bool) -> None:
         self.descriptors = descriptors
@@ -117,7 +117,7 @@ class _Run:
             gains = assignment_gains(
                 rows, self.sums, self.counts, len(self.descriptors), self.gamma, slots
             )
-            # Here and not above: clients import this package too.
+            # Imported here because clients import this package, too.
             from scipy.optimize import linear_sum_assignment
 
             _, units = linear_sum_assignment(gains, maximize=True)
@@ -143,7 +143,7 @@ class _Run:
 
 
 def new_slots(num_rows: int, width: int) -> int:
-    """How many new units a client of ``num_rows`` may open beside ``width`` global ones."""
+    """How many new units a client of ``num_rows`` units may add to ``width`` global ones."""
     return max(min(num_rows, max(MAX_UNITS - width, 1)), num_rows - width)
 
 
@@ -157,7 +157,7 @@ def assignment_gains(
     rows : NDArray[np.float64]
         w, (L_j, D): the client's units.
     sums, counts : NDArray
-        s (L, D) and c (L,) of the others, every count from 1 to J - 1.
+        s (L, D) and c (L,) of the other clients, every count from 1 to J - 1.
     num_clients : int
         J, the client included.
     gamma : float
@@ -184,13 +184,13 @@ def merge_units(
     Parameters
     ----------
     parts : Sequence[Tensor]
-        One tensor a network; its first axis are the network's units, (L_j, ...).
+        One tensor per network; the first axis runs over the network's units, (L_j, ...).
     units : Sequence[NDArray[np.int64]]
         The global unit of each of them.
     width : int
         L, number of global units, each with a member.
     weights : Tensor or None
-        What each network counts in each global unit, (J, L); every column sums to more than 0
+        Weight of each network in each global unit, (J, L); every column sums to more than 0
         over the unit's members. None is the plain mean over the members. (The authors' code takes
         the MAP estimate s_i / p_i, which shrinks a unit of c members by c / (c + 1), layer after
         layer; the mean keeps equal networks as they are.)

@@ -15,22 +15,22 @@ from fedfusion_flwr.models import ModelError
 from fedfusion_flwr.strategies.fedma.layers import Layer, PlainNetwork
 
 _TOLERANCE = 1e-3
-"""Of float32 arithmetic in another order, relative to the largest output."""
+"""For float32 arithmetic in another order, relative to the largest output."""
 
 
 def plain_network(model: nn.Module, name: str, input_shape: tuple[int, ...]) -> PlainNetwork:
     """The model's layers, in the order in which they are defined.
 
-    Convolutions and fully connected layers, each with a normalization layer behind it or not;
-    beside them only layers without parameters. That the model really is that chain is tried out:
+    Convolutions and fully connected layers, each followed by a normalization layer or not; all
+    other layers must have no parameters. A trial makes sure that the model really is such a chain:
     with random parameters, reordering the hidden units must not change its outputs.
 
     Parameters
     ----------
     model : nn.Module
-        Left as it is.
+        Not changed.
     name : str
-        What the user calls it.
+        The model's name, for messages.
     input_shape : tuple[int, ...]
         Shape of an example.
 
@@ -50,13 +50,13 @@ def plain_network(model: nn.Module, name: str, input_shape: tuple[int, ...]) -> 
     except _NotPlainError as reason:
         raise ModelError(
             "strategy 'fedma' matches the units of plain chains of convolutions and fully "
-            f"connected layers, and model {name!r} is none: {reason}; use another model or strategy"
+            f"connected layers; model {name!r} is not one: {reason}; use another model or strategy"
         ) from None
     return network
 
 
 class _NotPlainError(Exception):
-    """Why a model is no plain network."""
+    """The model is not a plain network; says why."""
 
 
 def _layers(model: nn.Module) -> list[Layer]:
@@ -90,7 +90,7 @@ def _layer(name: str, module: nn.Conv2d | nn.Linear, units_below: int | None) ->
         raise _NotPlainError(f"{kind} '{name}' ties inputs to outputs in {module.groups} groups")
     units, given = module.weight.shape[:2]
     inputs = given if units_below is None else units_below
-    # Behind a flattened image, a fully connected layer has several inputs of each unit.
+    # After a flattened image, a fully connected layer has several inputs per unit.
     fits = given == inputs if isinstance(module, nn.Conv2d) else given % inputs == 0
     if not fits:
         raise _NotPlainError(f"{kind} '{name}' has {given} inputs, the layer before {inputs} units")
@@ -99,7 +99,7 @@ def _layer(name: str, module: nn.Conv2d | nn.Linear, units_below: int | None) ->
 
 
 def _acts_per_unit(module: nn.Module, units: int) -> bool:
-    """Whether it has one entry a unit, and groups of one unit each or of all of them."""
+    """Whether it has one entry per unit, and groups of one unit or of all units."""
     if isinstance(module, _BatchNorm):
         return module.num_features == units
     if isinstance(module, nn.GroupNorm):
@@ -115,7 +115,7 @@ def _may_be_reordered(
     trial = copy.deepcopy(model).cpu().eval()
     with torch.no_grad():
         for parameter in trial.parameters():
-            # Initial values such as zeros could hide what an order means.
+            # Initial values such as zeros could hide the effect of the order.
             noise = torch.randn(parameter.shape, generator=generator)
             spread = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.3
             parameter.copy_(spread * noise + (parameter.dim() == 1))

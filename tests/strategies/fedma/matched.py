@@ -65,7 +65,7 @@ def trained(received: State, partition: int, times: int = 1) -> State:
 
 @dataclass
 class Listener(FakeClient):
-    """Keeps what each train message said, by round and partition, and every message's type."""
+    """Keeps each train message by round and partition, and every message's type."""
 
     settings: dict[tuple[int, int], ConfigRecord] = field(default_factory=dict)
     received: dict[tuple[int, int], State] = field(default_factory=dict)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small plain networks, with and without normalization, whose every entry has a random value."""
+"""Small plain networks with random values, with and without normalization."""
 
 from __future__ import annotations
 

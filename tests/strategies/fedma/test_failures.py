@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that lie, fail or vanish in one of FedMA's passes."""
+"""Clients that lie, fail or vanish during FedMA's passes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from flwr.app import Context, Message
 
 from fedfusion_flwr.federation.conversation import RunStopped
-from tests.federation.test_hostile_replies import SPOILED
+from tests.federation.hostile_rows import SPOILED
 from tests.strategies.fedma.matched import HONEST, OUT, Listener, run_fedma
 from tests.support import (
     WEIGHT,
@@ -89,7 +89,7 @@ def test_a_class_that_nobody_has_is_the_plain_mean() -> None:
     torch.testing.assert_close(outcome.state[OUT], start[OUT] + moved[:, None])
 
 
-def test_matched_layers_are_not_the_clients_to_change() -> None:
+def test_clients_cannot_change_matched_layers() -> None:
     """Replies of the second round with other lower layers make no difference."""
     spoil = edit_value(WEIGHT, lambda array: -array)
     client = FakeClient(spoil, hostile=tuple(range(HONEST)), spoil_rounds=(2,))
@@ -118,7 +118,7 @@ def test_replies_that_would_overflow_keep_the_old_model() -> None:
 
 @pytest.mark.parametrize(("lost", "min_valid"), [((0,), 1), ((0, 1, 2), 1), ((0,), 3)])
 def test_clients_that_vanish_on_the_way(lost: tuple[int, ...], min_valid: int) -> None:
-    """The pass goes on without them; with too few left, a new one begins with those there are."""
+    """The pass goes on without them; with too few left, a new one begins with the others."""
 
     class Vanishing(Listener):
         def __call__(self, message: Message, context: Context) -> Message:

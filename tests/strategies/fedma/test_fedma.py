@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
 
-from fedfusion_flwr import RunConfig
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.strategies import FedMA, build_strategy
+from fedfusion_flwr.strategies import FedMA
 from tests.strategies.fedma.matched import NETWORK, OUT, Listener, other_state, run_fedma, trained
 from tests.support import (
     COUNTER,
@@ -22,8 +19,6 @@ from tests.support import (
     assert_identical,
     tiny_model,
 )
-
-# --- a pass ---------------------------------------------------------------------------------------
 
 
 def test_one_pass_by_hand() -> None:
@@ -46,7 +41,7 @@ def test_one_pass_by_hand() -> None:
         assert last["class-counts"] is True
         frozen = [key for key in start if not key.startswith("out.")]
         assert sorted(last["frozen"]) == sorted(frozen)  # type: ignore[type-var]
-        # Everybody gets the matched layer, and the own one above it.
+        # Every client gets the matched layer, and its own one above it.
         received = client.received[2, partition]
         assert_identical(
             {key: received[key] for key in frozen}, {key: outcome.state[key] for key in frozen}
@@ -57,9 +52,8 @@ def test_one_pass_by_hand() -> None:
 def test_the_model_changes_at_the_end_of_a_pass_only() -> None:
     outcome = run_fedma(FakeClient(), 3, rounds=5)
     models = [report.model for report in outcome.reports]
-    assert_identical(models[1], models[0])
-    assert_identical(models[3], models[2])
-    assert_identical(models[5], models[4])
+    for server_round in (1, 3, 5):
+        assert_identical(models[server_round], models[server_round - 1])
     assert not torch.equal(models[2][WEIGHT], models[1][WEIGHT])
     assert not torch.equal(models[4][WEIGHT], models[2][WEIGHT])
     assert_identical(outcome.state, models[4])
@@ -74,12 +68,12 @@ def test_clients_evaluate_at_the_end_of_passes(every: int, rounds: list[int]) ->
     assert sorted({r for kind, r in client.types if kind == "evaluate"}) == rounds
 
 
-def test_every_client_starts_from_a_network_of_its_own() -> None:
+def test_every_client_starts_from_its_own_network() -> None:
     client = Listener()
     outcome = run_fedma(client, 3, rounds=3, initial_state=other_state, matching_gamma=1e30)
     for partition in range(3):
         assert_identical(client.received[1, partition], other_state(partition + 1))
-    # No unit is like another: none is shared, and layer 2 has 6 inputs.
+    # The units all differ: none is shared, and layer 2 has 6 inputs.
     assert outcome.train_metrics(1)["layer-width"] == 6
     assert {k: tuple(v.shape) for k, v in outcome.state.items()} == {
         "fc.weight": (6, 2),
@@ -141,27 +135,20 @@ def test_common_units_are_those_of_most_members() -> None:
     assert members[strategy.state.common_units[0]].tolist() == [2, 2]
 
 
-# --- what a user can mend -------------------------------------------------------------------------
-
-
 def test_a_run_without_a_whole_pass_is_refused() -> None:
     with pytest.raises(FedFusionError, match=r"num-server-rounds = 1 .* the model's 2 layers"):
         run_fedma(FakeClient(), 2, rounds=1)
 
 
-def test_rounds_that_are_left_over_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("flwr").addHandler(caplog.handler)
-    try:
-        with caplog.at_level(logging.INFO, logger="flwr"):
-            run_fedma(FakeClient(), 2, rounds=5, matching_width="fixed")
-            log = caplog.text
-            caplog.clear()
-            run_fedma(FakeClient(), 2, rounds=4)
-    finally:
-        logging.getLogger("flwr").removeHandler(caplog.handler)
-    assert "the last 1 of 5 rounds are part of no whole pass" in log
+def test_rounds_that_do_not_complete_a_pass_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="flwr"):
+        run_fedma(FakeClient(), 2, rounds=5, matching_width="fixed")
+        log = caplog.text
+        caplog.clear()
+        run_fedma(FakeClient(), 2, rounds=4)
+    assert "the last 1 of 5 rounds do not complete a pass" in log
     assert "fixed width: a deviation from the paper" in log
-    assert "no whole pass" not in caplog.text
+    assert "do not complete a pass" not in caplog.text
     assert "variable width, gamma 0.001" in caplog.text
 
 
@@ -170,13 +157,3 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         FedMA()
     with pytest.raises(FedFusionError, match=r"average_decay = 0.5 must be 0"):
         FedMA(network=NETWORK, average_decay=0.5)
-
-
-def test_registry_builds_it() -> None:
-    config = RunConfig(strategy="fedma", matching_width="fixed", matching_gamma=2.0)
-    strategy = build_strategy(config, initial_state=other_state, network=lambda: NETWORK)
-    assert isinstance(strategy, FedMA)
-    assert strategy.network is NETWORK
-    assert strategy.initial_state is other_state
-    chosen = strategy.matching_width, strategy.matching_gamma, strategy.matching_sweeps
-    assert chosen == ("fixed", 2.0, 5)

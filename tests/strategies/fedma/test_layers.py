@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units of a whole network: moved about, scattered, merged; its function tells what is right."""
+"""Units of a whole network are reordered, scattered and merged; its function must stay right."""
 
 from __future__ import annotations
 

@@ -47,9 +47,6 @@ def shuffled_copies(
     return [rows[order] for order in orders], orders
 
 
-# --- gains ----------------------------------------------------------------------------------------
-
-
 def test_gains_by_hand() -> None:
     """One unit w = (1, 2); one global unit of 2 members of sum (3, 0); J = 4, gamma = 0.4."""
     gains = assignment_gains(
@@ -92,9 +89,6 @@ def test_new_units_on_offer(num_rows: int, width: int, slots: int) -> None:
     assert new_slots(num_rows, width) == slots
 
 
-# --- matchings ------------------------------------------------------------------------------------
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(1, 6), min_size=1, max_size=5),
@@ -135,7 +129,7 @@ def test_copies_are_matched_to_each_other(gamma: float, grow: bool) -> None:
 
 
 @pytest.mark.parametrize(("copies", "width"), [(4, 38), (16, 47)])
-def test_a_large_gamma_grows_units_that_nobody_needs(copies: int, width: int) -> None:
+def test_a_large_gamma_adds_needless_units(copies: int, width: int) -> None:
     """The authors' gamma of 7, with rows as small as those of a network: exact copies spread."""
     rows, _ = shuffled_copies(random_rows(0, 32, 27, std=0.1), copies)
     assert match(rows, gamma=7.0).width == width
@@ -143,7 +137,7 @@ def test_a_large_gamma_grows_units_that_nobody_needs(copies: int, width: int) ->
 
 
 def test_sweeps_mend_the_first_matching() -> None:
-    """Noisy copies: matching anew never loses members of the true units."""
+    """Noisy copies: with sweeps, fewer members of the true units are misplaced."""
     truth = random_rows(1, 12, 6)
     copies, orders = shuffled_copies(truth, 6)
     noisy = [rows + random_rows(10 + j, 12, 6, std=0.6) for j, rows in enumerate(copies)]
@@ -170,9 +164,6 @@ def test_seed_decides() -> None:
 def test_unequal_rows_are_refused(shapes: list[tuple[int, int]], grow: bool) -> None:
     with pytest.raises(ValueError, match="descriptors of one form"):
         match([np.ones(shape) for shape in shapes], grow=grow)
-
-
-# --- means ----------------------------------------------------------------------------------------
 
 
 def test_the_mean_is_that_of_the_members() -> None:

@@ -116,11 +116,8 @@ def test_other_models_are_refused(name: str) -> None:
         plain_network(model, name, IMAGE)
     sentence = str(problem.value)
     assert sentence.startswith("strategy 'fedma' matches the units of plain chains")
-    assert f"model '{name}' is none: {reason}" in sentence
+    assert f"model '{name}' is not one: {reason}" in sentence
     assert "\n" not in sentence
-
-
-# --- other widths ---------------------------------------------------------------------------------
 
 
 def test_equal_shapes_give_the_model_itself() -> None:

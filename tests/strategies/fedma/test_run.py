@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import load_file
 
 from client_app import app
 from fedfusion_flwr import RunConfig, protocol
-from fedfusion_flwr.app.server import RunOutcome, central_evaluation, run
+from fedfusion_flwr.app.server import RunOutcome, central_evaluation
 from fedfusion_flwr.data import data_for
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.fusion import fuse_state_dicts
 from fedfusion_flwr.models import ModelError, model_for
 from fedfusion_flwr.models.resize import fit_to_state
 from fedfusion_flwr.tracking import state_digest
+from tests.runs import rows, run_in_process
 
 CLIENTS = 4
 CONFIG: dict[str, Any] = {
@@ -33,19 +33,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def run_here(folder: Path, *, shuffle: bool = False, **config: Any) -> RunOutcome:
-    run_config = {**CONFIG, "output-dir": str(folder), **config}
-    grid = InProcessGrid(app, CLIENTS, run_config, shuffle_replies=shuffle)
-    return run(grid, Context(1, 0, {}, RecordDict(), run_config))
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+def run_here(folder: Path, *, seed: int = 0, **config: Any) -> RunOutcome:
+    return run_in_process({**CONFIG, "output-dir": str(folder), **config}, seed)
 
 
 def accuracy_of_unmatched_mean() -> float:
-    """Of the plain mean of differently initialized networks, each trained for the same epochs."""
+    """That of the plain mean of differently initialized networks, trained for as many epochs."""
     config = RunConfig.from_run_config({**CONFIG, "local-epochs": 4})
     grid = InProcessGrid(app, CLIENTS, config.to_run_config())
     messages = []
@@ -66,7 +59,7 @@ def accuracy_of_unmatched_mean() -> float:
 
 def test_one_pass_learns_where_a_mean_of_networks_does_not(tmp_path: Path) -> None:
     first = run_here(tmp_path / "a")
-    again = run_here(tmp_path / "b", shuffle=True)
+    again = run_here(tmp_path / "b", seed=1)
     assert first.digest == again.digest
     metrics = rows(tmp_path / "a")
     assert [row.get("layer-width") for row in metrics] == [None, 16, 32, 60, 10]
@@ -98,6 +91,6 @@ def test_a_wide_model_is_evaluated_saved_and_trained_on(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="model 'resnet18' is none: Conv2d"):
+    with pytest.raises(ModelError, match="model 'resnet18' is not one: Conv2d"):
         run_here(tmp_path / "run", model="resnet18")
     assert not (tmp_path / "run").exists()
