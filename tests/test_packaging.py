@@ -14,7 +14,7 @@ from flwr.cli.build import build_fab_from_disk
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "fedfusion_flwr"
-NOT_BUNDLED = {"experiments", "report", "cli.py"}
+NOT_BUNDLED = {"experiments", "cli.py"}
 """Parts of the package that no run needs."""
 
 
