@@ -157,6 +157,7 @@ def test_what_a_user_can_fix_is_an_error_reply_of_one_sentence(
     assert "\n" not in reply.error.reason
 
 
+@pytest.mark.slow
 def test_compilation_without_a_compiler_is_an_error_reply() -> None:
     from torch._inductor import config
 

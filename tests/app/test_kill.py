@@ -18,7 +18,7 @@ from tests.app.killed import counted, dying_when, in_a_process, to_its_end, with
 from tests.runs import CONFIG, ROUNDS, assert_same_artifacts, rows, run_in_process, write_pictures
 
 KILLED = -signal.SIGKILL
-QUICK = ("fedfusion", "fesem")
+QUICK = ("fesem",)
 """One with a single model and one with several; -m slow runs the others."""
 
 

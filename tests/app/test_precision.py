@@ -31,8 +31,6 @@ from fedfusion_flwr.randomness import torch_generator
 from tests.runs import CONFIG, run_in_process, write_pictures
 from tests.support import assert_identical, tiny_model
 
-pytestmark = pytest.mark.rounding
-
 SETTINGS: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 8,
@@ -133,6 +131,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     warn_of_slow_precision.cache_clear()
 
 
+@pytest.mark.rounding
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="asks for the flags of x86 processors")
 def test_bfloat16_on_the_cpu_needs_avx512() -> None:
     """Of the processor, and of what oneDNN is allowed to use of it."""
@@ -217,6 +216,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 @needs_compiler
 @pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.slow
 def test_compiled_training_is_close_repeatable_and_keeps_the_keys() -> None:
     from torch._dynamo.utils import counters
 

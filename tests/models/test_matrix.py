@@ -32,7 +32,19 @@ CHANNELS = {
     "densenet121": (41824, 64 + 1024),
 }
 SHAPES = [(1, 28, 28), (3, 32, 32), (1, 8, 8), (3, 17, 26)]
-NORMALIZATIONS = get_args(Normalization)
+DEEP = ("mobilenetv2", "densenet121")
+CASES = [
+    pytest.param(
+        *(name, shape, normalization),
+        # Of deep models one case is tried by default; the others take minutes.
+        marks=pytest.mark.slow
+        if name in DEEP and (shape, normalization) != ((3, 32, 32), "batch")
+        else (),
+    )
+    for name in IMAGE_MODELS
+    for shape in SHAPES
+    for normalization in get_args(Normalization)
+]
 
 
 def built(
@@ -47,9 +59,7 @@ def examples(shape: tuple[int, int, int], count: int) -> tuple[torch.Tensor, tor
     return x, torch.arange(count) % 3
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", IMAGE_MODELS)
+@pytest.mark.parametrize(("name", "shape", "normalization"), CASES)
 def test_one_round_of_one_client(
     name: str, shape: tuple[int, int, int], normalization: Normalization
 ) -> None:

@@ -70,7 +70,13 @@ def same_alone_and_together(model: nn.Module) -> bool:
     return torch.allclose(together[:4], alone, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", IMAGE_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "lenet" else pytest.param(name, marks=pytest.mark.slow)
+        for name in IMAGE_MODELS
+    ],
+)
 @pytest.mark.parametrize("normalization", ["group", "layer", "none"])
 def test_an_example_does_not_depend_on_its_batch(name: str, normalization: Normalization) -> None:
     assert same_alone_and_together(built(name, normalization))

@@ -10,12 +10,12 @@ from fedfusion_flwr import RunConfig
 from fedfusion_flwr.data import partition_for
 from tests.strategies.small import train_for_real
 
-pytestmark = pytest.mark.rounding
+pytestmark = [pytest.mark.rounding, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
     ("rotations", "clients", "warmup_rounds"),
-    [(2, 8, 2), pytest.param(4, 12, 3, marks=pytest.mark.slow)],
+    [(2, 8, 2), (4, 12, 3)],
 )
 def test_planted_rotations_are_recovered_and_stay(
     rotations: int, clients: int, warmup_rounds: int

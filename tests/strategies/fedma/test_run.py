@@ -57,6 +57,7 @@ def accuracy_of_unmatched_mean() -> float:
     return float(measured["global-accuracy"])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_one_pass_learns_where_a_mean_of_networks_does_not(tmp_path: Path) -> None:
     first = run_here(tmp_path / "a")
     again = run_here(tmp_path / "b", seed=1)
