@@ -181,26 +181,31 @@ def accuracy(attack: str, hostile: tuple[int, ...], **settings: Any) -> float:
     return sum(report.metrics["global-accuracy"] for report in outcome.reports[-3:]) / 3
 
 
-@pytest.mark.parametrize(
-    ("attack", "strategy"),
-    [
-        ("backwards", "fedfusion"),
-        ("backwards", "fedavg"),
-        ("outlier-statistics", "fedfusion"),
-        ("outlier-statistics", "fedavg"),
-        ("inflated-count", "fedavg"),
-    ],
-)
+@pytest.mark.parametrize("strategy", ["fedfusion", "fedavg"])
+@pytest.mark.parametrize("attack", ["backwards", "outlier-statistics"])
 def test_robust_beats_none(attack: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of ten are hostile: long updates backwards, far statistics, a count that rules."""
+    """Two of ten are hostile: long updates backwards, far statistics."""
     if attack == "backwards":
         monkeypatch.setattr(attackers, "SCALE", -SCALE)
         attack = "scaled"
-    # A client that rules does most harm where its data are of one kind.
-    mixing = 0.0 if attack == "inflated-count" else 0.5
     none, robust = (
-        accuracy(attack, HOSTILE, strategy=strategy, defence=defence, component_mixing=mixing)
+        accuracy(attack, HOSTILE, strategy=strategy, defence=defence, component_mixing=0.5)
         for defence in ("none", "robust")
     )
     assert robust > none + 0.1
     assert robust > 0.6
+
+
+def test_robust_holds_a_count_that_rules() -> None:
+    """Where clients' data are of one kind; how much is lost depends on the initial model."""
+    settings = {"strategy": "fedavg", "component_mixing": 0.0}
+    none, robust = (
+        [
+            accuracy("inflated-count", HOSTILE, defence=defence, seed=seed, **settings)
+            for seed in range(5)
+        ]
+        for defence in ("none", "robust")
+    )
+    assert all(held > free for held, free in zip(robust, none, strict=True))
+    assert sum(robust) / 5 > sum(none) / 5 + 0.05
+    assert min(robust) > 0.6
