@@ -102,10 +102,17 @@ def identity() -> Row:
         "torch": torch.__version__,
         "flwr": version("flwr"),
         "commit": _commit(),
-        # With the instructions: processors with other ones round differently.
-        "machine": f"{os.cpu_count()} cores, {platform.machine()} with "
-        f"{torch.backends.cpu.get_cpu_capability()}{gpu}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()} with {instructions()}{gpu}",
     }
+
+
+def instructions() -> str:
+    """What of a processor decides how torch rounds, e.g. ``AVX512 and AMX``."""
+    import torch
+
+    vectors = torch.backends.cpu.get_cpu_capability()
+    amx = vectors == "AVX512" and torch.cpu._is_amx_tile_supported()
+    return f"{vectors} and AMX" if amx else vectors
 
 
 def _commit() -> str:

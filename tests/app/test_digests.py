@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
+from fedfusion_flwr.experiments.rows import instructions
 from fedfusion_flwr.strategies import registry
 from tests.runs import Killed, assert_same_artifacts, go_dying
 
@@ -49,13 +49,6 @@ CONFIG: dict[str, Any] = {
 COHORTS = {"all": 1.0, "some": 0.5}
 QUICK = ("fedfusion", "fesem", "fedma")
 """The three with the most state; -m slow runs the others."""
-
-
-def kind() -> str:
-    """The features of the processor that decide how torch rounds."""
-    vectors = torch.backends.cpu.get_cpu_capability()
-    amx = vectors == "AVX512" and torch.cpu._is_amx_tile_supported()
-    return f"{vectors} with AMX" if amx else vectors
 
 
 def sketch(folder: Path) -> list[float]:
@@ -108,7 +101,7 @@ def freeze() -> None:
                 table.setdefault("sketches", {})[f"{strategy}, {name}"] = [
                     round(value, 4) for value in sketch(path)
                 ]
-    table.setdefault("digests", {})[kind()] = digests
+    table.setdefault("digests", {})[instructions()] = digests
     TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import defaults
+from benchmarks import defaults, first_run
+from fedfusion_flwr.experiments.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,6 +18,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_table_is_what_the_committed_results_say() -> None:
     assert defaults.table() in (ROOT / "docs" / "defaults.md").read_text(encoding="utf-8")
+
+
+def test_first_run_is_what_the_committed_results_say() -> None:
+    rows = read_rows(first_run.RESULTS)
+    assert [row["seed"] for row in rows] == list(first_run.SEEDS)
+    assert len({(row["machine"], row["torch"], row["flwr"], row["commit"]) for row in rows}) == 1
+    text = README.replace("\n", " ")
+    assert first_run.sentence() in text
+    assert rows[0]["machine"] in text
+    assert f"digest: {rows[0]['digest']}" in text
 
 
 def test_every_result_names_its_run() -> None:
