@@ -270,7 +270,7 @@ class FederatedStrategy(Strategy):
         stand_ins: Sequence[tuple[State, float]] = (),
         assignments: Mapping[int, list[float]] | None = None,
     ) -> Update:
-        """W <- step(w, sum_k p_k w_k): cap the weights, fuse, check, and take the server step.
+        """Cap the weights, fuse, check, and take the server step: w <- step(w, sum_k p_k w_k).
 
         Parameters
         ----------
