@@ -28,9 +28,11 @@ CONFIG: dict[str, Any] = {
 
 
 def run_tweets(engine: Engine, tweets: Path, **config: Any) -> EngineRun:
-    finished = engine.run({**CONFIG, "data-root": str(tweets), **config}, supernodes=4)
+    config = {**CONFIG, "data-root": str(tweets), **config}
+    finished = engine.run(config, supernodes=4)
     assert finished.status == "finished:completed", finished.log[-3000:]
-    assert [row["replies-valid"] for row in finished.metrics()[1:]] == [4, 4]
+    valid = [row["replies-valid"] for row in finished.metrics()[1:]]
+    assert valid == [4] * config["num-server-rounds"]
     assert (finished.directory / "final_model.safetensors").exists()
     return finished
 
@@ -45,7 +47,7 @@ def test_generated_tweets_by_user(engine: Engine, tmp_path: Path) -> None:
 def test_real_tweets(engine: Engine, tmp_path: Path) -> None:
     with gzip.open(REAL, "rt", encoding="latin-1", newline="") as file:
         tweets = write_tweets(tmp_path / "tweets.csv", islice(csv.reader(file), 3000))
-    keys = {"batch-size": 32, "vocabulary-size": 3000, "local-epochs": 3}
+    keys = {"batch-size": 32, "vocabulary-size": 3000, "local-epochs": 3, "num-server-rounds": 5}
     finished = run_tweets(engine, tweets, partition="iid", **keys)
     # 300 are held out: guessing stays below 0.6 by three standard deviations.
-    assert finished.metrics()[2]["global-accuracy"] > 0.6
+    assert finished.metrics()[-1]["global-accuracy"] > 0.6
