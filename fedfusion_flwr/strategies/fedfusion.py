@@ -193,7 +193,7 @@ class FedFusion(FederatedStrategy):
         if self.sampling == "random" or self.state.posterior is None:
             return super().sample_clients(server_round, clients, size)
         memory = self.state.memory
-        known = [i for i in memory.ids if memory.clients[i].assignment is not None]
+        known = self._known()
         main = memory.assignments(known).argmax(1).tolist()
         generator = numpy_generator(self.seed, "stratified-sampling", server_round)
         component_of = dict(zip(known, main, strict=True))
@@ -246,9 +246,8 @@ class FedFusion(FederatedStrategy):
         )
 
     def prepare_evaluation(self) -> None:
-        """Read the assignments once, for all clients that are evaluated."""
-        known = self.state.posterior is not None
-        self._at_evaluation = self._beliefs() if known else _Beliefs([], torch.empty(0))
+        """Look once at who belongs where, for all clients that are evaluated."""
+        self._at_evaluation = self._beliefs()
 
     def personal_model(self, client: int) -> State:
         """sum_m b_km w_m: the client's mixture of component models.
@@ -302,8 +301,15 @@ class FedFusion(FederatedStrategy):
         state.posterior = memory.absorb(posterior)
         return {"elbo": state.posterior.elbo}
 
+    def _known(self) -> list[int]:
+        """The clients that have been through an inference: one that failed leaves newcomers out."""
+        memory = self.state.memory
+        return [i for i in memory.ids if memory.clients[i].assignment is not None]
+
     def _beliefs(self) -> _Beliefs:
-        known = self.state.memory.ids
+        known = self._known()
+        if not known:
+            return _Beliefs([], torch.empty(0))
         return _Beliefs(known, prune_assignments(self.state.memory.assignments(known)))
 
     def _choose_mixture(self, beliefs: _Beliefs, here: Tensor, examples: Tensor) -> Tensor:

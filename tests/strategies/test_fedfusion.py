@@ -171,6 +171,24 @@ def test_failed_inference_falls_back_to_example_weights_and_says_so() -> None:
     assert outcome.train_metrics(1)["fusion-fallback"] == 1.0
 
 
+class BreakingInference(PlantedInference):
+    """Fails from its second fit on."""
+
+    def fit(self, vectors: torch.Tensor, num_examples: torch.Tensor) -> FusionPosterior:
+        self.num_fits += 1
+        if self.num_fits > 1:
+            raise InferenceError("the loss is not finite at step 1 of 2")
+        return super().fit(vectors, num_examples)
+
+
+def test_newcomers_of_a_failed_inference_are_served_the_global_model() -> None:
+    """Those known before keep their components; nobody ends the run."""
+    settings = {"fraction_train": 0.5, "fraction_evaluate": 1.0, "rounds": 3}
+    outcome = fuse_groups(6, inference=BreakingInference(5), **settings)
+    assert [r.metrics["fusion-fallback"] for r in outcome.reports[1:]] == [0, 1, 1]
+    assert [r.metrics["evaluate-replies-valid"] for r in outcome.reports[1:]] == [6, 6, 6]
+
+
 def test_model_without_normalization_is_refused_with_the_remedy() -> None:
     def plain(message: Message, context: Context) -> Message:
         return FakeClient(normalization=False)(message, context)
