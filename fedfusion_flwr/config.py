@@ -132,9 +132,9 @@ class RunConfig:
     assignment_smoothing: float = checked(0.5, DECAY)
     absent: Absent = choice(Absent, "drop")
     vae_step: int = checked(1, at_least(1))
-    vae_steps: int = checked(60, at_least(1))
-    vae_refit_steps: int = checked(5, at_least(1))
-    vae_learning_rate: float = checked(3e-3, RATE)
+    vae_steps: int = checked(200, at_least(1))
+    vae_refit_steps: int = checked(10, at_least(1))
+    vae_learning_rate: float = checked(2e-2, RATE)
 
     proximal_mu: float = checked(0.01, at_least(0))
     num_clusters: int = checked(5, at_least(1))

@@ -140,9 +140,9 @@ class FedFusion(FederatedStrategy):
     absent: Absent = choice(Absent, "drop")
     assignment_smoothing: float = checked(0.5, DECAY)
     vae_step: int = checked(1, at_least(1))
-    vae_steps: int = checked(60, at_least(1))
-    vae_refit_steps: int = checked(5, at_least(1))
-    vae_learning_rate: float = checked(3e-3, RATE)
+    vae_steps: int = checked(200, at_least(1))
+    vae_refit_steps: int = checked(10, at_least(1))
+    vae_learning_rate: float = checked(2e-2, RATE)
     inference: DistributionInference | None = None
     state: FedFusionState = field(init=False)
 
@@ -297,7 +297,12 @@ class FedFusion(FederatedStrategy):
         due = (self.server_round - 1) % self.vae_step == 0
         if not (newcomers or due or state.posterior is None):
             return {}
-        posterior = state.inference.fit(memory.vectors(), memory.num_examples())
+        posterior = state.inference.fit(
+            memory.vectors(),
+            memory.num_examples(),
+            rounds=memory.rounds(),
+            residuals=memory.residuals,
+        )
         state.posterior = memory.absorb(posterior)
         return {"elbo": state.posterior.elbo}
 
