@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference of the clients' mixtures: find what tells them apart, fit the VAE, read the posterior."""
+"""Inference of the clients' mixtures: what tells them apart, the VAE, and its posterior."""
 
 from __future__ import annotations
 

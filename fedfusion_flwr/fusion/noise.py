@@ -37,7 +37,8 @@ def whitening(residuals: Tensor) -> Tensor:
     covariance = torch.as_tensor(ledoit_wolf((residuals / unit).numpy(), assume_centered=True)[0])
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(_FLOOR * float(values.max()))
-    return (vectors / values.sqrt()) @ vectors.T / unit.unsqueeze(1)
+    root: Tensor = (vectors / values.sqrt()) @ vectors.T
+    return root / unit.unsqueeze(1)
 
 
 def number_of_signals(eigenvalues: Tensor, clients: int, features: int) -> int:
