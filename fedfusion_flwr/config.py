@@ -15,6 +15,7 @@ from fedfusion_flwr.config_rules import (
     ANY,
     DECAY,
     FRACTION,
+    OWN_OR_AT_LEAST_0,
     RATE,
     ZERO_OR_RATIO,
     Rule,
@@ -110,6 +111,7 @@ class RunConfig:
     learning_rate: float = checked(0.02, RATE)
     momentum: float = checked(0.9, DECAY)
     weight_decay: float = checked(1e-4, at_least(0))
+    label_calibration: float = checked(-1.0, OWN_OR_AT_LEAST_0)
     local_normalization: LocalNormalization = choice(LocalNormalization, "batch")
     fused_from_round: int = checked(5, at_least(2))
     precision: Precision = choice(Precision, "fp32")

@@ -107,6 +107,7 @@ FIGURES: list[tuple[Value, str, str]] = [
     (1.1, "from 0 to 1", "fraction-evaluate balance-exponent"),
     (-0.1, "from 0 to 10", "statistics-noise"),
     (0.5, "0, or at least 1", "max-examples-ratio"),
+    (-0.5, "at least 0, or -1 for the strategy's own", "label-calibration"),
 ]
 OUT_OF_RANGE = WORDS + [
     (key, value, allowed) for value, allowed, keys in FIGURES for key in keys.split()

@@ -18,14 +18,16 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.app.training import (
     EVALUATION_BATCH,
-    evaluate,
+    evaluate_with_prior,
     least_loss,
     train,
 )
+from fedfusion_flwr.calibration import label_log_prior
 from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.data import (
@@ -69,6 +71,23 @@ class _Work:
         """The strategy's setting if there is one, else ``otherwise``."""
         return float(cast(float, self.settings.get(key, otherwise)))
 
+    @functools.cached_property
+    def label_counts(self) -> Tensor:
+        """Training examples of each class, (C,), on the CPU."""
+        classes = data_for(self.config).num_classes
+        return torch.bincount(self.data.y.cpu(), minlength=classes)
+
+    @property
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss of local training, calibrated if the server says so."""
+        own = max(self.config.label_calibration, 0.0)
+        tau = self.setting(protocol.LABEL_CALIBRATION, own)
+        if not tau:
+            return F.cross_entropy
+        # As `calibrated_cross_entropy`, which would compute the prior anew in every step.
+        offset = (tau * label_log_prior(self.label_counts)).to(self.data.x.device)
+        return lambda logits, labels: F.cross_entropy(logits + offset, labels)
+
     def choose(self) -> dict[str, int]:
         """If several models came, load the one of least training loss (IFCA); report it."""
         if protocol.NUM_MODELS not in self.settings:
@@ -84,7 +103,7 @@ def handle_train(message: Message, context: Context) -> Message:
 
 
 def handle_evaluate(message: Message, context: Context) -> Message:
-    """Reply with the received model's loss and accuracy on the client's held-out part."""
+    """Reply with the received model's loss and accuracies on the client's held-out part."""
     return _answer(message, context, _evaluate)
 
 
@@ -123,6 +142,7 @@ def _train(work: _Work) -> RecordDict:
         proximal_mu=work.setting(protocol.PROXIMAL_MU, 0),
         max_steps=int(work.setting(protocol.MAX_STEPS, 0)) or None,
         frozen=set(cast(list[str], work.settings.get(protocol.FROZEN, []))),
+        criterion=work.criterion,
     )
     reported[protocol.TRAIN_LOSS], reported[protocol.GRADIENT_STEPS] = result
     if config.statistics_source == "local":
@@ -134,8 +154,7 @@ def _train(work: _Work) -> RecordDict:
     )
     metrics = MetricRecord(dict(reported))
     if work.settings.get(protocol.CLASS_COUNTS, False):
-        counts = torch.bincount(data.y, minlength=data_for(config).num_classes)
-        metrics[protocol.CLASS_COUNTS] = counts.tolist()
+        metrics[protocol.CLASS_COUNTS] = work.label_counts.tolist()
     content[protocol.METRICS] = metrics
     return content
 
@@ -156,10 +175,15 @@ def _evaluate(work: _Work) -> RecordDict:
         raise FedFusionError("this client has no validation examples; raise validation-fraction")
     reported: dict[str, float] = {protocol.NUM_EXAMPLES: len(work.data.x_validation)}
     reported |= work.choose()
-    loss, accuracy = evaluate(
-        work.model, work.data.x_validation, work.data.y_validation, work.config.precision
+    held_out, prior = work.data, label_log_prior(work.label_counts)
+    found = evaluate_with_prior(
+        work.model, held_out.x_validation, held_out.y_validation, prior, work.config.precision
     )
-    reported |= {"personalized-loss": loss, "personalized-accuracy": accuracy}
+    reported |= {
+        "personalized-loss": found.loss,
+        "personalized-accuracy": found.accuracy,
+        "personalized-prior-accuracy": found.prior_accuracy,
+    }
     return RecordDict({protocol.METRICS: MetricRecord(dict(reported))})
 
 
