@@ -107,6 +107,7 @@ class RunConfig:
     normalization: Normalization = choice(Normalization, "batch")
     normalization_groups: int = checked(2, at_least(1))
     local_epochs: int = checked(1, at_least(1))
+    local_steps: int = checked(0, at_least(0))
     batch_size: int = checked(32, at_least(2))
     learning_rate: float = checked(0.02, RATE)
     momentum: float = checked(0.9, DECAY)
@@ -122,6 +123,7 @@ class RunConfig:
     fraction_train: float = checked(1.0, FRACTION)
     fraction_evaluate: float = checked(1.0, between(0, 1))
     evaluate_every: int = checked(10, at_least(1))
+    finetune_steps: int = checked(0, at_least(0))
     central_evaluate_every: int = checked(1, at_least(1))
     sampling: Sampling = choice(Sampling, "random")
 
