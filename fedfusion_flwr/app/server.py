@@ -57,11 +57,12 @@ from fedfusion_flwr.tracking.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """A finished run: Flower's result, the digest of the served model, the run directory."""
+    """A finished run: Flower's result, digest of the served model, run directory, strategy."""
 
     result: Result
     digest: str
     directory: Path
+    strategy: FederatedStrategy
 
 
 def run(grid: Grid, context: Context) -> RunOutcome:
@@ -135,7 +136,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     log(INFO, "%s", records.history)
     log(INFO, "Final model digest: %s", digest)
     log(INFO, "Run directory: %s", directory.path)
-    return RunOutcome(result, digest, directory.path)
+    return RunOutcome(result, digest, directory.path, strategy)
 
 
 class _Records:

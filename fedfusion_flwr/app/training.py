@@ -210,7 +210,9 @@ def evaluate(
         If there are no examples.
     """
     loss, correct = 0.0, 0
-    for logits, labels in _evaluated(model, x, y, precision, batch_statistics):
+    for logits, labels in zip(
+        logits_of(model, x, precision, batch_statistics=batch_statistics), _pieces(y), strict=True
+    ):
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         correct += int((logits.argmax(1) == labels).sum())
     return loss / len(x), correct / len(x)
@@ -225,31 +227,33 @@ def evaluate_with_prior(
     """
     loss, correct, with_prior = 0.0, 0, 0
     log_prior = log_prior.to(x.device)
-    for logits, labels in _evaluated(model, x, y, precision):
+    for logits, labels in zip(logits_of(model, x, precision), _pieces(y), strict=True):
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         correct += int((logits.argmax(1) == labels).sum())
         with_prior += int(((logits + log_prior).argmax(1) == labels).sum())
     return Evaluation(loss / len(x), correct / len(x), with_prior / len(x))
 
 
-def _evaluated(
-    model: nn.Module, x: Tensor, y: Tensor, precision: str, batch_statistics: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Float32 logits and labels, batch by batch; leaves the model in eval mode."""
+def logits_of(
+    model: nn.Module, x: Tensor, precision: str = "fp32", *, batch_statistics: bool = False
+) -> Iterator[Tensor]:
+    """Float32 logits (n, C), part by part; arguments are as in `evaluate`."""
     if len(x) == 0:
         raise TrainingError("there are no examples to evaluate on")
     model.eval()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.train(batch_statistics)
-    pieces = math.ceil(len(x) / EVALUATION_BATCH)  # of nearly equal size: never one example alone
-    for rows, labels in zip(
-        torch.tensor_split(x, pieces), torch.tensor_split(y, pieces), strict=True
-    ):
+    for inputs in _pieces(x):
         with torch.inference_mode(), autocast(x.device, precision):
-            logits = model(rows).float()
-        yield logits, labels
+            logits = model(inputs).float()
+        yield logits
     model.eval()
+
+
+def _pieces(values: Tensor) -> Sequence[Tensor]:
+    """Parts of nearly equal size, of at most `EVALUATION_BATCH`: never one example alone."""
+    return torch.tensor_split(values, max(1, math.ceil(len(values) / EVALUATION_BATCH)))
 
 
 def least_loss(
