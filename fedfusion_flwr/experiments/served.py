@@ -154,14 +154,12 @@ def measure_served(config: Mapping[str, Any], strategy: FederatedStrategy) -> Ro
 
 def _measured(config: RunConfig, strategy: FederatedStrategy) -> Row:
     torch.set_num_threads(config.threads_per_client)
-    shares, views, labels = (
-        client_shares(config),
-        views_of_test_set(config),
-        data_for(config).y_test,
-    )
-    clients = range(len(shares))
+    shares, views = client_shares(config), views_of_test_set(config)
+    labels, clients = data_for(config).y_test, range(len(shares))
     strategy.prepare_evaluation()
     models = [strategy.personal_model(client) for client in clients]
+    log_priors: dict[int, Tensor] = {}
+    alike: dict[tuple[int, int], list[int]] = {}
 
     def ready(client: int) -> tuple[LocalWork, int]:
         """The client with its model loaded, and the number of the model that it chose."""
@@ -179,8 +177,6 @@ def _measured(config: RunConfig, strategy: FederatedStrategy) -> Row:
         priors = torch.stack([log_priors[client] for client in those])
         return served_accuracy(work.model, views, labels, shares[those], priors, config.precision)
 
-    log_priors: dict[int, Tensor] = {}
-    alike: dict[tuple[int, int], list[int]] = {}
     for client in clients:
         work, choice = ready(client)
         log_priors[client] = work.log_prior
