@@ -50,32 +50,44 @@ def clear_groups(x: Tensor, most: int, earlier: int = 0) -> Tensor | None:
     Tensor or None
         Labels (K,), the largest group first, or None if no groups are clear.
     """
-    # Imported here because clients import this package too, and these take a second.
-    from scipy.cluster.hierarchy import fcluster, linkage
-    from sklearn.metrics import pairwise_distances, silhouette_score
+    # Imported here because clients import this package too, and scipy takes long.
+    from scipy.cluster.hierarchy import cut_tree, linkage
 
     points = x[some_clients(len(x))].numpy()
-    if len(points) < 3:
+    numbers = range(2, min(most, len(points) - 1) + 1)
+    if not numbers:
         return None
-    tree, distances = linkage(points, "ward"), pairwise_distances(points)
-    cuts, scores = {}, {}
-    for groups in range(2, min(most, len(points) - 1) + 1):
-        labels = fcluster(tree, groups, "maxclust") - 1
-        if labels.max() == groups - 1:
-            cuts[groups] = labels
-            scores[groups] = float(silhouette_score(distances, labels, metric="precomputed"))
+    cuts = cut_tree(linkage(points, "ward"), list(numbers)).T
+    distances = np.linalg.norm(points[:, None] - points, axis=2)
+    scores = {n: silhouette(distances, cut) for n, cut in zip(numbers, cuts, strict=True)}
     best = max(scores.values(), default=0.0)
     if best < CLEAR_GROUPS:
         return None
     chosen = max(groups for groups, score in scores.items() if score >= PARSIMONY * best)
     if scores.get(earlier, 0.0) >= scores[chosen]:
         chosen = earlier
-    labels = cuts[chosen]
+    labels = cuts[chosen - 2]
     if len(points) < len(x):
         centres = np.stack([points[labels == group].mean(0) for group in range(chosen)])
         labels = torch.cdist(x, torch.as_tensor(centres)).argmin(1).numpy()
     order = np.argsort(-np.bincount(labels, minlength=chosen), kind="stable")
     return torch.as_tensor(np.argsort(order)[labels])
+
+
+def silhouette(distances: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over clients of (b - a) / max(a, b), Rousseeuw 1987, eq. 3; 0 for a client alone.
+
+    a is the mean distance from the others of the client's own group, b that from the nearest other
+    group. Distances (K, K), labels (K,) from 0 to G - 1, G at least 2.
+    """
+    member = np.eye(labels.max() + 1)[labels]
+    sizes = member.sum(0)
+    own = sizes[labels]
+    total = distances @ member
+    inside = (total * member).sum(1) / np.maximum(own - 1, 1)
+    outside = np.where(member > 0, np.inf, total / sizes).min(1)
+    value = (outside - inside) / np.maximum(np.maximum(inside, outside), 1e-300)
+    return float(np.where(own > 1, value, 0.0).mean())
 
 
 def archetypes(x: Tensor, count: int) -> Tensor:
