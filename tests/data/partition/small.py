@@ -9,7 +9,8 @@ from typing import Any, get_args
 import numpy as np
 from hypothesis import HealthCheck, settings
 
-from fedfusion_flwr.data.partition import Partition, PartitionKind, PartitionSpec, make_partition
+from fedfusion_flwr.config import PartitionKind
+from fedfusion_flwr.data.partition import Partition, PartitionSpec, make_partition
 
 LABELS = np.arange(10).repeat(40)
 USERS = np.arange(400) % 100

@@ -85,7 +85,7 @@ def test_partitions_are_the_same_in_a_fresh_process() -> None:
 
 def test_imports_point_down() -> None:
     """The spec at the bottom, the kinds above it, and nothing from the rest of `data`."""
-    ranks = {"spec": 0, "components": 1, "flower": 1, "users": 1, "make": 2, "__init__": 3}
+    ranks = {"spec": 0, "components": 1, "flower": 1, "make": 2, "__init__": 3}
     folder = Path(partition.__file__).parent
     for name, rank in ranks.items():
         text = (folder / f"{name}.py").read_text(encoding="utf-8")
