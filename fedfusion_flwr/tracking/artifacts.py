@@ -102,7 +102,7 @@ class RunDirectory:
 
     def write_state(self, name: str, state: Mapping[str, Tensor], **metadata: object) -> None:
         """Write a state dict as safetensors; metadata values become strings."""
-        tensors = {key: value.contiguous().clone() for key, value in state.items()}
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
         with self.writing(name) as file:
             file.write(save(tensors, {k.replace("_", "-"): str(v) for k, v in metadata.items()}))
 
