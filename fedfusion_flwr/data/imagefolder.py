@@ -40,11 +40,6 @@ def imagefolder(root: str) -> FederatedData:
     ``classes.txt`` in the root fixes the classes and their order instead; then a split may lack
     some of them. ``moments.txt`` fixes what pixels are normalized by, instead of the moments of
     the training part.
-
-    Raises
-    ------
-    DataError
-        Names the folder or file that is wrong.
     """
     folder = existing_root("imagefolder", root)
     listed = read_classes(folder)

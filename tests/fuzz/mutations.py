@@ -21,40 +21,15 @@ WHOLE = st.sampled_from(
 )
 REAL = st.sampled_from([0.0, -0.0, 1e-320, 1e7, -1e7, 1e30, 3.4e38, 1e308, math.inf, math.nan, 0.5])
 NUMBER = WHOLE | REAL | st.integers() | st.floats() | st.booleans()
-NAME = st.sampled_from(
-    [
-        "",
-        "arrays",
-        "metrics",
-        "client",
-        "num-examples",
-        "train-loss",
-        "round",
-        "fc.weight",
-        "\u202e",
-    ]
-) | st.text(max_size=12)
+KNOWN = "arrays metrics client num-examples train-loss round fc.weight \u202e"
+NAME = st.sampled_from(["", *KNOWN.split()]) | st.text(max_size=12)
 VALUE = NUMBER | st.text(max_size=8) | st.binary(max_size=8) | st.lists(NUMBER, max_size=4)
 METRIC = NUMBER | st.lists(NUMBER, max_size=4)
 
-DESCRIPTION = st.sampled_from(
-    [
-        "<f4",
-        ">f4",
-        "<f8",
-        "<f2",
-        "|b1",
-        "<i8",
-        "<u8",
-        "|O",
-        "<U3",
-        "|S2",
-        "|V8",
-        "<c8",
-        "<M8[s]",
-        "",
-    ]
-).map(repr) | st.sampled_from(["[('a', '<f4')]", "None", "('<f4', (2,))", "'<f4' * 99", "[]"])
+TYPES = "<f4 >f4 <f8 <f2 |b1 <i8 <u8 |O <U3 |S2 |V8 <c8 <M8[s]"
+DESCRIPTION = st.sampled_from([*TYPES.split(), ""]).map(repr) | st.sampled_from(
+    ["[('a', '<f4')]", "None", "('<f4', (2,))", "'<f4' * 99", "[]"]
+)
 EXTENT = st.sampled_from(["0", "1", "2", "-1", "True", "None", "2.0", "'2'", "2**9", "9" * 30])
 SHAPE = st.lists(EXTENT, max_size=40).map(lambda parts: f"({''.join(f'{p}, ' for p in parts)})")
 
@@ -106,11 +81,8 @@ def _payloads(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 
 @st.composite
 def _payload(draw: st.DrawFn) -> Spoil:
-    record, index, change = (
-        draw(st.sampled_from(RECORDS)),
-        draw(st.integers(0, 9)),
-        draw(_payloads()),
-    )
+    record, index = draw(st.sampled_from(RECORDS)), draw(st.integers(0, 9))
+    change = draw(_payloads())
     # The server ignores these labels, but reads no serialization other than NumPy's.
     stype = st.sampled_from(["numpy.ndarray"] * 4 + ["torch.tensor"])
     shape = st.lists(st.integers(), max_size=3).map(tuple)

@@ -16,8 +16,7 @@ from PIL import Image
 
 from fedfusion_flwr import RunConfig
 from fedfusion_flwr.data import data_for, partition_for
-from fedfusion_flwr.data.overview import PartitionOverview
-from fedfusion_flwr.data.partition.__main__ import main
+from fedfusion_flwr.data.partition.__main__ import PartitionOverview, main
 
 OVERRIDES = 'partition="dirichlet" num-clients=20 dirichlet-alpha=0.3 seed=4'
 CONFIG = RunConfig(partition="dirichlet", num_clients=20, dirichlet_alpha=0.3, seed=4)
