@@ -76,7 +76,7 @@ class FusionArchive:
         self.rows.append(
             {
                 "round": report.server_round,
-                "clients": np.array(fusion.clients),
+                "clients": np.array(fusion.clients, np.int64),
                 "assignments": fusion.posterior.assignments.numpy(),
                 "weights": fusion.weights.numpy(),
                 "mixture": fusion.mixture.numpy(),

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,17 @@ from hypothesis import strategies as st
 
 from fedfusion_flwr.data import partition
 from fedfusion_flwr.data.partition import Partition, PartitionError, local_split, make_partition
-from tests.data.partition.small import FAST, KINDS, LABELS, digest, made, same, sizes, spec_of
+from tests.data.partition.small import (
+    FAST,
+    KINDS,
+    LABELS,
+    digest,
+    fresh_process,
+    made,
+    same,
+    sizes,
+    spec_of,
+)
 
 GOLDEN = {
     "iid": "a52932a636baaa64",
@@ -73,14 +80,7 @@ def test_partitions_never_change(kind: str) -> None:
 
 def test_partitions_are_the_same_in_a_fresh_process() -> None:
     script = "from tests.data.partition.small import *; print(*map(digest, KINDS))"
-    output = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert output.split() == [digest(kind) for kind in KINDS]
+    assert fresh_process("-c", script).split() == [digest(kind) for kind in KINDS]
 
 
 def test_imports_point_down() -> None:
