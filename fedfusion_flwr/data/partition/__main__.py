@@ -29,18 +29,8 @@ _LONGEST_NAME = 10
 class PartitionOverview:
     """What each client gets from a run config's partition.
 
-    Attributes
-    ----------
-    config : RunConfig
-        The run.
-    counts : np.ndarray
-        Training examples of each client and class, (K, C), int64.
-    available : np.ndarray
-        Training examples of each class before they are divided, (C,), int64.
-    classes : tuple[str, ...]
-        Names of the classes.
-    components : np.ndarray or None
-        Main planted component of each client, (K,), if components are planted.
+    ``counts`` (K, C) are the training examples of each client and class, ``available`` (C,) those
+    of each class before they are divided, and ``components`` (K,) the main planted ones, if any.
     """
 
     config: RunConfig

@@ -70,20 +70,11 @@ def clients_per_component(
 def transform_component(
     x: Tensor, component: np.ndarray, num_components: int, kind: ComponentTransform
 ) -> Tensor:
-    """The images as their planted components show them.
+    """The images (N, C, H, W) as their planted components (N,), of M in all, show them.
 
-    Parameters
-    ----------
-    x : Tensor
-        Images, shape (N, C, H, W), square if they are to be rotated.
-    component : np.ndarray
-        Component of each image, shape (N,), integers in [0, ``num_components``).
-    num_components : int
-        M.
-    kind : ComponentTransform
-        ``rotate`` turns the images of component m counterclockwise by m * 360 / M degrees, exactly
-        if that is a multiple of 90; uncovered corners get the image's darkest value. ``none``
-        returns ``x`` itself.
+    ``rotate`` turns those of component m counterclockwise by m * 360 / M degrees, exactly if that
+    is a multiple of 90; images must be square, and uncovered corners get the image's darkest
+    value. ``none`` returns ``x`` itself.
     """
     if component.shape != (len(x),):
         raise ValueError(f"component must have shape ({len(x)},), got {component.shape}")

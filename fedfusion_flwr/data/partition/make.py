@@ -65,22 +65,10 @@ def make_partition(
 def local_split(
     indices: np.ndarray, fraction: float, seed: int, partition_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Split one client's examples into training and validation.
+    """Sorted positions in ``indices`` (n,), not the indices themselves, of train and validation.
 
-    Parameters
-    ----------
-    indices : np.ndarray
-        The client's examples, shape (n,), n at least 1.
-    fraction : float
-        Share of validation examples, in [0, 1). Above 0, a client of two examples or more holds
-        out at least one; one training example always remains.
-    seed, partition_id : int
-        Seed of the draw, and the client, which draws its own.
-
-    Returns
-    -------
-    tuple[np.ndarray, np.ndarray]
-        Sorted positions in ``indices`` (not the indices themselves) of train and of validation.
+    ``fraction`` in [0, 1) is the share of validation examples. Above 0, a client of two examples or
+    more holds out at least one; one training example always remains. Each client draws its own.
 
     Raises
     ------
