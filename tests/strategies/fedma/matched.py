@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 
-from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.strategies import FedMA
 from fedfusion_flwr.strategies.fedma.network import plain_network
 from tests.support import (
-    FakeClient,
     Outcome,
     Recorder,
     State,
@@ -61,22 +58,3 @@ def trained(received: State, partition: int, times: int = 1) -> State:
     for _ in range(times):
         received = honest_state(received, partition)
     return received
-
-
-@dataclass
-class Listener(FakeClient):
-    """Keeps each train message by round and partition, and every message's type."""
-
-    settings: dict[tuple[int, int], ConfigRecord] = field(default_factory=dict)
-    received: dict[tuple[int, int], State] = field(default_factory=dict)
-    types: list[tuple[str, int]] = field(default_factory=list)
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        config = message.content.config_records["config"]
-        where = int(config["server-round"]), int(context.node_config["partition-id"])  # type: ignore[arg-type]
-        self.types.append((message.metadata.message_type, where[0]))
-        if message.metadata.message_type == "train":
-            self.settings[where] = config
-            arrays = message.content.array_records["arrays"]
-            self.received[where] = protocol.state_from_record(arrays)
-        return super().__call__(message, context)

@@ -14,7 +14,8 @@ from flwr.app import Context, Message
 
 from fedfusion_flwr.federation.conversation import RunStopped
 from tests.federation.hostile_rows import SPOILED
-from tests.strategies.fedma.matched import HONEST, OUT, Listener, run_fedma
+from tests.strategies.fedma.matched import HONEST, OUT, run_fedma
+from tests.strategies.planted import Listener
 from tests.support import (
     WEIGHT,
     FakeClient,
@@ -123,7 +124,7 @@ def test_clients_that_vanish_on_the_way(lost: tuple[int, ...], min_valid: int) -
     class Vanishing(Listener):
         def __call__(self, message: Message, context: Context) -> Message:
             reply = super().__call__(message, context)
-            if len(self.received) == 3 and grid.nodes.keys() == set(nodes):
+            if len(self.sent) == 3 and grid.nodes.keys() == set(nodes):
                 for partition in lost:
                     grid.remove_node(nodes[partition])
                 for partition in range(3, 6):
@@ -135,7 +136,7 @@ def test_clients_that_vanish_on_the_way(lost: tuple[int, ...], min_valid: int) -
     nodes = list(grid.nodes)
     settings = {"min_valid_replies": min_valid, "matching_width": "fixed"}
     outcome = run_fedma(client, 3, rounds=3, grid=grid, **settings)
-    asked = [{p for r, p in client.received if r == number} for number in (1, 2)]
+    asked = [client.states_for("train", number).keys() for number in (1, 2)]
     assert asked[0] == {0, 1, 2}
     if len(lost) == 1 and min_valid == 1:
         assert asked[1] == {1, 2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ def match(
     grow: bool = True,
     seed: int = 0,
 ) -> Matching:
+    settings: Any = {"gamma": gamma, "sweeps": sweeps, "grow": grow}
     generator = np.random.default_rng(seed)
-    return match_units(descriptors, gamma=gamma, sweeps=sweeps, generator=generator, grow=grow)
+    return match_units(dict(enumerate(descriptors)), generator=generator, **settings)
 
 
 def random_rows(seed: int, *shape: int, std: float = 1.0) -> np.ndarray:
@@ -102,7 +104,7 @@ def test_every_matching_is_one(widths: list[int], seed: int, gamma: float, sweep
     assert max(widths) <= matching.width <= sum(widths)
     assert len(matching.members) == matching.width
     assert matching.members.min() >= 1
-    for units, width in zip(matching.units, widths, strict=True):
+    for units, width in zip(matching.units.values(), widths, strict=True):
         assert len(units) == len(set(units.tolist())) == width
 
 
@@ -114,7 +116,7 @@ def test_the_widest_network_is_the_first() -> None:
 
 
 def test_one_network_is_matched_to_itself() -> None:
-    (units,) = match([random_rows(0, 9, 4)], gamma=7.0).units
+    units = match([random_rows(0, 9, 4)], gamma=7.0).units[0]
     assert units.tolist() == list(range(9))
 
 
@@ -124,7 +126,7 @@ def test_copies_are_matched_to_each_other(gamma: float, grow: bool) -> None:
     matching = match(copies, gamma, grow=grow)
     assert matching.width == 32
     # Unit i of a copy is unit orders[i] of the first: they share a global one.
-    for units, order in zip(matching.units, orders, strict=True):
+    for units, order in zip(matching.units.values(), orders, strict=True):
         assert units.tolist() == matching.units[0][order].tolist()
 
 
@@ -144,7 +146,7 @@ def test_sweeps_mend_the_first_matching() -> None:
 
     def strays(matching: Matching) -> int:
         """Pairs of networks' units that are one and are not matched."""
-        pairs = zip(matching.units, orders, strict=True)
+        pairs = zip(matching.units.values(), orders, strict=True)
         where = [units[np.argsort(order)] for units, order in pairs]
         return sum(int((a != b).sum()) for a, b in itertools.combinations(where, 2))
 
@@ -155,7 +157,7 @@ def test_sweeps_mend_the_first_matching() -> None:
 def test_seed_decides() -> None:
     descriptors = [random_rows(j, 10, 3) for j in range(5)]
     first, again = (match(descriptors, 1.0, seed=4) for _ in range(2))
-    assert all((a == b).all() for a, b in zip(first.units, again.units, strict=True))
+    assert all((first.units[j] == again.units[j]).all() for j in range(5))
 
 
 @pytest.mark.parametrize(
