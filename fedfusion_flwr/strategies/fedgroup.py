@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import RunConfig
@@ -33,7 +32,7 @@ from fedfusion_flwr.federation.sampling import random_cohort
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.strategies.clusters import ClusteredState, ClusteredStrategy, mean_of
-from fedfusion_flwr.strategies.geometry import gram_matrix, k_means, principal_coordinates
+from fedfusion_flwr.strategies.geometry import decomposed_cosines, gram_matrix, k_means
 
 
 @dataclass
@@ -152,12 +151,3 @@ class FedGroup(ClusteredStrategy):
             f"FedGroup: {self.num_clusters} groups, cold start of {self.pretrain_steps} steps, "
             f"inter-group rate {self.inter_group_rate:g}"
         )
-
-
-def decomposed_cosines(gram: Tensor, dimensions: int) -> Tensor:
-    """E, (K, dimensions): cosine of every update with the leading singular directions.
-
-    With eigenpairs (lambda_k, u_k) of the updates' Gram matrix G, E_ik = sqrt(lambda_k) u_ik /
-    sqrt(G_ii): the singular vectors themselves are never needed. Signs of columns are arbitrary.
-    """
-    return principal_coordinates(gram, dimensions) / gram.diagonal().sqrt().unsqueeze(1)

@@ -58,6 +58,15 @@ def principal_coordinates(gram: Tensor, dimensions: int | None = None) -> Tensor
     return points[:, :dimensions]
 
 
+def decomposed_cosines(gram: Tensor, dimensions: int) -> Tensor:
+    """E, (K, dimensions): cosine of every update with the leading singular directions.
+
+    With eigenpairs (lambda_k, u_k) of the updates' Gram matrix G, E_ik = sqrt(lambda_k) u_ik /
+    sqrt(G_ii): the singular vectors themselves are never needed. Signs of columns are arbitrary.
+    """
+    return principal_coordinates(gram, dimensions) / gram.diagonal().sqrt().unsqueeze(1)
+
+
 def count_different(points: Tensor) -> int:
     """How many rows of (K, D) differ by more than rounding: no clustering can find more groups."""
     scale = float(points.abs().max()) or 1.0

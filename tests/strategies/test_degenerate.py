@@ -78,7 +78,7 @@ def test_fedgroup_with_one_group_is_fedavg_from_the_mean_of_the_pretrained() -> 
 
     class ColdStart(FedGroup):
         def prepare_cohort(self, cohort: Any, exchange: Any) -> None:
-            self.start = self.state.clusters.models[0]
+            self.start = self.clusters.models[0]
             raise StopIteration
 
     cold = ColdStart(num_clusters=1, pretrain_steps=3, min_available_nodes=6)

@@ -44,10 +44,10 @@ def finder(name: str, seed: int = 0, **settings: Any) -> FederatedStrategy:
 def test_planted_groups_are_found_exactly_and_kept(name: str, seed: int) -> None:
     strategy = finder(name, seed)
     outcome = run_planted(strategy, PlantedClients(group_of, seed), CLIENTS, rounds=4)
-    assert strategy.state.clusters.of.keys() == set(range(CLIENTS))
-    assert same_partition(strategy.state.clusters.of, group_of)
-    assert len(strategy.state.clusters.models) == GROUPS
-    assert outcome.reports[3].clusters == outcome.reports[4].clusters == strategy.state.clusters.of
+    assert strategy.clusters.of.keys() == set(range(CLIENTS))
+    assert same_partition(strategy.clusters.of, group_of)
+    assert len(strategy.clusters.models) == GROUPS
+    assert outcome.reports[3].clusters == outcome.reports[4].clusters == strategy.clusters.of
     sizes = [outcome.reports[4].metrics[f"clients-of-c{c}"] for c in range(GROUPS)]
     assert sorted(sizes) == [2, 4, 6]
 
@@ -65,8 +65,8 @@ def test_newcomers_join_their_group(name: str) -> None:
     strategy = finder(name)
     strategy.callbacks.append(After({2: join}))
     run_planted(strategy, clients, CLIENTS, rounds=4, grid=grid)
-    assert strategy.state.clusters.of.keys() == set(range(15))
-    assert same_partition(strategy.state.clusters.of, group_of)
+    assert strategy.clusters.of.keys() == set(range(15))
+    assert same_partition(strategy.clusters.of, group_of)
 
 
 def test_fedgroups_newcomer_that_goes_the_other_way_does_not_join() -> None:
@@ -79,7 +79,7 @@ def test_fedgroups_newcomer_that_goes_the_other_way_does_not_join() -> None:
             state = {k: v.double() + sign * direction[k] for k, v in strategy.state.origin.items()}
             reply = ClientReply(99, 99, 10, {}, state)
             strategy.prepare_cohort([99], lambda *_, reply=reply: [reply])
-            assert (strategy.state.clusters.of.pop(99) == group) == (sign > 0)
+            assert (strategy.clusters.of.pop(99) == group) == (sign > 0)
 
 
 @pytest.mark.parametrize("name", ["fedgroup", "fedcluster"])
@@ -93,7 +93,7 @@ def test_assignment_never_changes_though_updates_do(name: str) -> None:
 
     strategy = finder(name)
     run_planted(strategy, Turncoats(group_of), CLIENTS, rounds=5)
-    assert same_partition(strategy.state.clusters.of, group_of)
+    assert same_partition(strategy.clusters.of, group_of)
 
 
 @every_finder
@@ -114,7 +114,7 @@ def test_unselected_groups_keep_their_model_to_the_bit(name: str) -> None:
 
     strategy.callbacks.append(After({3: keep}))
     outcome = run_planted(strategy, OneGroup(group_of), CLIENTS, rounds=4)
-    trained = strategy.state.clusters.of[1]
+    trained = strategy.clusters.of[1]
     for cluster, (key, model) in enumerate(strategy.models().items()):
         if cluster != trained:
             assert_identical(model, kept[key])
@@ -130,18 +130,18 @@ def test_identical_clients_are_one_cluster(name: str) -> None:
     same = PlantedClients(lambda _: 0, noise=0.0)
     strategy = finder(name)
     run_planted(strategy, same, CLIENTS, rounds=2)
-    assert set(strategy.state.clusters.of.values()) == {0}
-    assert len(strategy.state.clusters.models) == 1
+    assert set(strategy.clusters.of.values()) == {0}
+    assert len(strategy.clusters.models) == 1
 
 
 @every_finder
 def test_fewer_clients_than_clusters(name: str) -> None:
     strategy = finder(name, num_clusters=5)
     run_planted(strategy, PlantedClients(group_of), 2, rounds=2)
-    assert set(strategy.state.clusters.of.values()) == {0, 1}
+    assert set(strategy.clusters.of.values()) == {0, 1}
     single = finder(name, num_clusters=5)
     run_planted(single, PlantedClients(group_of), 1, rounds=2)
-    assert single.state.clusters.of == {0: 0}
+    assert single.clusters.of == {0: 0}
 
 
 @every_finder
@@ -159,8 +159,8 @@ def test_a_failed_first_exchange_is_repeated(name: str) -> None:
     outcome = run_planted(strategy, Late(group_of), CLIENTS, rounds=4)
     assert outcome.reports[2].clusters == {}
     assert "round-failed" not in outcome.reports[2].metrics
-    assert same_partition(strategy.state.clusters.of, group_of)
-    assert outcome.reports[3].clusters == strategy.state.clusters.of
+    assert same_partition(strategy.clusters.of, group_of)
+    assert outcome.reports[3].clusters == strategy.clusters.of
 
 
 def test_fedcluster_samples_within_each_cluster() -> None:
