@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Context, Message
 
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.replies import ClientReply
@@ -34,6 +37,18 @@ KNOWN: dict[str, tuple[type[FederatedStrategy], dict[str, Any]]] = {
 every_finder = pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
 
 
+@dataclass
+class Choosy(PlantedClients):
+    """Answers only where ``answers`` of client, round and settings says so."""
+
+    answers: Callable[[int, int, dict[str, Any]], bool] = lambda *_: True
+
+    def hear(self, message: Message, context: Context) -> Any:
+        client, server_round, received, settings = super().hear(message, context)
+        assert self.answers(client, server_round, settings), "silent"
+        return client, server_round, received, settings
+
+
 def finder(name: str, seed: int = 0, **settings: Any) -> FederatedStrategy:
     strategy, own = KNOWN[name]
     return strategy(**{"seed": seed, "num_clusters": GROUPS, **QUIET, **own, **settings})
@@ -57,13 +72,9 @@ def test_newcomers_join_their_group(name: str) -> None:
     """Three clients join in round 3, one of each group."""
     clients = PlantedClients(group_of)
     grid = InProcessGrid(clients, CLIENTS)
-
-    def join() -> None:
-        for client in (12, 13, 14):
-            grid.add_node({"partition-id": client, "num-partitions": 15})
-
+    late = [{"partition-id": client, "num-partitions": 15} for client in (12, 13, 14)]
     strategy = finder(name)
-    strategy.callbacks.append(After({2: join}))
+    strategy.callbacks.append(After({2: lambda: [grid.add_node(node) for node in late]}))
     run_planted(strategy, clients, CLIENTS, rounds=4, grid=grid)
     assert strategy.clusters.of.keys() == set(range(15))
     assert same_partition(strategy.clusters.of, group_of)
@@ -88,8 +99,7 @@ def test_assignment_never_changes_though_updates_do(name: str) -> None:
 
     class Turncoats(PlantedClients):
         def update(self, client: int, server_round: int) -> torch.Tensor:
-            own = super().update(client, server_round)
-            return own if server_round < 3 else self.direction(0)
+            return super().update(client, server_round) if server_round < 3 else self.direction(0)
 
     strategy = finder(name)
     run_planted(strategy, Turncoats(group_of), CLIENTS, rounds=5)
@@ -99,27 +109,17 @@ def test_assignment_never_changes_though_updates_do(name: str) -> None:
 @every_finder
 def test_unselected_groups_keep_their_model_to_the_bit(name: str) -> None:
     """Only clients of one group answer in round 4."""
-
-    class OneGroup(PlantedClients):
-        def __call__(self, message: Any, context: Any) -> Any:
-            if message.content.config_records["config"]["server-round"] == 4:
-                assert group_of(int(context.node_config["partition-id"])) == 1, "silent"
-            return super().__call__(message, context)
-
+    clients = Choosy(group_of, answers=lambda k, number, _: number != 4 or group_of(k) == 1)
     kept: dict[str, Any] = {}
     strategy = finder(name, **({"centre_update": "round"} if name == "fesem" else {}))
-
-    def keep() -> None:
-        kept.update({k: dict(v) for k, v in strategy.models().items()})
-
-    strategy.callbacks.append(After({3: keep}))
-    outcome = run_planted(strategy, OneGroup(group_of), CLIENTS, rounds=4)
+    strategy.callbacks.append(After({3: lambda: kept.update(strategy.models())}))
+    outcome = run_planted(strategy, clients, CLIENTS, rounds=4)
     trained = strategy.clusters.of[1]
-    for cluster, (key, model) in enumerate(strategy.models().items()):
-        if cluster != trained:
-            assert_identical(model, kept[key])
-        else:
+    for key, model in strategy.models().items():
+        if key == f"c{trained}":
             assert not torch.equal(flat(model), flat(kept[key]))
+        else:
+            assert_identical(model, kept[key])
     assert outcome.reports[4].metrics["clusters-updated"] == 1
     assert outcome.reports[4].metrics["replies-valid"] == 4
 
@@ -136,27 +136,18 @@ def test_identical_clients_are_one_cluster(name: str) -> None:
 
 @every_finder
 def test_fewer_clients_than_clusters(name: str) -> None:
-    strategy = finder(name, num_clusters=5)
-    run_planted(strategy, PlantedClients(group_of), 2, rounds=2)
-    assert set(strategy.clusters.of.values()) == {0, 1}
-    single = finder(name, num_clusters=5)
-    run_planted(single, PlantedClients(group_of), 1, rounds=2)
-    assert single.clusters.of == {0: 0}
+    for clients, clusters in ((2, {0, 1}), (1, {0})):
+        strategy = finder(name, num_clusters=5)
+        run_planted(strategy, PlantedClients(group_of), clients, rounds=2)
+        assert set(strategy.clusters.of.values()) == clusters
 
 
 @every_finder
 def test_a_failed_first_exchange_is_repeated(name: str) -> None:
     """Nobody answers before round 3; FedCluster's clustering would be due in round 2."""
-    silent_until = 3
-
-    class Late(PlantedClients):
-        def __call__(self, message: Any, context: Any) -> Any:
-            settings = message.content.config_records["config"]
-            assert "phase" not in settings or settings["server-round"] >= silent_until, "silent"
-            return super().__call__(message, context)
-
+    clients = Choosy(group_of, answers=lambda _, number, asked: "phase" not in asked or number >= 3)
     strategy = finder(name)
-    outcome = run_planted(strategy, Late(group_of), CLIENTS, rounds=4)
+    outcome = run_planted(strategy, clients, CLIENTS, rounds=4)
     assert outcome.reports[2].clusters == {}
     assert "round-failed" not in outcome.reports[2].metrics
     assert same_partition(strategy.clusters.of, group_of)
