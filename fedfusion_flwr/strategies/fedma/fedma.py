@@ -13,13 +13,7 @@ One pass over a network of N layers, with J clients:
 
 A Flower round is one training, so that a pass is N rounds. The clients of a pass are drawn at its
 start; one that fails is left out of the remaining layers. Between passes, the last complete global
-model is served. Where this differs from the authors' code:
-  - a global unit is the plain mean of its members, not the shrunk MAP estimate
-  - normalization layers, which the paper's networks do not have, move with their units
-  - every training is ``local-epochs`` at ``learning-rate``; theirs of the last layer is three times
-    as long, at a tenth of the rate
-  - a client that was not in the last pass gets the units of each layer that have most members
-With ``matching-width = "fixed"`` no unit is ever added: a deviation from the paper.
+model is served. docs/strategies.md lists where this differs from the authors' code.
 """
 
 from __future__ import annotations

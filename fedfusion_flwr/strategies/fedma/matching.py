@@ -76,9 +76,8 @@ def match_units(
     generator : numpy.random.Generator
         Source of the order of the networks in each sweep.
     grow : bool
-        False leaves new units out: every network gets a permutation of L = L_j units. A deviation
-        from the paper, in which the gains amount to Hungarian matching with the inner products
-        <w_l, s_i>.
+        False leaves new units out, unlike the paper: every network gets a permutation of L = L_j
+        units.
 
     Raises
     ------
@@ -187,9 +186,8 @@ def merge_units(
         L, number of global units, each with a member.
     weights : Tensor or None
         Weight of each network in each global unit, (J, L); every column sums to more than 0
-        over the unit's members. None is the plain mean over the members. (The authors' code takes
-        the MAP estimate s_i / p_i, which shrinks a unit of c members by c / (c + 1), layer after
-        layer; the mean keeps equal networks as they are.)
+        over the unit's members. None is the plain mean over the members. (The authors' MAP estimate
+        s_i / p_i would shrink equal networks, layer after layer.)
 
     Returns
     -------
