@@ -190,14 +190,13 @@ def distinct_models(
         the first of them.
     """
     name = type(strategy).__name__
-    if count > 1 and initial_state is None:
-        raise FedFusionError(
-            f"{name} with {count} clusters starts from different models: give it "
-            "initial_state, a function from 0, 1, ... to state dicts"
-        )
     models = [strategy.current]
     for j in range(1, count):
-        assert initial_state is not None
+        if initial_state is None:
+            raise FedFusionError(
+                f"{name} with {count} clusters starts from different models: give it "
+                "initial_state, a function from 0, 1, ... to state dicts"
+            )
         state = initial_state(j)
         if any(squared_distance(state, other) == 0 for other in models):
             raise FedFusionError(

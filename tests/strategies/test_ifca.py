@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
+from sklearn.metrics import adjusted_rand_score
 
-from fedfusion_flwr import FedFusionError, protocol
+from fedfusion_flwr import FedFusionError, RunConfig, protocol
+from fedfusion_flwr.data import partition_for
 from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.strategies import IFCA
 from tests.strategies.planted import (
@@ -22,6 +24,7 @@ from tests.strategies.planted import (
     same_partition,
     start_state,
 )
+from tests.strategies.small import train_for_real
 from tests.support import (
     COUNTER,
     FakeClient,
@@ -176,3 +179,44 @@ def test_a_leap_is_measured_from_the_chosen_model() -> None:
     rows = {row.client: row for row in outcome.reports[1].clients}
     assert (rows[0].dropped, rows[1].dropped) == (None, "update")
     assert "times the model's norm" in str(rows[1].detail)
+
+
+@pytest.mark.rounding
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rotations", "clients", "warmup_rounds", "seeds", "least"), [(2, 8, 2, 6, 3), (4, 12, 3, 3, 1)]
+)
+def test_planted_rotations_are_recovered_and_stay(
+    rotations: int, clients: int, warmup_rounds: int, seeds: int, least: int
+) -> None:
+    """The authors' own task: clients whose digits are turned by different angles.
+
+    The warm-up's division ignores them; by the second free choice they are found, or never. Whether
+    they are depends on the initial models: measured, in 4 of 6 and in 2 of 3 seeds.
+    """
+    recovered = 0
+    for seed in range(seeds):
+        config = RunConfig(
+            strategy="ifca",
+            component_transform="rotate",
+            planted_components=rotations,
+            num_clusters=rotations,
+            num_clients=clients,
+            warmup_rounds=warmup_rounds,
+            num_server_rounds=warmup_rounds + 4,
+            batch_size=64,
+            fraction_evaluate=0.0,
+            seed=seed,
+        )
+        truth = partition_for(config).main_components
+        assert truth is not None
+        agreements = []
+        found = [report.clusters for report in train_for_real(config).reports]
+        for clusters in found[warmup_rounds:]:
+            assert clusters.keys() == set(range(clients))
+            agreements.append(adjusted_rand_score(truth, [clusters[k] for k in range(clients)]))
+        assert agreements[0] < 0.5
+        # A slower start than the first free choice is allowed; later no client changes its mind.
+        assert found[warmup_rounds + 2] == found[-1]
+        recovered += agreements[2:] == [1.0, 1.0, 1.0]
+    assert recovered >= least

@@ -49,8 +49,8 @@ class Layer:
 
     def owns(self, key: str) -> bool:
         """Whether a state-dict entry belongs to the layer, its normalization included."""
-        mine = key in (self.weight, self.bias)
-        return mine or (self.normalization is not None and key.startswith(self.normalization))
+        norm = self.normalization
+        return key in (self.weight, self.bias) or (norm is not None and key.startswith(norm))
 
     def entries(self, state: Mapping[str, Tensor]) -> State:
         """The layer's part of a state dict."""
@@ -161,7 +161,7 @@ class PlainNetwork:
         layer = self.layers[n]
         blocks = _blocks(state[layer.weight], len(units))
         wide = blocks.new_zeros(len(blocks), width, blocks.shape[2])
-        wide[:, torch.from_numpy(units)] = blocks
+        wide.index_copy_(1, torch.from_numpy(units), blocks)
         return {**state, layer.weight: _unblocked(wide, state[layer.weight])}
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from fedfusion_flwr.fusion import fuse_state_dicts
 from fedfusion_flwr.strategies.fedma.layers import Layer, PlainNetwork
 from fedfusion_flwr.strategies.fedma.matching import Matching, match_units
-from tests.strategies.fedma.networks import BUILDS, State, layers_of, outputs, permuted, small_cnn
-from tests.support import assert_identical
+from tests.strategies.fedma.matched import BUILDS, layers_of, outputs, permuted, small_cnn
+from tests.support import State, assert_identical
 
 
 def merged_network(network: PlainNetwork, states: list[State], **settings: object) -> State:

@@ -12,7 +12,7 @@ from fedfusion_flwr.models import ModelError, build_model
 from fedfusion_flwr.models.resize import fit_to_state
 from fedfusion_flwr.strategies.fedma.layers import Layer
 from fedfusion_flwr.strategies.fedma.network import plain_network
-from tests.strategies.fedma.networks import BUILDS, IMAGE, layers_of, small_cnn
+from tests.strategies.fedma.matched import BUILDS, IMAGE, layers_of, small_cnn
 
 
 def test_lenet() -> None:
