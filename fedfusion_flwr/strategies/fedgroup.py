@@ -24,8 +24,8 @@ from fedfusion_flwr import protocol
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.config_rules import at_least, checked
 from fedfusion_flwr.federation.bookkeeping import Timer
-from fedfusion_flwr.federation.bounds import difference, inner_product
-from fedfusion_flwr.federation.conversation import Exchange, Setting
+from fedfusion_flwr.federation.bounds import difference, inner_product, squared_distance
+from fedfusion_flwr.federation.conversation import Exchange
 from fedfusion_flwr.federation.replies import ClientReply
 from fedfusion_flwr.federation.round import State, Update
 from fedfusion_flwr.federation.sampling import random_cohort
@@ -83,7 +83,9 @@ class FedGroup(ClusteredStrategy):
         generator = numpy_generator(self.seed, "cold-start", self.server_round)
         chosen = random_cohort(clients, self.pretrain_clients * self.num_clusters, generator)
         state.origin = self.current
-        replies = [r for r in self._pretrain(chosen, exchange) if self._moved(r)]
+        replies = self._pretrain(chosen, exchange)
+        # An update of zero has no direction.
+        replies = [r for r in replies if squared_distance(r.state, state.origin) > 0]
         if replies:
             gram = gram_matrix([reply.state for reply in replies], state.origin)
             cosines = decomposed_cosines(gram, self.num_clusters)
@@ -123,25 +125,17 @@ class FedGroup(ClusteredStrategy):
         return mixed
 
     def _pretrain(self, clients: list[int], exchange: Exchange) -> list[ClientReply]:
-        settings: dict[str, Setting] = {
-            protocol.PHASE: "cold-start",
-            protocol.MAX_STEPS: self.pretrain_steps,
-        }
-        return exchange(clients, self.state.origin, settings)
-
-    def _moved(self, reply: ClientReply) -> bool:
-        """Whether the update has a direction; an update of zero has none."""
-        update = difference(reply.state, self.state.origin)
-        return inner_product(update, update) > 0
+        steps = {protocol.MAX_STEPS: self.pretrain_steps}
+        return exchange(clients, self.state.origin, {protocol.PHASE: "cold-start", **steps})
 
     def _place(self, replies: list[ClientReply]) -> None:
         """Newcomers join the group with the direction nearest to their update's."""
-        directions = self.state.directions
-        lengths = [max(inner_product(d, d) ** 0.5, 1e-300) for d in directions]
         for reply in replies:
             update = difference(reply.state, self.state.origin)
             cosines = [
-                inner_product(update, d) / n for d, n in zip(directions, lengths, strict=True)
+                inner_product(update, direction)
+                / max(inner_product(direction, direction) ** 0.5, 1e-300)
+                for direction in self.state.directions
             ]
             self.clusters.of[reply.client] = cosines.index(max(cosines))
 

@@ -36,7 +36,7 @@ _KEYS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 
 
 def _names(cls: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
+    return [field.name for field in dataclasses.fields(cls) if field.init]
 
 
 _ENGINE = _names(FederatedStrategy)
