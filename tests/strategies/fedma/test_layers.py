@@ -59,10 +59,10 @@ def test_identical_networks_merge_to_their_mean() -> None:
     model = small_cnn("batchnorm")
     states = []
     for seed in range(3):
-        torch.manual_seed(seed)
+        noise = torch.rand(1000, generator=torch.Generator().manual_seed(seed))
         states.append(
             {
-                key: value + (0.01 * torch.rand(value.shape) if value.dim() else seed)
+                key: value + (0.01 * noise[: value.numel()].view_as(value) if value.dim() else seed)
                 for key, value in model.state_dict().items()
             }
         )
