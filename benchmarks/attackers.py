@@ -17,7 +17,7 @@ from flwr.app import Context, Message, MessageType
 from torch import Tensor
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.app import client
+from fedfusion_flwr.app import local_work
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import LocalData, data_for, local_data, partition_for
 from fedfusion_flwr.federation.round import State
@@ -95,7 +95,7 @@ class LabelFlip(Attack):
             data, last = local_data(config, partition_id), data_for(config).num_classes - 1
             return dataclasses.replace(data, y=last - data.y)
 
-        with mock.patch.object(client, "local_data", flipped):
+        with mock.patch.object(local_work, "local_data", flipped):
             return app(message, context)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FedFusion for Flower: federated learning with data-agnostic distribution fusion."""
 
+from fedfusion_flwr.calibration import calibrated_cross_entropy, label_log_prior
 from fedfusion_flwr.config import ConfigError, RunConfig
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.federation.strategy import FederatedStrategy
@@ -14,4 +15,6 @@ __all__ = [
     "FedFusionError",
     "FederatedStrategy",
     "RunConfig",
+    "calibrated_cross_entropy",
+    "label_log_prior",
 ]

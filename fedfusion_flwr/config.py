@@ -15,6 +15,7 @@ from fedfusion_flwr.config_rules import (
     ANY,
     DECAY,
     FRACTION,
+    OWN_OR_AT_LEAST_0,
     RATE,
     ZERO_OR_RATIO,
     Rule,
@@ -106,10 +107,12 @@ class RunConfig:
     normalization: Normalization = choice(Normalization, "batch")
     normalization_groups: int = checked(2, at_least(1))
     local_epochs: int = checked(1, at_least(1))
+    local_steps: int = checked(0, at_least(0))
     batch_size: int = checked(32, at_least(2))
     learning_rate: float = checked(0.02, RATE)
     momentum: float = checked(0.9, DECAY)
     weight_decay: float = checked(1e-4, at_least(0))
+    label_calibration: float = checked(-1.0, OWN_OR_AT_LEAST_0)
     local_normalization: LocalNormalization = choice(LocalNormalization, "batch")
     fused_from_round: int = checked(5, at_least(2))
     precision: Precision = choice(Precision, "fp32")
@@ -120,6 +123,7 @@ class RunConfig:
     fraction_train: float = checked(1.0, FRACTION)
     fraction_evaluate: float = checked(1.0, between(0, 1))
     evaluate_every: int = checked(10, at_least(1))
+    finetune_steps: int = checked(0, at_least(0))
     central_evaluate_every: int = checked(1, at_least(1))
     sampling: Sampling = choice(Sampling, "random")
 

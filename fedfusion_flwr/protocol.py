@@ -5,8 +5,8 @@
 record         kind          content
 =============  ============  =========================================================
 arrays         ArrayRecord   the full state dict
-config         ConfigRecord  server -> client: ``server-round``, ``data-signature`` and what the
-                             strategy adds
+config         ConfigRecord  server -> client: ``server-round``, ``data-signature``,
+                             ``label-calibration`` and what the strategy adds
 metrics        MetricRecord  client -> server: ``num-examples`` and numbers to average
 normalization  ArrayRecord   client -> server: ``mean std shift scale``, each (C,)
 client         ConfigRecord  client -> server: ``server-round`` echoed, ``partition-id`` if any
@@ -40,6 +40,8 @@ CLIENT = "client"
 SERVER_ROUND = "server-round"
 PARTITION_ID = "partition-id"
 DATA_SIGNATURE = "data-signature"
+LABEL_CALIBRATION = "label-calibration"
+"""tau of the clients' loss, 0 or above, after the strategy's own was put in."""
 NUM_EXAMPLES = "num-examples"
 TRAIN_LOSS = "train-loss"
 TRAIN_STARTED = "train-started"

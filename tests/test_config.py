@@ -85,7 +85,7 @@ WORDS: list[tuple[str, Value, str]] = [
 ]
 FIGURES: list[tuple[Value, str, str]] = [
     (-1, "at least 0", "seed checkpoint-every patience train-examples test-examples warmup-rounds"),
-    (-1, "at least 0", "min-available-clients"),
+    (-1, "at least 0", "min-available-clients local-steps finetune-steps"),
     (0, "at least 1", "num-server-rounds text-length num-clients classes-per-client vae-step"),
     (0, "at least 1", "shards-per-client planted-components normalization-groups local-epochs"),
     (0, "at least 1", "threads-per-client evaluate-every central-evaluate-every num-components"),
@@ -107,6 +107,7 @@ FIGURES: list[tuple[Value, str, str]] = [
     (1.1, "from 0 to 1", "fraction-evaluate balance-exponent"),
     (-0.1, "from 0 to 10", "statistics-noise"),
     (0.5, "0, or at least 1", "max-examples-ratio"),
+    (-0.5, "at least 0, or -1 for the strategy's own", "label-calibration"),
 ]
 OUT_OF_RANGE = WORDS + [
     (key, value, allowed) for value, allowed, keys in FIGURES for key in keys.split()

@@ -1,81 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a client does with a message: train, evaluate, or answer a probe query.
 
-Data and model are built once per process and reused over rounds and clients; a reply depends only
-on the message, the run config and the node config.
+A reply depends only on the message, the run config and the node config.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from torch import Tensor, nn
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.app.training import (
-    EVALUATION_BATCH,
-    evaluate,
-    least_loss,
-    train,
-)
-from fedfusion_flwr.computation import choose_device, place_model
+from fedfusion_flwr.app.local_work import LocalWork
+from fedfusion_flwr.app.training import EVALUATION_BATCH, evaluate_with_prior
 from fedfusion_flwr.config import ConfigError, RunConfig
-from fedfusion_flwr.data import (
-    NO_AUGMENTATION,
-    LocalData,
-    augment,
-    client_key,
-    data_for,
-    local_data,
-    on_device,
-    signature_difference,
-)
+from fedfusion_flwr.data import data_for, signature_difference
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
-from fedfusion_flwr.models import model_for
-from fedfusion_flwr.models.resize import fit_to_state
 from fedfusion_flwr.randomness import torch_generator
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A message with all that it takes to answer it; the first received model is loaded.
-
-    ``key`` is what the client's generators are derived from.
-    """
-
-    config: RunConfig
-    partition_id: int | None
-    key: int
-    settings: ConfigRecord
-    received: list[State]
-    model: nn.Module
-    data: LocalData
-
-    @property
-    def server_round(self) -> int:
-        return int(cast(int, self.settings[protocol.SERVER_ROUND]))
-
-    def setting(self, key: str, otherwise: float) -> float:
-        """The strategy's setting if there is one, else ``otherwise``."""
-        return float(cast(float, self.settings.get(key, otherwise)))
-
-    def choose(self) -> dict[str, int]:
-        """If several models came, load the one of least training loss (IFCA); report it."""
-        if protocol.NUM_MODELS not in self.settings:
-            return {}
-        chosen = least_loss(self.model, self.received, self.data.x, self.data.y)
-        examples = len(self.received) * len(self.data.x)
-        return {protocol.CLUSTER: chosen, protocol.FORWARD_EXAMPLES: examples}
 
 
 def handle_train(message: Message, context: Context) -> Message:
@@ -84,7 +30,7 @@ def handle_train(message: Message, context: Context) -> Message:
 
 
 def handle_evaluate(message: Message, context: Context) -> Message:
-    """Reply with the received model's loss and accuracy on the client's held-out part."""
+    """Reply with loss and accuracies on the held-out part, after ``finetune-steps`` if any."""
     return _answer(message, context, _evaluate)
 
 
@@ -93,7 +39,7 @@ def handle_query(message: Message, context: Context) -> Message:
     return _answer(message, context, _query)
 
 
-def _train(work: _Work) -> RecordDict:
+def _train(work: LocalWork) -> RecordDict:
     config, data = work.config, work.data
     if not len(data.x):
         raise FedFusionError("this client has no training examples; give it data or leave it out")
@@ -105,25 +51,10 @@ def _train(work: _Work) -> RecordDict:
         looked = reported.get(protocol.FORWARD_EXAMPLES, 0)
         reported[protocol.FORWARD_EXAMPLES] = looked + len(data.x)
     phase = str(work.settings.get(protocol.PHASE, protocol.TRAINING))
-    result = train(
-        work.model,
-        data.x,
-        data.y,
-        epochs=int(work.setting(protocol.LOCAL_EPOCHS, config.local_epochs)),
-        batch_size=config.batch_size,
-        learning_rate=work.setting(protocol.LEARNING_RATE, config.learning_rate),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        generator=torch_generator(config.seed, phase, work.server_round, work.key),
-        fused_normalization=config.local_normalization == "fused"
-        and work.server_round >= config.fused_from_round,
-        augment=_augmenter(work),
-        precision=config.precision,
-        compiled=config.compile,
-        proximal_mu=work.setting(protocol.PROXIMAL_MU, 0),
-        max_steps=int(work.setting(protocol.MAX_STEPS, 0)) or None,
-        frozen=set(cast(list[str], work.settings.get(protocol.FROZEN, []))),
-    )
+    epochs = work.setting(protocol.LOCAL_EPOCHS, config.local_epochs)
+    own_steps = 0 if protocol.LOCAL_EPOCHS in work.settings else config.local_steps
+    steps = int(work.setting(protocol.MAX_STEPS, own_steps)) or None
+    result = work.fit(phase, epochs=int(epochs), steps=steps)
     reported[protocol.TRAIN_LOSS], reported[protocol.GRADIENT_STEPS] = result
     if config.statistics_source == "local":
         normalization = _normalization(_trained_statistics, work)
@@ -134,36 +65,34 @@ def _train(work: _Work) -> RecordDict:
     )
     metrics = MetricRecord(dict(reported))
     if work.settings.get(protocol.CLASS_COUNTS, False):
-        counts = torch.bincount(data.y, minlength=data_for(config).num_classes)
-        metrics[protocol.CLASS_COUNTS] = counts.tolist()
+        metrics[protocol.CLASS_COUNTS] = work.label_counts.tolist()
     content[protocol.METRICS] = metrics
     return content
 
 
-def _augmenter(work: _Work) -> Callable[[Tensor], Tensor] | None:
-    """The augmentation of a batch of training inputs, with its own generator."""
-    data = data_for(work.config)
-    if not work.config.augment or data.augmentation == NO_AUGMENTATION:
-        return None
-    generator = torch_generator(work.config.seed, "augmentation", work.server_round, work.key)
-    return functools.partial(
-        augment, augmentation=data.augmentation, generator=generator, fill=data.black
-    )
-
-
-def _evaluate(work: _Work) -> RecordDict:
+def _evaluate(work: LocalWork) -> RecordDict:
     if not len(work.data.x_validation):
         raise FedFusionError("this client has no validation examples; raise validation-fraction")
     reported: dict[str, float] = {protocol.NUM_EXAMPLES: len(work.data.x_validation)}
     reported |= work.choose()
-    loss, accuracy = evaluate(
-        work.model, work.data.x_validation, work.data.y_validation, work.config.precision
+    if work.config.finetune_steps:
+        work.fit("finetune", steps=work.config.finetune_steps, augmentation="finetune-augmentation")
+    found = evaluate_with_prior(
+        work.model,
+        work.data.x_validation,
+        work.data.y_validation,
+        work.log_prior,
+        work.config.precision,
     )
-    reported |= {"personalized-loss": loss, "personalized-accuracy": accuracy}
+    reported |= {
+        "personalized-loss": found.loss,
+        "personalized-accuracy": found.accuracy,
+        "personalized-prior-accuracy": found.prior_accuracy,
+    }
     return RecordDict({protocol.METRICS: MetricRecord(dict(reported))})
 
 
-def _query(work: _Work) -> RecordDict:
+def _query(work: LocalWork) -> RecordDict:
     return RecordDict(
         {
             protocol.NORMALIZATION: protocol.record_from_statistics(_blurred(_probe(work), work)),
@@ -173,7 +102,7 @@ def _query(work: _Work) -> RecordDict:
 
 
 def _normalization(
-    read: Callable[[_Work], NormalizationStatistics], work: _Work
+    read: Callable[[LocalWork], NormalizationStatistics], work: LocalWork
 ) -> dict[str, ArrayRecord]:
     """The normalization record, or nothing if the model has no such statistics.
 
@@ -186,7 +115,7 @@ def _normalization(
         return {}
 
 
-def _blurred(statistics: NormalizationStatistics, work: _Work) -> NormalizationStatistics:
+def _blurred(statistics: NormalizationStatistics, work: LocalWork) -> NormalizationStatistics:
     """Add ``statistics-noise``; the model sent with it still has exact running statistics."""
     if not work.config.statistics_noise:
         return statistics
@@ -195,13 +124,13 @@ def _blurred(statistics: NormalizationStatistics, work: _Work) -> NormalizationS
     return statistics.blurred(work.config.statistics_noise, generator)
 
 
-def _trained_statistics(work: _Work) -> NormalizationStatistics:
+def _trained_statistics(work: LocalWork) -> NormalizationStatistics:
     return NormalizationStatistics.from_state_dict(
         work.model.state_dict(), layers=work.config.statistics_layers
     )
 
 
-def _probe(work: _Work) -> NormalizationStatistics:
+def _probe(work: LocalWork) -> NormalizationStatistics:
     if not len(work.data.x):
         raise FedFusionError("this client has no examples to probe; give it data or leave it out")
     return NormalizationStatistics.probe(
@@ -209,7 +138,7 @@ def _probe(work: _Work) -> NormalizationStatistics:
     )
 
 
-def _answer(message: Message, context: Context, work: Callable[[_Work], RecordDict]) -> Message:
+def _answer(message: Message, context: Context, work: Callable[[LocalWork], RecordDict]) -> Message:
     """Run one handler; errors that a user can act on become error replies of one sentence."""
     try:
         ready = _prepare(message, context)
@@ -223,21 +152,14 @@ def _answer(message: Message, context: Context, work: Callable[[_Work], RecordDi
     return Message(content, reply_to=message)
 
 
-def _prepare(message: Message, context: Context) -> _Work:
+def _prepare(message: Message, context: Context) -> LocalWork:
     config = _node_config(context)
     torch.set_num_threads(config.threads_per_client)
     partition_id = _partition_id(context, config)
     sent = message.content.config_records[protocol.CONFIG]
     _check_signature(sent, config)
-    device = choose_device(config.device, config.precision)
-    data = on_device(local_data(config, partition_id), device)
     state = protocol.state_from_record(message.content.array_records[protocol.ARRAYS])
-    packed = protocol.NUM_MODELS in sent
-    received = list(protocol.unpack_states(state).values()) if packed else [state]
-    model = fit_to_state(_model(config, device.type), received[0])
-    model.load_state_dict(received[0])
-    key = client_key(config, partition_id)
-    return _Work(config, partition_id, key, sent, received, model, data)
+    return LocalWork.prepare(config, partition_id, sent, state)
 
 
 def _node_config(context: Context) -> RunConfig:
@@ -260,13 +182,6 @@ def _check_signature(sent: ConfigRecord, config: RunConfig) -> None:
             f"this node's data set differs from the server's in {difference}; copy classes.txt or "
             "vocabulary.txt from the run directory into this node's data-root"
         )
-
-
-@functools.lru_cache(maxsize=2)
-def _model(config: RunConfig, device: str) -> nn.Module:
-    """A model to load parameters into; its initial values do not matter."""
-    model = model_for(config, data_for(config))
-    return place_model(model, torch.device(device))
 
 
 def _partition_id(context: Context, config: RunConfig) -> int | None:

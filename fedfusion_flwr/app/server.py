@@ -57,11 +57,12 @@ from fedfusion_flwr.tracking.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """A finished run: Flower's result, the digest of the served model, the run directory."""
+    """A finished run: Flower's result, digest of the served model, run directory, strategy."""
 
     result: Result
     digest: str
     directory: Path
+    strategy: FederatedStrategy
 
 
 def run(grid: Grid, context: Context) -> RunOutcome:
@@ -108,7 +109,12 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     if on_this_machine and choose_device(config.device).type == "cpu":
         strategy.callbacks.append(IdleCores(os.cpu_count() or 1, config.threads_per_client))
     log(INFO, "Run directory: %s", directory.path)
-    sent = ConfigRecord({protocol.DATA_SIGNATURE: data.signature})
+    sent = ConfigRecord(
+        {
+            protocol.DATA_SIGNATURE: data.signature,
+            protocol.LABEL_CALIBRATION: label_calibration(config),
+        }
+    )
     try:
         with ended_by_signals(records.checkpointer):
             result = strategy.start(
@@ -130,7 +136,7 @@ def run(grid: Grid, context: Context) -> RunOutcome:
     log(INFO, "%s", records.history)
     log(INFO, "Final model digest: %s", digest)
     log(INFO, "Run directory: %s", directory.path)
-    return RunOutcome(result, digest, directory.path)
+    return RunOutcome(result, digest, directory.path, strategy)
 
 
 class _Records:
@@ -173,6 +179,13 @@ class _Records:
         self.checkpointer.restore(checkpoint)
         for part in self.written:
             part.rewind(checkpoint.server_round)
+
+
+def label_calibration(config: RunConfig) -> float:
+    """The clients' tau: the config's, or the strategy's own where it says -1."""
+    if config.label_calibration >= 0:
+        return config.label_calibration
+    return strategy_class(config.strategy).own_label_calibration
 
 
 def central_evaluation(config: RunConfig) -> EvaluateFn:

@@ -50,8 +50,9 @@ def train(
     proximal_mu: float = 0.0,
     max_steps: int | None = None,
     frozen: Collection[str] = (),
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> TrainingResult:
-    """Minimize the cross-entropy by SGD with momentum, in place.
+    """Minimize the cross-entropy, or another loss, by SGD with momentum, in place.
 
     Parameters
     ----------
@@ -82,6 +83,8 @@ def train(
     frozen : Collection[str]
         Names of state-dict entries that must not change. A BatchNorm layer whose running
         statistics are among them normalizes with those.
+    criterion : Callable[[Tensor, Tensor], Tensor]
+        Mean loss of float32 logits (n, C) and labels (n,).
 
     Returns
     -------
@@ -124,7 +127,7 @@ def train(
                 inputs = x[rows] if augment is None else augment(x[rows])
                 with autocast(x.device, precision):
                     logits = forward(inputs)
-                loss = F.cross_entropy(logits.float(), y[rows])
+                loss = criterion(logits.float(), y[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 if proximal_mu:
@@ -180,6 +183,14 @@ def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) ->
         start = end
 
 
+class Evaluation(NamedTuple):
+    """Mean cross-entropy, accuracy, and accuracy with a label prior, the latter two in [0, 1]."""
+
+    loss: float
+    accuracy: float
+    prior_accuracy: float
+
+
 def evaluate(
     model: nn.Module,
     x: Tensor,
@@ -198,24 +209,51 @@ def evaluate(
     TrainingError
         If there are no examples.
     """
+    loss, correct = 0.0, 0
+    for logits, labels in zip(
+        logits_of(model, x, precision, batch_statistics=batch_statistics), _pieces(y), strict=True
+    ):
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(1) == labels).sum())
+    return loss / len(x), correct / len(x)
+
+
+def evaluate_with_prior(
+    model: nn.Module, x: Tensor, y: Tensor, log_prior: Tensor, precision: str = "fp32"
+) -> Evaluation:
+    """As `evaluate`; beside it, the accuracy of argmax(logits + log_prior).
+
+    ``log_prior`` (C,) is as `fedfusion_flwr.calibration.label_log_prior` gives it.
+    """
+    loss, correct, with_prior = 0.0, 0, 0
+    log_prior = log_prior.to(x.device)
+    for logits, labels in zip(logits_of(model, x, precision), _pieces(y), strict=True):
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(1) == labels).sum())
+        with_prior += int(((logits + log_prior).argmax(1) == labels).sum())
+    return Evaluation(loss / len(x), correct / len(x), with_prior / len(x))
+
+
+def logits_of(
+    model: nn.Module, x: Tensor, precision: str = "fp32", *, batch_statistics: bool = False
+) -> Iterator[Tensor]:
+    """Float32 logits (n, C), part by part; arguments are as in `evaluate`."""
     if len(x) == 0:
         raise TrainingError("there are no examples to evaluate on")
     model.eval()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.train(batch_statistics)
-    loss, correct = 0.0, 0
-    pieces = math.ceil(len(x) / EVALUATION_BATCH)  # of nearly equal size: never one example alone
-    with torch.inference_mode():
-        for rows, labels in zip(
-            torch.tensor_split(x, pieces), torch.tensor_split(y, pieces), strict=True
-        ):
-            with autocast(x.device, precision):
-                logits = model(rows).float()
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            correct += int((logits.argmax(1) == labels).sum())
+    for inputs in _pieces(x):
+        with torch.inference_mode(), autocast(x.device, precision):
+            logits = model(inputs).float()
+        yield logits
     model.eval()
-    return loss / len(x), correct / len(x)
+
+
+def _pieces(values: Tensor) -> Sequence[Tensor]:
+    """Parts of nearly equal size, of at most `EVALUATION_BATCH`: never one example alone."""
+    return torch.tensor_split(values, max(1, math.ceil(len(values) / EVALUATION_BATCH)))
 
 
 def least_loss(

@@ -127,6 +127,8 @@ def federated_steps(config: RunConfig) -> int:
 
     With partial participation the expected number, rounded.
     """
+    if config.local_steps:
+        return config.num_server_rounds * config.local_steps * config.num_train_clients
     in_epoch = 0
     for client, indices in enumerate(partition_for(config).indices):
         train_part, _ = local_split(indices, config.validation_fraction, config.seed, client)

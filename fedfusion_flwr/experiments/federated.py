@@ -23,6 +23,7 @@ def run_cell(
     gpus: float,
     references: Sequence[Mapping[str, Any]] = (),
     drawn: str | None = None,
+    served: bool = False,
 ) -> Row:
     """Run one federation; what its row has beside the cell's factors.
 
@@ -43,6 +44,8 @@ def run_cell(
     drawn : str or None
         File for what is drawn of the run's inference; None keeps nothing, nor the running values
         that are drawn of its model.
+    served : bool
+        Whether to score what each client is served, see `served.measure_served`.
     """
     about = {**identity(), "engine": engine}
     started = time.perf_counter()
@@ -59,6 +62,10 @@ def run_cell(
 
         state = load_file(outcome.directory / "final_model.safetensors")
         row["bias"] = measure_bias(config, state, references, drawn is not None)
+    if served:
+        from fedfusion_flwr.experiments.served import measure_served
+
+        row["served"] = measure_served(config, outcome.strategy)
     if drawn is not None:
         from fedfusion_flwr.experiments.inferred import keep_inferred
 

@@ -39,6 +39,7 @@ class Grid:
     config: Overrides
     seconds: float = 0.0
     tuned: bool = True
+    served: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,9 @@ class Suite:
                     f"suite '{self.name}', group '{grid.name}', strategy '{strategy}': {problem}"
                 ) from problem
             names = (grid.name, strategy, dataset, model, partition)
-            yield Cell(*names, seed, config, grid.seconds, candidate, seed == grid.seeds[0])
+            yield Cell(
+                *names, seed, config, grid.seconds, candidate, seed == grid.seeds[0], grid.served
+            )
 
     def named(self, axis: str, name: str) -> Overrides:
         """The keys that a name of an axis stands for."""

@@ -16,7 +16,7 @@ from fedfusion_flwr.experiments.suite import AXES, Grid, Suite, SuiteError, Tuni
 from fedfusion_flwr.experiments.work import TUNE, Overrides
 
 _SUITE = {"name", "keep", "common", "groups", "tune", "centralized", *AXES}
-_GROUP = {"name", "seeds", "seconds", "config", "tuned", *AXES}
+_GROUP = {"name", "seeds", "seconds", "config", "tuned", "served", *AXES}
 _TUNE = {"seeds", "seconds", "config", "candidates", "metric", *AXES} - {"strategies"}
 _CENTRALIZED = {"groups", "seeds", "batch-seeds", "seconds", "config"}
 
@@ -110,6 +110,7 @@ def _grid(group: dict[str, Any], where: str, allowed: set[str] = _GROUP) -> Grid
         dict(group.get("config", {})),
         float(group.get("seconds", 0)),
         bool(group.get("tuned", True)),
+        bool(group.get("served", False)),
     )
 
 

@@ -68,6 +68,8 @@ class Cell:
         Tuning: which of the strategy's candidates.
     first : bool
         Whether its seed is its group's first, whose model and inference pictures show.
+    served : bool
+        Whether it scores what each client is served, see `served.measure_served`.
     """
 
     group: str
@@ -80,6 +82,7 @@ class Cell:
     seconds: float = 0.0
     candidate: int | None = None
     first: bool = False
+    served: bool = False
 
     @property
     def kind(self) -> str:
@@ -126,6 +129,7 @@ class Cell:
             "gpus": machine.gpus,
             "references": list(references),
             "drawn": str(inferred) if self.first and self.is_compared else None,
+            "served": self.served,
         }
         return Job(self.id, arguments, folder)
 

@@ -88,6 +88,8 @@ class FederatedStrategy(Strategy):
     """Whether `ServerUpdate` and a moving average have a model to act on."""
     server_step: ClassVar[bool] = False
     """Whether a run config's server step and average apply; published forms have neither."""
+    own_label_calibration: ClassVar[float] = 0.0
+    """tau of the clients' loss where a run config leaves it to the strategy; 0 as published."""
 
     fraction_train: float = Participation.fraction_train
     fraction_evaluate: float = Participation.fraction_evaluate

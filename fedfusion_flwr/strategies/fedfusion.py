@@ -132,6 +132,7 @@ class FedFusion(FederatedStrategy):
 
     name = "fedfusion"
     server_step = True
+    own_label_calibration = 0.5
 
     num_components: int = checked(8, at_least(1))
     mixture: Mixture = choice(Mixture, "balanced")

@@ -17,7 +17,7 @@ from flwr.app import Context, Message, RecordDict
 
 from client_app import app
 from fedfusion_flwr import RunConfig, protocol
-from fedfusion_flwr.app import client
+from fedfusion_flwr.app import local_work
 from fedfusion_flwr.app.server import run
 from fedfusion_flwr.data import client_key, data_for, local_data
 from fedfusion_flwr.data.dataset import FederatedData, signature_difference
@@ -200,13 +200,13 @@ def test_a_run_of_devices(config: dict[str, Any], tmp_path: Path) -> None:
 def augmented(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Which batches were augmented, by shape."""
     shapes: list[Any] = []
-    augment = client.augment
+    augment = local_work.augment
 
     def record(x: torch.Tensor, **settings: Any) -> torch.Tensor:
         shapes.append(tuple(x.shape))
         return augment(x, **settings)
 
-    monkeypatch.setattr(client, "augment", record)
+    monkeypatch.setattr(local_work, "augment", record)
     return shapes
 
 
@@ -236,6 +236,6 @@ def test_augmentation_does_not_change_the_shuffles(
         draw((1000,), generator=generator)
         return x
 
-    monkeypatch.setattr(client, "augment", identity)
+    monkeypatch.setattr(local_work, "augment", identity)
     node = {"partition-id": 1}
     assert payload(ask(config, node)) == payload(ask({**config, "augment": False}, node))

@@ -62,6 +62,15 @@ def test_fused_statistics_in_local_training(tweets: Path) -> None:
     assert metrics[2]["global-accuracy"] > 0.8
 
 
+def test_two_classes_are_calibrated_like_many(tweets: Path) -> None:
+    keys = {"partition": "dirichlet", "dirichlet-alpha": 0.5, "label-calibration": 1.0}
+    metrics, digest = run_here(tweets, "run", **keys, **{"finetune-steps": 2})
+    assert metrics[2]["replies-valid"] == metrics[2]["evaluate-replies-valid"] == 4
+    assert metrics[2]["global-accuracy"] > 0.8
+    assert metrics[2]["personalized-prior-accuracy"] > 0.8
+    assert run_here(tweets, "plain", **keys | {"label-calibration": 0.0})[1] != digest
+
+
 @pytest.mark.parametrize(
     ("keys", "error", "message"),
     [
