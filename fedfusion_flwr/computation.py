@@ -12,7 +12,7 @@ import torch
 from flwr.common.logger import log
 from torch import Tensor, nn
 
-from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.errors import FedFusionError, first_line
 
 
 class TrainingError(FedFusionError, RuntimeError):
@@ -121,8 +121,7 @@ def compiler_errors() -> Iterator[None]:
 
         if not isinstance(problem, TorchDynamoException):
             raise
-        reason = str(problem).strip().splitlines()[0]
         raise TrainingError(
-            f"compile = true, but the model cannot be compiled here ({reason}); install a C++ "
-            "compiler or use compile = false"
+            f"compile = true, but the model cannot be compiled here ({first_line(problem)}); "
+            "install a C++ compiler or use compile = false"
         ) from problem

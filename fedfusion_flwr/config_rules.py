@@ -31,7 +31,7 @@ def checked(default: Any, rule: Rule) -> Any:
     return field(default=default, metadata={"rule": rule})
 
 
-def choice(names: Any, default: str) -> Any:
+def choice(names: Any, default: Any) -> Any:
     """A dataclass field that holds one of the names of a ``Literal`` type."""
     return checked(default, one_of(*get_args(names)))
 

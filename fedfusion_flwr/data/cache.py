@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from fedfusion_flwr.atomic import writing
 
 _DIGEST = "__sha256__"
 
@@ -40,8 +41,12 @@ def cached_arrays(key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[
     arrays = _read(path)
     if arrays is None:
         arrays = build()
+        # The digest is inside the file, so that both appear at once.
+        stored = {**arrays, _DIGEST: np.array(_digest(arrays))}
         with contextlib.suppress(OSError):
-            _write(path, arrays)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with writing(path) as file:
+                np.savez(file, allow_pickle=False, **stored)
     return arrays
 
 
@@ -62,18 +67,3 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
     except Exception:  # noqa: BLE001 - damaged bytes raise almost anything, and are rebuilt
         return None
     return arrays if _digest(arrays) == expected else None
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that os.replace is atomic and a reader never sees half a file; the
-    # digest is inside the file for the same reason.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays, **{_DIGEST: np.array(_digest(arrays))})
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -40,11 +40,6 @@ def imagefolder(root: str) -> FederatedData:
     ``classes.txt`` in the root fixes the classes and their order instead; then a split may lack
     some of them. ``moments.txt`` fixes what pixels are normalized by, instead of the moments of
     the training part.
-
-    Raises
-    ------
-    DataError
-        Names the folder or file that is wrong.
     """
     folder = existing_root("imagefolder", root)
     listed = read_classes(folder)
@@ -166,9 +161,8 @@ def pixel_moments(pixels: np.ndarray) -> Moments:
     counts = np.zeros((pixels.shape[1], 256), np.int64)
     # In pieces: bincount makes eight bytes of each pixel.
     for start in range(0, len(pixels), _PIECE):
-        for channel in range(len(counts)):
-            piece = pixels[start : start + _PIECE, channel]
-            counts[channel] += np.bincount(piece.ravel(), minlength=256)
+        channels = pixels[start : start + _PIECE].swapaxes(0, 1)
+        counts += [np.bincount(channel.ravel(), minlength=256) for channel in channels]
     shares = counts / counts.sum(1, keepdims=True)
     mean = shares @ levels
     std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))

@@ -106,8 +106,7 @@ def central_test_data(config: RunConfig) -> tuple[Tensor, Tensor]:
 
 
 def _shown(x: Tensor, components: np.ndarray, config: RunConfig) -> Tensor:
-    kind = partition_spec(config).component_transform
-    return transform_component(x, components, config.planted_components, kind)
+    return transform_component(x, components, config.planted_components, config.component_transform)
 
 
 def on_device(data: LocalData, device: torch.device) -> LocalData:

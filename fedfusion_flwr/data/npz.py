@@ -23,11 +23,6 @@ def npz(root: str) -> FederatedData:
     uint8 pixels are normalized by ``moments.txt`` beside the file, or by the moments of the
     training part; floating-point pixels are used as they are. ``classes.txt`` beside the file names
     the classes; without it there are as many as the largest label says.
-
-    Raises
-    ------
-    DataError
-        Names the file and the array that is wrong.
     """
     path = _file(existing_root("npz", root))
     arrays = _read(path)

@@ -62,23 +62,11 @@ class Tweets:
 
 
 def sentiment140(root: str, vocabulary_size: int, text_length: int) -> FederatedData:
-    """The tweets of a file, a tenth of them held out.
+    """The tweets of a file, a tenth of them held out by their row numbers.
 
-    The vocabulary is ``vocabulary.txt`` if it lies beside the file, else the words of the training
-    part. Which tweets are held out depends on the row number alone.
-
-    Parameters
-    ----------
-    root : str
-        The CSV file, plain, gzipped or in a zip archive, or a folder that holds it; empty for
-        ``data`` in the cache folder.
-    vocabulary_size, text_length : int
-        Most words of the vocabulary, and most tokens of a tweet.
-
-    Raises
-    ------
-    DataError
-        If there is no such file, several fit, it cannot be read, or has too few usable rows.
+    The file, plain, gzipped or in a zip archive, is the root or lies in it; without a root it is
+    looked for in ``data`` in the cache folder. The vocabulary is ``vocabulary.txt`` if it lies
+    beside the file, else at most so many words of the training part; longer tweets are cut.
     """
     path = find_file(data_folder(root))
     vocabulary = read_vocabulary(path.parent)

@@ -14,6 +14,7 @@ import torch
 from fedfusion_flwr.data.augmentation import CROP_AND_FLIP
 from fedfusion_flwr.data.dataset import DataError, FederatedData
 from fedfusion_flwr.data.roots import data_folder
+from fedfusion_flwr.errors import first_line
 
 MNIST_MEAN = 0.1307
 MNIST_STD = 0.3081
@@ -52,13 +53,7 @@ _IDX_SETS = {
 
 
 def cifar10(root: str) -> FederatedData:
-    """All 60,000 CIFAR-10 images, from the batches that its authors publish.
-
-    Raises
-    ------
-    DataError
-        If they neither lie below the root nor can be downloaded.
-    """
+    """All 60,000 CIFAR-10 images, from the batches that its authors publish."""
     # Here and not above: the import takes about a second, in every process of a simulation.
     from torchvision.datasets import CIFAR10
 
@@ -69,7 +64,7 @@ def cifar10(root: str) -> FederatedData:
     except (OSError, RuntimeError) as problem:
         raise DataError(
             f"`dataset` 'cifar10' is not whole in {folder} and cannot be downloaded "
-            f"({_first_line(problem)}): put cifar-10-python.tar.gz there, or its folder "
+            f"({first_line(problem)}): put cifar-10-python.tar.gz there, or its folder "
             "cifar-10-batches-py; for CIFAR-10 as image files use `dataset` 'imagefolder'."
         ) from problem
     x_train, x_test = (torch.from_numpy(d.data).permute(0, 3, 1, 2) for d in (train, test))
@@ -80,13 +75,7 @@ def cifar10(root: str) -> FederatedData:
 
 
 def idx_set(name: str, root: str) -> FederatedData:
-    """All 70,000 images of ``mnist`` or ``fashion-mnist``, from four IDX files.
-
-    Raises
-    ------
-    DataError
-        If they neither lie at or below the root nor can be downloaded, or are damaged.
-    """
+    """All 70,000 images of ``mnist`` or ``fashion-mnist``, from four IDX files."""
     known = _IDX_SETS[name]
     folder = _idx_folder(name, known, root)
     images = (_read_idx(folder, f"{prefix}-{_IMAGES}", 3) for prefix in ("train", "t10k"))
@@ -113,7 +102,7 @@ def _idx_folder(name: str, known: _IdxSet, root: str) -> Path:
     except (OSError, RuntimeError) as problem:
         raise DataError(
             f"`dataset` '{name}' is not whole in {folder} and cannot be downloaded "
-            f"({_first_line(problem)}): put {', '.join(_FILES)}, plain or as .gz, there or into "
+            f"({first_line(problem)}): put {', '.join(_FILES)}, plain or as .gz, there or into "
             f"its subfolder {known.torchvision}/raw; {known.elsewhere}."
         ) from problem
     return raw
@@ -146,7 +135,3 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
         )
     # A copy, because torch wants writable memory.
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0].rstrip(":")

@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.config import Normalization, RunConfig
 from fedfusion_flwr.data.dataset import FederatedData
 from fedfusion_flwr.models.bilstm import BiLSTM
 from fedfusion_flwr.models.custom import build_custom, check_logits
 from fedfusion_flwr.models.entry import DataShape, ModelEntry, ModelError
 from fedfusion_flwr.models.lenet import LeNet
-from fedfusion_flwr.models.normalization import Normalization, convert_normalization
+from fedfusion_flwr.models.normalization import convert_normalization
 from fedfusion_flwr.models.small_image import densenet121, mobilenetv2, resnet18
 from fedfusion_flwr.randomness import derived_seed
 

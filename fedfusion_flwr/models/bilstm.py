@@ -57,9 +57,7 @@ class BiLSTM(nn.Module):
     def _states(self, packed: PackedSequence) -> PackedSequence:
         """The LSTM's states; in float32 if oneDNN has no LSTM in bfloat16."""
         device = packed.data.device
-        if torch.is_autocast_enabled(device.type) and not computation.has_bfloat16(device):
-            with torch.autocast(device.type, enabled=False):
-                states: PackedSequence = self.lstm(packed)[0]
-        else:
-            states = self.lstm(packed)[0]
+        autocast = torch.is_autocast_enabled(device.type) and computation.has_bfloat16(device)
+        with torch.autocast(device.type, enabled=autocast):
+            states: PackedSequence = self.lstm(packed)[0]
         return states

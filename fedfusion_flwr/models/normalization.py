@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedfusion_flwr.config import Normalization
 from fedfusion_flwr.models.entry import ModelError
-
-Normalization = Literal["batch", "group", "layer", "none"]
 
 
 def convert_normalization(model: nn.Module, normalization: Normalization, groups: int = 2) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping
 
 import torch
@@ -40,10 +39,10 @@ def fit_to_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     if not differing:
         return model
     fitted = copy.deepcopy(model)
-    for name, keys in itertools.groupby(differing, lambda key: key.rpartition(".")[0]):
+    for key in differing:
+        name, _, tensor = key.rpartition(".")
         module = fitted.get_submodule(name)
-        for key in keys:
-            _resize(module, key.rpartition(".")[2], state[key].shape)
+        _resize(module, tensor, state[key].shape)
         _correct_widths(name, module)
     return fitted
 

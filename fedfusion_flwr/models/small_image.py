@@ -19,6 +19,8 @@ the functions: the import takes about a second, in every process of a simulation
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 
@@ -27,8 +29,7 @@ def resnet18(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     from torchvision import models
 
     model: nn.Module = models.resnet18(weights=None, num_classes=num_classes)
-    model.conv1 = _stem(input_shape[0], 64)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1 = _stem(input_shape[0], 64, mode="fan_out")
     model.maxpool = nn.Identity()
     return model
 
@@ -37,12 +38,10 @@ def densenet121(input_shape: tuple[int, int, int], num_classes: int) -> nn.Modul
     """DenseNet-121 with a 3x3 stem of stride 1 and without the pooling after it."""
     from torchvision import models
 
-    model = models.densenet121(weights=None, num_classes=num_classes)
-    model.features.conv0 = _stem(input_shape[0], 64)
-    nn.init.kaiming_normal_(model.features.conv0.weight)
-    del model.features.pool0
-    network: nn.Module = model
-    return network
+    model: nn.Module = models.densenet121(weights=None, num_classes=num_classes)
+    model.set_submodule("features.conv0", _stem(input_shape[0], 64, mode="fan_in"))
+    model.set_submodule("features.pool0", nn.Identity())
+    return model
 
 
 MOBILENETV2_STAGES = [
@@ -68,11 +67,11 @@ def mobilenetv2(input_shape: tuple[int, int, int], num_classes: int) -> nn.Modul
     model: nn.Module = models.mobilenet_v2(
         weights=None, num_classes=num_classes, inverted_residual_setting=MOBILENETV2_STAGES
     )
-    stem = _stem(input_shape[0], 32)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out")
-    model.set_submodule("features.0.0", stem)
+    model.set_submodule("features.0.0", _stem(input_shape[0], 32, mode="fan_out"))
     return model
 
 
-def _stem(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+def _stem(in_channels: int, out_channels: int, *, mode: Literal["fan_in", "fan_out"]) -> nn.Conv2d:
+    stem = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode=mode)
+    return stem

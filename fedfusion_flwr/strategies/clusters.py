@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of groups of clients: every client trains one of them, and is served by one."""
+"""Models of groups of clients, and what the strategies that keep such models share."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,8 @@ from logging import WARNING
 
 import torch
 from flwr.common.logger import log
-from torch import Tensor
 
+from fedfusion_flwr.config_rules import at_least, checked
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.federation.bounds import squared_distance
 from fedfusion_flwr.federation.replies import ClientReply, weights_by_examples
@@ -45,16 +46,19 @@ class Clusters:
         cluster = self.of.get(client)
         return otherwise if cluster is None else self.models[cluster]
 
-    def named(self) -> dict[str, State]:
-        """The models as ``c0``, ``c1``, ..."""
-        return {f"c{j}": state for j, state in enumerate(self.models)}
+    def assign(
+        self, replies: Sequence[ClientReply], labels: Iterable[int]
+    ) -> list[list[ClientReply]]:
+        """Give each reply's client its label; the replies of clusters 0, 1, ..."""
+        self.of |= {reply.client: label for reply, label in zip(replies, labels, strict=True)}
+        return [group for _, group in self._by_cluster(replies)]
 
     def advance(
         self,
         strategy: FederatedStrategy,
         replies: Sequence[ClientReply],
         pool: Iterable[ClientReply] | None = None,
-        seconds: Mapping[str, float] | None = None,
+        seconds: Mapping[str, float] = {},
     ) -> Update:
         """Fuse each cluster's replies into its model; a cluster without replies keeps its model.
 
@@ -69,7 +73,7 @@ class Clusters:
             This round's; once there are clusters, every client has one.
         pool : Iterable[ClientReply] or None
             The replies to fuse; by default this round's.
-        seconds : Mapping[str, float] or None
+        seconds : Mapping[str, float]
             Time spent on finding the clusters, by name of the part.
 
         Raises
@@ -77,15 +81,28 @@ class Clusters:
         KeepOldModel
             If no fused model is plausible.
         """
+        metrics: dict[str, float] = {}
+        if self.models:
+            weight_of = self._fuse(strategy, replies if pool is None else pool)
+            model = mean_of(strategy, self.models)
+            metrics["clusters-updated"] = float(len({self.of[client] for client in weight_of}))
+        else:
+            model, seconds = strategy.plausible(strategy.fuse_replies(replies)), {}
+            weight_of = _weights(replies)
+        sizes = Counter(self.of.values())
+        metrics |= {f"clients-of-c{j}": float(sizes[j]) for j in range(len(self.models))}
+        rows = [
+            reply.row(weight_of.get(reply.client, 0.0), cluster=self.of.get(reply.client))
+            for reply in replies
+        ]
+        return Update(model, rows, metrics, clusters=dict(self.of), seconds=dict(seconds))
+
+    def _fuse(
+        self, strategy: FederatedStrategy, replies: Iterable[ClientReply]
+    ) -> dict[int, float]:
+        """Update the models; the weight of every client in its cluster's new model."""
         weight_of: dict[int, float] = {}
-        if not self.models:
-            model = strategy.plausible(strategy.fuse_replies(replies))
-            return self._update(model, replies, _weights(replies))
-        members: dict[int, list[ClientReply]] = {}
-        for reply in replies if pool is None else pool:
-            members.setdefault(self.of[reply.client], []).append(reply)
-        updated = 0
-        for cluster, group in sorted(members.items()):
+        for cluster, group in self._by_cluster(replies):
             fused = strategy.fuse_replies(group)
             problem = strategy.objection(fused, self.models[cluster])
             if problem:
@@ -94,37 +111,68 @@ class Clusters:
                     "round %d: cluster %d keeps its old model; the fused one is implausible: %s",
                     *(strategy.server_round, cluster, problem),
                 )
-                continue
-            updated += 1
-            self.models[cluster] = fused
-            weight_of |= _weights(group)
-        if not updated:
+            else:
+                self.models[cluster] = fused
+                weight_of |= _weights(group)
+        if not weight_of:
             raise KeepOldModel("no cluster's fused model was plausible")
-        metrics = {"clusters-updated": float(updated)}
-        model = mean_of(strategy, self.models)
-        return self._update(model, replies, weight_of, metrics, seconds or {})
+        return weight_of
 
-    def _update(
-        self,
-        model: State,
-        replies: Sequence[ClientReply],
-        weight_of: Mapping[int, float],
-        metrics: Mapping[str, float] = {},
-        seconds: Mapping[str, float] = {},
-    ) -> Update:
-        sizes = Counter(self.of.values())
-        counts = {f"clients-of-c{j}": float(sizes[j]) for j in range(len(self.models))}
-        rows = [
-            reply.row(weight_of.get(reply.client, 0.0), cluster=self.of.get(reply.client))
-            for reply in replies
-        ]
-        return Update(
-            model, rows, {**metrics, **counts}, clusters=dict(self.of), seconds=dict(seconds)
-        )
+    def _by_cluster(self, replies: Iterable[ClientReply]) -> list[tuple[int, list[ClientReply]]]:
+        """The clusters that have replies, in order, and those."""
+
+        def cluster_of(reply: ClientReply) -> int:
+            return self.of[reply.client]
+
+        groups = itertools.groupby(sorted(replies, key=cluster_of), cluster_of)
+        return [(cluster, list(group)) for cluster, group in groups]
 
 
-def mean_of(strategy: FederatedStrategy, states: Sequence[Mapping[str, Tensor]]) -> State:
-    """The unweighted mean; a single model is returned bit for bit."""
+@dataclass
+class ClusteredState:
+    """The clusters of a `ClusteredStrategy`; strategies add what else they remember."""
+
+    clusters: Clusters = field(default_factory=Clusters)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ClusteredStrategy(FederatedStrategy):
+    """Every client trains, and is served, the model of its cluster; the global one without any."""
+
+    single_model = False
+
+    num_clusters: int = checked(5, at_least(1))
+    state: ClusteredState = field(init=False)
+
+    def initial(self) -> ClusteredState:
+        """No clusters yet."""
+        return ClusteredState()
+
+    @property
+    def clusters(self) -> Clusters:
+        """The clusters so far."""
+        return self.state.clusters
+
+    def sent_to(self, client: int) -> State:
+        """The model of the client's cluster; the global one while it has none."""
+        return self.clusters.model_of(client, self.current)
+
+    def advance(self, replies: list[ClientReply]) -> Update:
+        """FedAvg in every cluster."""
+        return self.clusters.advance(self, replies)
+
+    def personal_model(self, client: int) -> State:
+        """The model of the client's cluster; the served one while it has none."""
+        return self.clusters.model_of(client, self.served)
+
+    def models(self) -> dict[str, State]:
+        """The clusters' models, ``c0``, ``c1``, ..."""
+        return {f"c{j}": state for j, state in enumerate(self.clusters.models)}
+
+
+def mean_of(strategy: FederatedStrategy, models: Sequence[State | ClientReply]) -> State:
+    """The unweighted mean of models, or of those in replies; a single one bit for bit."""
+    states = [model.state if isinstance(model, ClientReply) else model for model in models]
     if len(states) == 1:
         return dict(states[0])
     return strategy.fuse(states, torch.full((len(states),), 1 / len(states), dtype=torch.float64))
@@ -142,14 +190,13 @@ def distinct_models(
         the first of them.
     """
     name = type(strategy).__name__
-    if count > 1 and initial_state is None:
-        raise FedFusionError(
-            f"{name} with {count} clusters starts from different models: give it "
-            "initial_state, a function from 0, 1, ... to state dicts"
-        )
     models = [strategy.current]
     for j in range(1, count):
-        assert initial_state is not None
+        if initial_state is None:
+            raise FedFusionError(
+                f"{name} with {count} clusters starts from different models: give it "
+                "initial_state, a function from 0, 1, ... to state dicts"
+            )
         state = initial_state(j)
         if any(squared_distance(state, other) == 0 for other in models):
             raise FedFusionError(

@@ -18,32 +18,29 @@ from dataclasses import dataclass, field
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import Linkage, RunConfig, cohort_size
 from fedfusion_flwr.config_rules import at_least, checked, choice
-from fedfusion_flwr.federation.bounds import squared_distance
 from fedfusion_flwr.federation.conversation import Exchange
-from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import State, Update
+from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.federation.sampling import random_cohort
-from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.strategies.clusters import Clusters, mean_of
+from fedfusion_flwr.strategies.clusters import ClusteredState, ClusteredStrategy, mean_of
 from fedfusion_flwr.strategies.geometry import (
     agglomerate,
     gram_matrix,
+    nearest,
     principal_coordinates,
 )
 
 
 @dataclass
-class FedClusterState:
+class FedClusterState(ClusteredState):
     """The clusters, the model that updates start from, and it plus each cluster's mean update."""
 
-    clusters: Clusters = field(default_factory=Clusters)
     origin: State = field(default_factory=dict)
     mean_update_models: list[State] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class FedCluster(FederatedStrategy):
+class FedCluster(ClusteredStrategy):
     """FedAvg until one clustering of all clients' updates; then one FedAvg per cluster.
 
     Parameters
@@ -60,9 +57,7 @@ class FedCluster(FederatedStrategy):
     """
 
     name = "fedcluster"
-    single_model = False
 
-    num_clusters: int = checked(5, at_least(1))
     cluster_round: int = checked(5, at_least(1))
     distance_threshold: float = checked(0.0, at_least(0))
     linkage: Linkage = choice(Linkage, "ward")
@@ -79,24 +74,25 @@ class FedCluster(FederatedStrategy):
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
         """Cluster all clients once; later, place the clients that have no cluster yet."""
-        state = self.state
-        if self.server_round <= self.cluster_round:
+        state, clusters = self.state, self.clusters
+        newcomers = [client for client in clients if client not in clusters.of]
+        if self.server_round <= self.cluster_round or not newcomers:
             return
-        if not state.clusters:
+        if not clusters:
             state.origin = self.current
-        newcomers = [client for client in clients if client not in state.clusters.of]
-        if not newcomers:
-            return
         replies = exchange(newcomers, state.origin, {protocol.PHASE: "clustering"})
-        if state.clusters:
-            for reply in replies:
-                state.clusters.of[reply.client] = self._nearest(reply)
+        if clusters:
+            clusters.assign(replies, [nearest(r.state, state.mean_update_models) for r in replies])
         elif replies:
-            self._cluster(replies)
+            points = principal_coordinates(gram_matrix([r.state for r in replies], state.origin))
+            cut = self.num_clusters, self.distance_threshold, self.linkage
+            groups = clusters.assign(replies, agglomerate(points, *cut))
+            state.mean_update_models = [mean_of(self, group) for group in groups]
+            clusters.models = [self.current] * len(groups)
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
         """Within each cluster, once there are any."""
-        clusters = self.state.clusters
+        clusters = self.clusters
         if not clusters:
             return super().sample_clients(server_round, clients, size)
         generator = numpy_generator(self.seed, "sampling", server_round)
@@ -107,40 +103,6 @@ class FedCluster(FederatedStrategy):
                 wanted = cohort_size(len(members), self.fraction_train)
                 cohort += random_cohort(members, wanted, generator)
         return sorted(cohort)
-
-    def sent_to(self, client: int) -> State:
-        """The model of the client's cluster; the global one while it has none."""
-        return self.state.clusters.model_of(client, self.current)
-
-    def advance(self, replies: list[ClientReply]) -> Update:
-        """FedAvg; from the clustering on, in every cluster."""
-        return self.state.clusters.advance(self, replies)
-
-    def personal_model(self, client: int) -> State:
-        """The model of the client's cluster; the served one while it has none."""
-        return self.state.clusters.model_of(client, self.served)
-
-    def models(self) -> dict[str, State]:
-        """The clusters' models, ``c0``, ``c1``, ..."""
-        return self.state.clusters.named()
-
-    def _cluster(self, replies: list[ClientReply]) -> None:
-        state = self.state
-        gram = gram_matrix([reply.state for reply in replies], state.origin)
-        labels = agglomerate(
-            principal_coordinates(gram), self.num_clusters, self.distance_threshold, self.linkage
-        )
-        for reply, label in zip(replies, labels.tolist(), strict=True):
-            state.clusters.of[reply.client] = label
-        for cluster in range(int(labels.max()) + 1):
-            members = [r.state for r in replies if state.clusters.of[r.client] == cluster]
-            state.mean_update_models.append(mean_of(self, members))
-            state.clusters.models.append(self.current)
-
-    def _nearest(self, reply: ClientReply) -> int:
-        means = self.state.mean_update_models
-        distances = [squared_distance(reply.state, mean) for mean in means]
-        return distances.index(min(distances))
 
     def settings(self) -> Iterable[str]:
         """When and how the clients are clustered."""

@@ -61,14 +61,9 @@ class FedClusterCycling(FederatedStrategy):
         return CyclingState()
 
     @property
-    def learning_round(self) -> int:
-        """The current learning round, from 0."""
-        return (self.server_round - 1) // max(len(self.state.clusters), 1)
-
-    @property
-    def cycle(self) -> int:
-        """The current cycle of the learning round, from 0."""
-        return (self.server_round - 1) % max(len(self.state.clusters), 1)
+    def place(self) -> tuple[int, int]:
+        """The learning round and its cycle, both from 0."""
+        return divmod(self.server_round - 1, len(self.state.clusters))
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
         """A cohort of the cluster whose turn it is; of all clients, if none of it is connected."""
@@ -80,7 +75,8 @@ class FedClusterCycling(FederatedStrategy):
     def advance(self, replies: list[ClientReply]) -> Update:
         """FedAvg of the cohort."""
         update = self.weighted_update(replies, weights_by_examples(replies))
-        place = {"learning-round": float(self.learning_round + 1), "cycle": float(self.cycle + 1)}
+        learning_round, cycle = (float(number + 1) for number in self.place)
+        place = {"learning-round": learning_round, "cycle": cycle}
         return dataclasses.replace(update, metrics={**place, **update.metrics})
 
     def evaluates(self, server_round: int) -> bool:
@@ -101,11 +97,11 @@ class FedClusterCycling(FederatedStrategy):
                 min(self.state.clusters, key=len).append(client)
 
     def _turn(self) -> int:
-        count = len(self.state.clusters)
+        learning_round, cycle = self.place
         if not self.reshuffle_cycle:
-            return self.cycle
-        generator = numpy_generator(self.seed, "cycle-order", self.learning_round)
-        return int(generator.permutation(count)[self.cycle])
+            return cycle
+        generator = numpy_generator(self.seed, "cycle-order", learning_round)
+        return int(generator.permutation(len(self.state.clusters))[cycle])
 
     def settings(self) -> Iterable[str]:
         """Clusters and their order."""

@@ -19,35 +19,32 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.config_rules import at_least, checked
 from fedfusion_flwr.federation.bookkeeping import Timer
-from fedfusion_flwr.federation.bounds import difference, inner_product
-from fedfusion_flwr.federation.conversation import Exchange, Setting
+from fedfusion_flwr.federation.bounds import difference, inner_product, squared_distance
+from fedfusion_flwr.federation.conversation import Exchange
 from fedfusion_flwr.federation.replies import ClientReply
 from fedfusion_flwr.federation.round import State, Update
 from fedfusion_flwr.federation.sampling import random_cohort
-from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.strategies.clusters import Clusters, mean_of
-from fedfusion_flwr.strategies.geometry import gram_matrix, k_means, principal_coordinates
+from fedfusion_flwr.strategies.clusters import ClusteredState, ClusteredStrategy, mean_of
+from fedfusion_flwr.strategies.geometry import decomposed_cosines, gram_matrix, k_means
 
 
 @dataclass
-class FedGroupState:
+class FedGroupState(ClusteredState):
     """The groups, the model that updates start from, and each group's mean first update."""
 
-    clusters: Clusters = field(default_factory=Clusters)
     origin: State = field(default_factory=dict)
     directions: list[State] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class FedGroup(FederatedStrategy):
+class FedGroup(ClusteredStrategy):
     """Static groups by the directions of the clients' first updates.
 
     Parameters
@@ -63,9 +60,7 @@ class FedGroup(FederatedStrategy):
     """
 
     name = "fedgroup"
-    single_model = False
 
-    num_clusters: int = checked(5, at_least(1))
     pretrain_steps: int = checked(50, at_least(1))
     pretrain_clients: int = checked(20, at_least(1))
     inter_group_rate: float = checked(0.0, at_least(0))
@@ -82,91 +77,67 @@ class FedGroup(FederatedStrategy):
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
         """The cold start, before the first round; it is repeated until it brings a reply."""
-        if self.state.clusters:
+        state, clusters = self.state, self.clusters
+        if clusters:
             return
         generator = numpy_generator(self.seed, "cold-start", self.server_round)
         chosen = random_cohort(clients, self.pretrain_clients * self.num_clusters, generator)
-        self.state.origin = self.current
-        replies = [r for r in self._pretrain(chosen, exchange) if self._moved(r)]
-        if not replies:
-            return
-        gram = gram_matrix([reply.state for reply in replies], self.state.origin)
-        cosines = decomposed_cosines(gram, self.num_clusters)
-        labels = k_means(cosines, self.num_clusters, self.seed)
-        self.state.clusters.of = {r.client: int(j) for r, j in zip(replies, labels, strict=True)}
-        for group in range(int(labels.max()) + 1):
-            members = [r.state for r in replies if self.state.clusters.of[r.client] == group]
-            model = mean_of(self, members)
-            self.state.clusters.models.append(model)
-            self.state.directions.append(difference(model, self.state.origin))
+        state.origin = self.current
+        replies = self._pretrain(chosen, exchange)
+        # An update of zero has no direction.
+        replies = [r for r in replies if squared_distance(r.state, state.origin) > 0]
+        if replies:
+            gram = gram_matrix([reply.state for reply in replies], state.origin)
+            cosines = decomposed_cosines(gram, self.num_clusters)
+            groups = clusters.assign(replies, k_means(cosines, self.num_clusters, self.seed))
+            clusters.models = [mean_of(self, group) for group in groups]
+            state.directions = [difference(model, state.origin) for model in clusters.models]
 
     def prepare_cohort(self, cohort: list[int], exchange: Exchange) -> None:
         """Assign a group to the clients of the cohort that have none."""
-        newcomers = [client for client in cohort if client not in self.state.clusters.of]
-        if newcomers and self.state.clusters:
-            for reply in self._pretrain(newcomers, exchange):
-                self.state.clusters.of[reply.client] = self._nearest(reply)
-
-    def sent_to(self, client: int) -> State:
-        """The model of the client's group; the global one while it has none."""
-        return self.state.clusters.model_of(client, self.current)
+        newcomers = [client for client in cohort if client not in self.clusters.of]
+        if newcomers and self.clusters:
+            self._place(self._pretrain(newcomers, exchange))
 
     def advance(self, replies: list[ClientReply]) -> Update:
         """FedAvg in every group; then the aggregation between groups."""
-        clusters = self.state.clusters
+        clusters = self.clusters
         with Timer() as timer:
             if clusters:
                 # A client whose cold start failed is placed by its trained model.
-                placed = {
-                    r.client: self._nearest(r) for r in replies if r.client not in clusters.of
-                }
-                clusters.of |= placed
+                self._place([r for r in replies if r.client not in clusters.of])
         update = clusters.advance(self, replies, seconds={"infer": timer.seconds})
         if self.inter_group_rate > 0 and len(clusters.models) > 1:
             clusters.models = self.mixed_groups()
             return dataclasses.replace(update, model=mean_of(self, clusters.models))
         return update
 
-    def personal_model(self, client: int) -> State:
-        """The model of the client's group; the served one while it has none."""
-        return self.state.clusters.model_of(client, self.served)
-
-    def models(self) -> dict[str, State]:
-        """The groups' models, ``c0``, ``c1``, ..."""
-        return self.state.clusters.named()
-
     def mixed_groups(self) -> list[State]:
         """The groups' models after the aggregation between groups."""
         with one_thread():
-            norms = [inner_product(model, model) ** 0.5 for model in self.state.clusters.models]
+            norms = [inner_product(model, model) ** 0.5 for model in self.clusters.models]
         rates = [self.inter_group_rate / max(norm, 1e-300) for norm in norms]
         mixed = []
         for group in range(len(rates)):
             parts = torch.tensor(rates, dtype=torch.float64)
             parts[group] = 1.0
-            mixed.append(self.fuse(self.state.clusters.models, parts / parts.sum()))
+            mixed.append(self.fuse(self.clusters.models, parts / parts.sum()))
         return mixed
 
     def _pretrain(self, clients: list[int], exchange: Exchange) -> list[ClientReply]:
-        settings: dict[str, Setting] = {
-            protocol.PHASE: "cold-start",
-            protocol.MAX_STEPS: self.pretrain_steps,
-        }
-        return exchange(clients, self.state.origin, settings)
+        steps = {protocol.MAX_STEPS: self.pretrain_steps}
+        return exchange(clients, self.state.origin, {protocol.PHASE: "cold-start", **steps})
 
-    def _moved(self, reply: ClientReply) -> bool:
-        """Whether the update has a direction; an update of zero has none."""
-        update = difference(reply.state, self.state.origin)
-        return inner_product(update, update) > 0
-
-    def _nearest(self, reply: ClientReply) -> int:
-        update = difference(reply.state, self.state.origin)
-        cosines = [
-            inner_product(update, direction)
-            / max(inner_product(direction, direction) ** 0.5, 1e-300)
-            for direction in self.state.directions
-        ]
-        return cosines.index(max(cosines))
+    def _place(self, replies: list[ClientReply]) -> None:
+        """Newcomers join the group with the direction nearest to their update's."""
+        for reply in replies:
+            update = difference(reply.state, self.state.origin)
+            cosines = [
+                inner_product(update, direction)
+                / max(inner_product(direction, direction) ** 0.5, 1e-300)
+                for direction in self.state.directions
+            ]
+            self.clusters.of[reply.client] = cosines.index(max(cosines))
 
     def settings(self) -> Iterable[str]:
         """Groups and cold start."""
@@ -174,12 +145,3 @@ class FedGroup(FederatedStrategy):
             f"FedGroup: {self.num_clusters} groups, cold start of {self.pretrain_steps} steps, "
             f"inter-group rate {self.inter_group_rate:g}"
         )
-
-
-def decomposed_cosines(gram: Tensor, dimensions: int) -> Tensor:
-    """E, (K, dimensions): cosine of every update with the leading singular directions.
-
-    With eigenpairs (lambda_k, u_k) of the updates' Gram matrix G, E_ik = sqrt(lambda_k) u_ik /
-    sqrt(G_ii): the singular vectors themselves are never needed. Signs of columns are arbitrary.
-    """
-    return principal_coordinates(gram, dimensions) / gram.diagonal().sqrt().unsqueeze(1)

@@ -19,27 +19,29 @@ from dataclasses import dataclass, field
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import CentreUpdate, RunConfig
-from fedfusion_flwr.config_rules import at_least, checked, choice
+from fedfusion_flwr.config_rules import choice
 from fedfusion_flwr.federation.bookkeeping import Timer
-from fedfusion_flwr.federation.bounds import squared_distance
 from fedfusion_flwr.federation.conversation import Exchange
 from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import State, Update
-from fedfusion_flwr.federation.strategy import FederatedStrategy
-from fedfusion_flwr.strategies.clusters import Clusters, InitialState, distinct_models
-from fedfusion_flwr.strategies.geometry import gram_matrix, k_means, principal_coordinates
+from fedfusion_flwr.federation.round import Update
+from fedfusion_flwr.strategies.clusters import (
+    ClusteredState,
+    ClusteredStrategy,
+    InitialState,
+    distinct_models,
+)
+from fedfusion_flwr.strategies.geometry import gram_matrix, k_means, nearest, principal_coordinates
 
 
 @dataclass
-class FeSEMState:
+class FeSEMState(ClusteredState):
     """The centres, and the latest reply of every client."""
 
-    clusters: Clusters = field(default_factory=Clusters)
     latest: dict[int, ClientReply] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class FeSEM(FederatedStrategy):
+class FeSEM(ClusteredStrategy):
     """Expectation maximization over the clients' latest models, which the server keeps.
 
     Parameters
@@ -56,9 +58,7 @@ class FeSEM(FederatedStrategy):
     """
 
     name = "fesem"
-    single_model = False
 
-    num_clusters: int = checked(5, at_least(1))
     centre_update: CentreUpdate = choice(CentreUpdate, "all")
     warm_start: bool = True
     initial_state: InitialState | None = None
@@ -75,53 +75,33 @@ class FeSEM(FederatedStrategy):
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
         """Find the first centres."""
-        state = self.state
-        if state.clusters:
+        clusters = self.clusters
+        if clusters:
             return
         if not self.warm_start:
-            state.clusters.models = distinct_models(self, self.num_clusters, self.initial_state)
+            clusters.models = distinct_models(self, self.num_clusters, self.initial_state)
             return
         replies = exchange(clients, self.current, {protocol.PHASE: "warm-start"})
-        if not replies:
-            return
-        points = principal_coordinates(gram_matrix([r.state for r in replies], self.current))
-        labels = k_means(points, self.num_clusters, self.seed).tolist()
-        state.latest = {reply.client: reply for reply in replies}
-        state.clusters.of = dict(zip(state.latest, labels, strict=True))
-        state.clusters.models = [
-            self.fuse_replies([r for r in replies if state.clusters.of[r.client] == cluster])
-            for cluster in range(max(labels) + 1)
-        ]
-
-    def sent_to(self, client: int) -> State:
-        """The client's centre; the global model while it has none."""
-        return self.state.clusters.model_of(client, self.current)
+        if replies:
+            points = principal_coordinates(gram_matrix([r.state for r in replies], self.current))
+            groups = clusters.assign(replies, k_means(points, self.num_clusters, self.seed))
+            clusters.models = [self.fuse_replies(group) for group in groups]
+            self.state.latest = {reply.client: reply for reply in replies}
 
     def assign(self, replies: list[ClientReply]) -> dict[int, int]:
         """E: the nearest centre of every client's latest model; ties go to the first."""
         self.state.latest |= {reply.client: reply for reply in replies}
-        return {client: self._nearest(reply) for client, reply in self.state.latest.items()}
+        return {
+            client: nearest(reply.state, self.clusters.models)
+            for client, reply in self.state.latest.items()
+        }
 
     def advance(self, replies: list[ClientReply]) -> Update:
         """E, then M: each centre's new mean."""
-        clusters = self.state.clusters
         with Timer() as timer:
-            clusters.of |= self.assign(replies) if clusters else {}
+            self.clusters.of |= self.assign(replies) if self.clusters else {}
         pool = replies if self.centre_update == "round" else self.state.latest.values()
-        return clusters.advance(self, replies, pool, {"infer": timer.seconds})
-
-    def personal_model(self, client: int) -> State:
-        """The client's centre; the served model while it has none."""
-        return self.state.clusters.model_of(client, self.served)
-
-    def models(self) -> dict[str, State]:
-        """The centres, ``c0``, ``c1``, ..."""
-        return self.state.clusters.named()
-
-    def _nearest(self, reply: ClientReply) -> int:
-        centres = self.state.clusters.models
-        distances = [squared_distance(reply.state, centre) for centre in centres]
-        return distances.index(min(distances))
+        return self.clusters.advance(self, replies, pool, {"infer": timer.seconds})
 
     def settings(self) -> Iterable[str]:
         """Centres and their start."""

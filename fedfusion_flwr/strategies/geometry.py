@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedfusion_flwr.config import Linkage
+from fedfusion_flwr.federation.bounds import squared_distance
 from fedfusion_flwr.fusion.state_dicts import is_parameter
 from fedfusion_flwr.randomness import numpy_generator
 
@@ -37,6 +38,12 @@ def gram_matrix(states: Sequence[Mapping[str, Tensor]], origin: Mapping[str, Ten
     return gram
 
 
+def nearest(state: Mapping[str, Tensor], models: Sequence[Mapping[str, Tensor]]) -> int:
+    """Which model is the nearest by its parameters; ties go to the first."""
+    distances = [squared_distance(state, model) for model in models]
+    return distances.index(min(distances))
+
+
 def principal_coordinates(gram: Tensor, dimensions: int | None = None) -> Tensor:
     """Points whose inner products are ``gram``, (K, dimensions), largest directions first.
 
@@ -51,13 +58,22 @@ def principal_coordinates(gram: Tensor, dimensions: int | None = None) -> Tensor
     return points[:, :dimensions]
 
 
+def decomposed_cosines(gram: Tensor, dimensions: int) -> Tensor:
+    """E, (K, dimensions): cosine of every update with the leading singular directions.
+
+    With eigenpairs (lambda_k, u_k) of the updates' Gram matrix G, E_ik = sqrt(lambda_k) u_ik /
+    sqrt(G_ii): the singular vectors themselves are never needed. Signs of columns are arbitrary.
+    """
+    return principal_coordinates(gram, dimensions) / gram.diagonal().sqrt().unsqueeze(1)
+
+
 def count_different(points: Tensor) -> int:
     """How many rows of (K, D) differ by more than rounding: no clustering can find more groups."""
     scale = float(points.abs().max()) or 1.0
     return len(torch.unique((points / (_ROUNDING * scale)).round(), dim=0))
 
 
-def k_means(points: Tensor, num_clusters: int, seed: int) -> np.ndarray:
+def k_means(points: Tensor, num_clusters: int, seed: int) -> list[int]:
     """Cluster numbers (K,) of points (K, D) by k-means++ with ten restarts.
 
     Numbered in the order in which clusters first appear; fewer clusters where there are fewer
@@ -68,25 +84,19 @@ def k_means(points: Tensor, num_clusters: int, seed: int) -> np.ndarray:
 
     random_state = int(numpy_generator(seed, "k-means").integers(2**31))
     means = KMeans(min(num_clusters, count_different(points)), n_init=10, random_state=random_state)
-    return in_order_of_appearance(means.fit_predict(points.numpy()))
-
-
-def in_order_of_appearance(labels: np.ndarray) -> np.ndarray:
-    """The same clusters, numbered 0, 1, ... as they first appear, not as a library chose."""
-    order: dict[int, int] = {}
-    return np.array([order.setdefault(int(label), len(order)) for label in labels])
+    return _in_order(means.fit_predict(points.numpy()))
 
 
 def agglomerate(
     points: Tensor, num_clusters: int, distance_threshold: float, linkage: Linkage
-) -> np.ndarray:
+) -> list[int]:
     """Cluster numbers (K,) of points (K, D), in the order in which the clusters first appear.
 
     ``distance_threshold`` 0 cuts the tree at ``num_clusters``, or at the number of different points
     where that is less.
     """
     if len(points) == 1:
-        return np.zeros(1, dtype=np.int64)
+        return [0]
     # Imported here: it takes about a second, in every process of a simulation.
     from sklearn.cluster import AgglomerativeClustering
 
@@ -94,4 +104,10 @@ def agglomerate(
     if distance_threshold:
         cut = {"n_clusters": None, "distance_threshold": distance_threshold}
     found = AgglomerativeClustering(linkage=linkage, **cut).fit_predict(points.numpy())
-    return in_order_of_appearance(found)
+    return _in_order(found)
+
+
+def _in_order(labels: np.ndarray) -> list[int]:
+    """The same clusters, numbered 0, 1, ... as they first appear, not as a library chose."""
+    order: dict[int, int] = {}
+    return [order.setdefault(label, len(order)) for label in labels.tolist()]

@@ -15,27 +15,19 @@ FEMNIST.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config_rules import at_least, checked
 from fedfusion_flwr.federation.conversation import Exchange, Setting
 from fedfusion_flwr.federation.replies import BadReply, ClientReply
 from fedfusion_flwr.federation.round import State, Update
-from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.randomness import numpy_generator
-from fedfusion_flwr.strategies.clusters import Clusters, InitialState, distinct_models
-
-
-@dataclass
-class IFCAState:
-    """The models, and which one each client last chose."""
-
-    clusters: Clusters = field(default_factory=Clusters)
+from fedfusion_flwr.strategies.clusters import ClusteredStrategy, InitialState, distinct_models
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class IFCA(FederatedStrategy):
+class IFCA(ClusteredStrategy):
     """Clients choose among the models by their training loss.
 
     Parameters
@@ -49,17 +41,9 @@ class IFCA(FederatedStrategy):
     """
 
     name = "ifca"
-    single_model = False
 
-    num_clusters: int = checked(5, at_least(1))
     warmup_rounds: int = checked(3, at_least(0))
     initial_state: InitialState | None = None
-    state: IFCAState = field(init=False)
-
-    def initial(self) -> IFCAState:
-        """No models yet."""
-        self._packed: State = {}
-        return IFCAState()
 
     @property
     def warms_up(self) -> bool:
@@ -68,22 +52,21 @@ class IFCA(FederatedStrategy):
 
     def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
         """Initialize the models; pack them for all clients of the round."""
-        clusters = self.state.clusters
-        if not clusters:
-            clusters.models = distinct_models(self, self.num_clusters, self.initial_state)
+        if not self.clusters:
+            self.clusters.models = distinct_models(self, self.num_clusters, self.initial_state)
         self._packed = protocol.pack_states(self.models())
 
     def sent_to(self, client: int) -> State:
         """All models; in the warm-up, the one assigned to the client."""
         if self.warms_up:
-            return self.state.clusters.models[self._random_cluster(client)]
+            return self.clusters.models[self._random_cluster(client)]
         return self._packed
 
     def expected_from(self, client: int, metrics: Mapping[str, float]) -> State:
         """The model that the client says it chose; refuses a reply without a valid choice."""
         if self.warms_up:
             return super().expected_from(client, metrics)
-        models = self.state.clusters.models
+        models = self.clusters.models
         choice = metrics.get(protocol.CLUSTER, -1)
         if choice not in range(len(models)):
             raise BadReply(
@@ -93,17 +76,17 @@ class IFCA(FederatedStrategy):
 
     def train_settings(self, client: int) -> dict[str, Setting]:
         """The number of models that are sent."""
-        return {} if self.warms_up else {protocol.NUM_MODELS: len(self.state.clusters.models)}
+        return {} if self.warms_up else self.evaluate_settings(client)
 
     def advance(self, replies: list[ClientReply]) -> Update:
         """Fuse by the clients' choices; in the warm-up, by the fixed division."""
-        self.state.clusters.of |= {
-            reply.client: self._random_cluster(reply.client)
-            if self.warms_up
-            else int(reply.metrics[protocol.CLUSTER])
-            for reply in replies
-        }
-        return self.state.clusters.advance(self, replies)
+        for reply in replies:
+            self.clusters.of[reply.client] = (
+                self._random_cluster(reply.client)
+                if self.warms_up
+                else int(reply.metrics[protocol.CLUSTER])
+            )
+        return super().advance(replies)
 
     def prepare_evaluation(self) -> None:
         """Pack the updated models."""
@@ -115,11 +98,7 @@ class IFCA(FederatedStrategy):
 
     def evaluate_settings(self, client: int) -> dict[str, Setting]:
         """The number of models that are sent."""
-        return {protocol.NUM_MODELS: len(self.state.clusters.models)}
-
-    def models(self) -> dict[str, State]:
-        """The models, ``c0``, ``c1``, ..."""
-        return self.state.clusters.named()
+        return {protocol.NUM_MODELS: len(self.clusters.models)}
 
     def _random_cluster(self, client: int) -> int:
         return int(numpy_generator(self.seed, "warm-up", client).integers(self.num_clusters))

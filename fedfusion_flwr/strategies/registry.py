@@ -32,8 +32,15 @@ from fedfusion_flwr.user_code import load_function
 
 _STEP = ("server_learning_rate", "server_momentum", "average_decay")
 _WEIGHT = "max_client_weight"
-_KEYS = {field.name: field for field in dataclasses.fields(RunConfig)}
-_DEFENCE = tuple(field.name for field in dataclasses.fields(Defence))
+_KEYS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+
+
+def _names(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+_ENGINE = _names(FederatedStrategy)
+_SHARED = sorted(_KEYS.keys() & {*_ENGINE} - {*_STEP, _WEIGHT, "defence"})
 
 
 @functools.cache
@@ -76,11 +83,10 @@ def strategy_class(name: str) -> type[FederatedStrategy]:
 
 def keys_of(strategy: type[FederatedStrategy]) -> tuple[str, ...]:
     """The fields of `RunConfig` that this strategy reads, but not every strategy."""
-    shared = {field.name for field in dataclasses.fields(FederatedStrategy)}
-    own = [field.name for field in dataclasses.fields(strategy) if field.name not in shared]
+    own = [name for name in _names(strategy) if name in _KEYS and name not in _ENGINE]
     step = _STEP if strategy.server_step else ()
     weight = (_WEIGHT,) if strategy.single_model else ()
-    return (*(key for key in own if key in _KEYS), *step, *weight)
+    return (*own, *step, *weight)
 
 
 def build_strategy(
@@ -110,21 +116,14 @@ def build_strategy(
     strategy = strategy_class(config.strategy)
     keys = keys_of(strategy)
     _warn_of_idle_keys(config, keys)
-    fields = {field.name for field in dataclasses.fields(strategy) if field.init}
-    particular = {*_STEP, _WEIGHT}
-    arguments: dict[str, Any] = {
-        key: getattr(config, key)
-        for key in _KEYS
-        if key in fields and (key in keys or key not in particular)
-    }
-    arguments.pop("defence")
+    arguments: dict[str, Any] = {key: getattr(config, key) for key in (*_SHARED, *keys)}
     if config.defence == "robust":
         arguments["defence"] = Defence.of(config)
         if arguments.get(_WEIGHT) == 1:
             arguments[_WEIGHT] = MAX_CLIENT_WEIGHT
-    if "initial_state" in fields:
+    if "initial_state" in _names(strategy):
         arguments["initial_state"] = initial_state
-    if "network" in fields and network is not None:
+    if "network" in _names(strategy) and network is not None:
         arguments["network"] = network()
     return strategy(
         callbacks=callbacks,
@@ -166,16 +165,10 @@ def check_fits(config: RunConfig, model: nn.Module, examples: Tensor) -> None:
 def _warn_of_idle_keys(config: RunConfig, keys: Sequence[str]) -> None:
     """Log the keys that were changed but that the chosen strategy does not read."""
     particular = {key for strategy in registry().values() for key in keys_of(strategy)}
-    for key in sorted(particular - set(keys)):
-        _warn_if_changed(config, key, "strategy", config.strategy)
-    for key in _DEFENCE if config.defence == "none" else ():
-        _warn_if_changed(config, key, "defence", config.defence)
-
-
-def _warn_if_changed(config: RunConfig, key: str, choice: str, chosen: str) -> None:
-    if getattr(config, key) != _KEYS[key].default:
-        log(
-            WARNING,
-            "run-config key '%s' has no effect with %s '%s'",
-            *(key.replace("_", "-"), choice, chosen),
-        )
+    idle = [(key, f"strategy '{config.strategy}'") for key in sorted(particular - set(keys))]
+    if config.defence == "none":
+        idle += [(key, "defence 'none'") for key in _names(Defence)]
+    for key, choice in idle:
+        if getattr(config, key) != _KEYS[key]:
+            name = key.replace("_", "-")
+            log(WARNING, "run-config key '%s' has no effect with %s", name, choice)

@@ -14,8 +14,7 @@ from fedfusion_flwr.tracking.checkpoint import (
     ended_by_signals,
     newest_checkpoint,
 )
-from fedfusion_flwr.tracking.console import ConsoleLine
-from fedfusion_flwr.tracking.idle_cores import IdleCores
+from fedfusion_flwr.tracking.console import ConsoleLine, IdleCores
 from fedfusion_flwr.tracking.records import BestModel, EarlyStopping, FusionArchive, RunLog
 from fedfusion_flwr.tracking.recovery import ComponentRecovery
 from fedfusion_flwr.tracking.summary import RunSummary

@@ -6,14 +6,12 @@ Only ``fusion.npz`` may lag behind a little; see `FusionArchive`.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,12 +19,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from fedfusion_flwr import atomic
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.errors import FedFusionError
 
 RUNS_FOLDER = "fedfusion-runs"
-_PART = ".part"
-"""Suffix of a file that is being written; only a killed process leaves one behind."""
 
 
 class OutputError(FedFusionError, OSError):
@@ -85,25 +82,13 @@ class RunDirectory:
         """The directory of an earlier run, cleared of files that were left half-written."""
         directory = cls.__new__(cls)
         directory.path = path
-        for torn in path.glob(f".*{_PART}"):
+        for torn in path.glob(f".*{atomic.PART}"):
             torn.unlink(missing_ok=True)
         return directory
 
-    @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A file that appears whole or not at all: written aside, synced, renamed."""
-        handle, temporary = tempfile.mkstemp(_PART, f".{name}.", self.path)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, self.path / name)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+    def writing(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """A file that appears whole or not at all."""
+        return atomic.writing(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, keys in the order given."""
@@ -117,7 +102,7 @@ class RunDirectory:
 
     def write_state(self, name: str, state: Mapping[str, Tensor], **metadata: object) -> None:
         """Write a state dict as safetensors; metadata values become strings."""
-        tensors = {key: value.contiguous().clone() for key, value in state.items()}
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
         with self.writing(name) as file:
             file.write(save(tensors, {k.replace("_", "-"): str(v) for k, v in metadata.items()}))
 
@@ -136,13 +121,6 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    """The process's file mask, which a temporary file ignores."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _finite(value: Any) -> Any:

@@ -22,7 +22,6 @@ from typing import Any
 
 from flwr.common.logger import log
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fedfusion_flwr.config import RunConfig
@@ -60,11 +59,19 @@ class RunInterrupted(FedFusionError, RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after ``server_round`` finished rounds of the run with this config."""
+    """The states after ``server_round`` finished rounds of the run with this config.
+
+    ``states`` and ``tensors`` are what `capture` makes of them.
+    """
 
     server_round: int
     config: dict[str, Any]
-    state: Tree
+    states: dict[str, Tree]
+    tensors: dict[str, Tensor]
+
+    def restored(self, name: str, present: object) -> Any:
+        """The state of that name, of the type of the present one."""
+        return rebuild(self.states[name], self.tensors, present)
 
 
 class Checkpointer:
@@ -121,16 +128,12 @@ class Checkpointer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore all parts from a checkpoint."""
         for name, (owner, attribute) in self.states.items():
-            state = rebuild(checkpoint.state[name], getattr(owner, attribute))
-            setattr(owner, attribute, state)
+            setattr(owner, attribute, checkpoint.restored(name, getattr(owner, attribute)))
 
     def _write(self, server_round: int) -> None:
         self.before()
-        state = {
-            name: capture(getattr(owner, attribute))
-            for name, (owner, attribute) in self.states.items()
-        }
-        checkpoint = Checkpoint(server_round, self.config.to_run_config(), state)
+        states = {name: getattr(*place) for name, place in self.states.items()}
+        checkpoint = Checkpoint(server_round, self.config.to_run_config(), *capture(states))
         try:
             write_checkpoint(self.directory, checkpoint)
         except OSError as problem:
@@ -165,15 +168,12 @@ def ended_by_signals(checkpointer: Checkpointer) -> Iterator[None]:
 
 def write_checkpoint(directory: RunDirectory, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint-<round>.safetensors`` and remove all but the newest `KEPT`."""
-    tensors: dict[str, Tensor] = {}
-    tree = _without_tensors(checkpoint.state, tensors, {})
+    server_round, tensors = checkpoint.server_round, checkpoint.tensors
     content = json.dumps(
-        {"round": checkpoint.server_round, "config": checkpoint.config, "state": tree}
+        {"round": server_round, "config": checkpoint.config, "state": checkpoint.states}
     )
-    stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    metadata = {"format": FORMAT, "content": content, "digest": _digest(content, stored)}
-    with directory.writing(f"checkpoint-{checkpoint.server_round:06d}.safetensors") as file:
-        file.write(save(stored, metadata))
+    metadata = {"format": FORMAT, "content": content, "digest": _digest(content, tensors)}
+    directory.write_state(f"checkpoint-{server_round:06d}.safetensors", tensors, **metadata)
     for path in _files(directory.path)[KEPT:]:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -198,8 +198,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if metadata.get("digest") != _digest(metadata["content"], tensors):
         raise CheckpointError(f"checkpoint '{path}' is damaged: its digest does not match")
     content = json.loads(metadata["content"])
-    state = _with_tensors(content["state"], tensors)
-    return Checkpoint(content["round"], content["config"], state)
+    return Checkpoint(content["round"], content["config"], content["state"], tensors)
 
 
 def newest_checkpoint(directory: Path, config: RunConfig) -> Checkpoint:
@@ -249,27 +248,3 @@ def _files(directory: Path) -> list[Path]:
 
 def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{content}{state_digest(tensors)}".encode()).hexdigest()
-
-
-def _without_tensors(tree: Tree, tensors: dict[str, Tensor], names: dict[int, str]) -> Tree:
-    """Move the tensors of a tree into ``tensors``; one that occurs twice is stored once."""
-    if isinstance(tree, Tensor):
-        if id(tree) not in names:
-            names[id(tree)] = f"t{len(tensors)}"
-            tensors[names[id(tree)]] = tree
-        return {"tensor": names[id(tree)]}
-    if isinstance(tree, dict):
-        return {key: _without_tensors(item, tensors, names) for key, item in tree.items()}
-    if isinstance(tree, list):
-        return [_without_tensors(item, tensors, names) for item in tree]
-    return tree
-
-
-def _with_tensors(tree: Tree, tensors: Mapping[str, Tensor]) -> Tree:
-    if isinstance(tree, dict):
-        if tree.keys() == {"tensor"}:
-            return tensors[tree["tensor"]]
-        return {key: _with_tensors(item, tensors) for key, item in tree.items()}
-    if isinstance(tree, list):
-        return [_with_tensors(item, tensors) for item in tree]
-    return tree

@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from fedfusion_flwr.federation.round import FusionSnapshot, RoundReport, StopRun
-from fedfusion_flwr.fusion import FusionPosterior
+from fedfusion_flwr.federation.round import ClientRow, RoundReport, StopRun
 from fedfusion_flwr.tracking.artifacts import RunDirectory
 
 
@@ -33,24 +30,20 @@ class RunLog:
             row["mixture"] = report.fusion.mixture.tolist()
         row["seconds"] = report.seconds
         self.directory.append_json("metrics.jsonl", row)
-        self.directory.append_json(
-            "clients.jsonl",
-            *(
-                _client_row(report.server_round, dataclasses.asdict(client))
-                for client in report.clients
-            ),
-        )
+        clients = (_client_row(report.server_round, client) for client in report.clients)
+        self.directory.append_json("clients.jsonl", *clients)
 
     def rewind(self, server_round: int) -> None:
         """Forget the rounds after this one, and a truncated line."""
         for name in ("metrics.jsonl", "clients.jsonl"):
             path = self.directory.path / name
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line for line in lines if _round_of(line) <= server_round]
-            with self.directory.writing(name) as file:
-                file.write("".join(line + "\n" for line in kept).encode())
+            kept = (line for line in lines if _round_of(line) <= server_round)
+            self.directory.write_lines(name, kept)
 
 
+_BY_CLIENT = ("assignments", "weights")
+_BY_ROUND = ("mixture", "inferred_mixture", "components")
 ARCHIVE_GROWTH = 1 / 16
 """``fusion.npz`` grows by this share before it is rewritten: rewriting it in every round would make
 rounds slower as the run gets longer."""
@@ -69,60 +62,58 @@ class FusionArchive:
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
-        self.rounds: list[int] = []
-        self.snapshots: list[FusionSnapshot] = []
+        self.rows: list[dict[str, Any]] = []
+        """One of each round with an inference, with its clients' rows in their order."""
+        self.statistics: np.ndarray | None = None
         self.planted: dict[int, int] = {}
         self._written = 0
 
     def on_round_end(self, report: RoundReport) -> None:
         """Add the round, if there was an inference; rewrite the file if it lacks enough rounds."""
-        if report.fusion is None:
+        fusion = report.fusion
+        if fusion is None:
             return
-        self.rounds.append(report.server_round)
+        self.rows.append(
+            {
+                "round": report.server_round,
+                "clients": np.array(fusion.clients, np.int64),
+                "assignments": fusion.posterior.assignments.numpy(),
+                "weights": fusion.weights.numpy(),
+                "mixture": fusion.mixture.numpy(),
+                "inferred_mixture": fusion.posterior.mixture.numpy(),
+                "components": fusion.posterior.components.numpy().astype(np.float32),
+            }
+        )
         # Statistics may be wide: those of earlier rounds are dropped.
-        self.snapshots[-1:] = [dataclasses.replace(s, statistics=None) for s in self.snapshots[-1:]]
-        self.snapshots.append(report.fusion)
+        self.statistics = None if fusion.statistics is None else fusion.statistics.numpy()
         self.planted = report.planted
-        if len(self.rounds) - self._written > ARCHIVE_GROWTH * self._written:
+        if len(self.rows) - self._written > ARCHIVE_GROWTH * self._written:
             self.write()
 
     def write(self) -> None:
         """Rewrite the file if it lacks any round."""
-        if self._written == len(self.rounds):
+        if self._written == len(self.rows):
             return
-        clients = sorted({client for s in self.snapshots for client in s.clients})
-        column = {client: i for i, client in enumerate(clients)}
-        width = self.snapshots[0].mixture.numel()
-        assignments = np.full((len(self.rounds), len(clients), width), np.nan)
-        weights = np.full((len(self.rounds), len(clients)), np.nan)
-        for r, snapshot in enumerate(self.snapshots):
-            known = [column[client] for client in snapshot.clients]
-            assignments[r, known] = snapshot.posterior.assignments.numpy()
-            weights[r, known] = snapshot.weights.numpy()
-        latest: dict[str, Any] = {}
-        newest = self.snapshots[-1]
-        if newest.statistics is not None:
-            wide = np.full((len(clients), newest.statistics.shape[1]), np.nan, np.float32)
-            wide[[column[client] for client in newest.clients]] = newest.statistics
-            latest["statistics"] = wide
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            **latest,
-            planted=np.array([self.planted.get(client, -1) for client in clients]),
-            rounds=np.array(self.rounds),
-            clients=np.array(clients),
-            assignments=assignments,
-            weights=weights,
-            mixture=np.stack([s.mixture.numpy() for s in self.snapshots]),
-            inferred_mixture=np.stack([s.posterior.mixture.numpy() for s in self.snapshots]),
-            components=np.stack(
-                [s.posterior.components.numpy().astype(np.float32) for s in self.snapshots]
-            ),
-        )
+        clients = np.unique(np.concatenate([row["clients"] for row in self.rows]))
+
+        def padded(row: dict[str, Any], values: np.ndarray, kind: type = np.float64) -> np.ndarray:
+            wide = np.full((len(clients), *values.shape[1:]), np.nan, kind)
+            wide[np.searchsorted(clients, row["clients"])] = values
+            return wide
+
+        arrays = {}
+        if self.statistics is not None:
+            arrays["statistics"] = padded(self.rows[-1], self.statistics, np.float32)
+        arrays["planted"] = np.array([self.planted.get(client, -1) for client in clients.tolist()])
+        arrays["rounds"] = np.array([row["round"] for row in self.rows])
+        arrays["clients"] = clients
+        for name in _BY_CLIENT:
+            arrays[name] = np.stack([padded(row, row[name]) for row in self.rows])
+        for name in _BY_ROUND:
+            arrays[name] = np.stack([row[name] for row in self.rows])
         with self.directory.writing("fusion.npz") as file:
-            file.write(buffer.getbuffer())
-        self._written = len(self.rounds)
+            np.savez(file, allow_pickle=False, **arrays)
+        self._written = len(self.rows)
 
     def rewind(self, server_round: int) -> None:
         """Read back the rounds up to this one, to continue from there."""
@@ -130,26 +121,12 @@ class FusionArchive:
         if not path.exists():
             return
         with np.load(path) as stored:
-            arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
-        for r, number in enumerate(arrays["rounds"].tolist()):
-            if number > server_round:
-                break
-            known = ~arrays["weights"][r].isnan()
-            posterior = FusionPosterior(
-                arrays["assignments"][r, known],
-                arrays["inferred_mixture"][r],
-                arrays["components"][r],
-                elbo=0.0,
-            )
-            self.rounds.append(number)
-            self.snapshots.append(
-                FusionSnapshot(
-                    arrays["clients"][known].tolist(),
-                    posterior,
-                    arrays["mixture"][r],
-                    arrays["weights"][r, known],
-                )
-            )
+            arrays = dict(stored)
+        for r in np.flatnonzero(arrays["rounds"] <= server_round):
+            known = ~np.isnan(arrays["weights"][r])
+            row = {"round": int(arrays["rounds"][r]), "clients": arrays["clients"][known]}
+            row |= {name: arrays[name][r, known] for name in _BY_CLIENT}
+            self.rows.append(row | {name: arrays[name][r] for name in _BY_ROUND})
 
 
 @dataclass(frozen=True)
@@ -225,8 +202,8 @@ def _round_of(line: str) -> float:
         return math.inf
 
 
-def _client_row(server_round: int, row: dict[str, Any]) -> dict[str, Any]:
-    metrics = row.pop("metrics")
-    flat = {key.replace("_", "-"): value for key, value in row.items() if value is not None}
-    flat = {"round": server_round, **flat}
+def _client_row(server_round: int, client: ClientRow) -> dict[str, Any]:
+    known = {key: value for key, value in dataclasses.asdict(client).items() if value is not None}
+    metrics = known.pop("metrics")
+    flat = {"round": server_round, **{key.replace("_", "-"): known[key] for key in known}}
     return flat | {key: value for key, value in metrics.items() if key not in flat}

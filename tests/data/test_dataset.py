@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from fedfusion_flwr.data import DataError, FederatedData
+
+X, Y = torch.zeros(3, 1, 4, 4), torch.tensor([0, 1, 0])
 
 
 @pytest.mark.parametrize(
@@ -21,16 +24,11 @@ from fedfusion_flwr.data import DataError, FederatedData
         ("y_test", torch.tensor([0, 1, 2]), "labels from 0 to 1, got labels from 0 to 2"),
         ("y_train", torch.tensor([0, -1, 0]), "got labels from -1 to 0"),
         ("x_test", torch.zeros(3, 1, 5, 4), "examples of one shape"),
+        ("x_test y_test", [X[:0], Y[:0]], "at least one example"),
     ],
 )
-def test_wrong_arrays_are_refused(field: str, value: torch.Tensor, message: str) -> None:
-    x, y = torch.zeros(3, 1, 4, 4), torch.tensor([0, 1, 0])
-    valid = FederatedData("toy", x, y, x, y, num_classes=2)
+def test_wrong_arrays_are_refused(field: str, value: Any, message: str) -> None:
+    valid = FederatedData("toy", X, Y, X, Y, num_classes=2)
+    values = value if isinstance(value, list) else [value]
     with pytest.raises(DataError, match=message):
-        replace(valid, **{field: value})
-
-
-def test_empty_split_is_refused() -> None:
-    x, y = torch.zeros(3, 1, 4, 4), torch.tensor([0, 1, 0])
-    with pytest.raises(DataError, match="at least one example"):
-        FederatedData("toy", x, y, x[:0], y[:0], num_classes=2)
+        replace(valid, **dict(zip(field.split(), values, strict=True)))

@@ -21,40 +21,15 @@ WHOLE = st.sampled_from(
 )
 REAL = st.sampled_from([0.0, -0.0, 1e-320, 1e7, -1e7, 1e30, 3.4e38, 1e308, math.inf, math.nan, 0.5])
 NUMBER = WHOLE | REAL | st.integers() | st.floats() | st.booleans()
-NAME = st.sampled_from(
-    [
-        "",
-        "arrays",
-        "metrics",
-        "client",
-        "num-examples",
-        "train-loss",
-        "round",
-        "fc.weight",
-        "\u202e",
-    ]
-) | st.text(max_size=12)
+KNOWN = "arrays metrics client num-examples train-loss round fc.weight \u202e"
+NAME = st.sampled_from(["", *KNOWN.split()]) | st.text(max_size=12)
 VALUE = NUMBER | st.text(max_size=8) | st.binary(max_size=8) | st.lists(NUMBER, max_size=4)
 METRIC = NUMBER | st.lists(NUMBER, max_size=4)
 
-DESCRIPTION = st.sampled_from(
-    [
-        "<f4",
-        ">f4",
-        "<f8",
-        "<f2",
-        "|b1",
-        "<i8",
-        "<u8",
-        "|O",
-        "<U3",
-        "|S2",
-        "|V8",
-        "<c8",
-        "<M8[s]",
-        "",
-    ]
-).map(repr) | st.sampled_from(["[('a', '<f4')]", "None", "('<f4', (2,))", "'<f4' * 99", "[]"])
+TYPES = "<f4 >f4 <f8 <f2 |b1 <i8 <u8 |O <U3 |S2 |V8 <c8 <M8[s]"
+DESCRIPTION = st.sampled_from([*TYPES.split(), ""]).map(repr) | st.sampled_from(
+    ["[('a', '<f4')]", "None", "('<f4', (2,))", "'<f4' * 99", "[]"]
+)
 EXTENT = st.sampled_from(["0", "1", "2", "-1", "True", "None", "2.0", "'2'", "2**9", "9" * 30])
 SHAPE = st.lists(EXTENT, max_size=40).map(lambda parts: f"({''.join(f'{p}, ' for p in parts)})")
 
@@ -72,6 +47,16 @@ def _of(reply: Message, name: str) -> Any:
     kind = KINDS.get(name, ConfigRecord)
     found = reply.content.get(name)
     return found if isinstance(found, kind) else kind()
+
+
+PLACE = st.tuples(st.sampled_from(RECORDS), st.integers(0, 9))
+
+
+def _array(reply: Message, place: tuple[str, int]) -> tuple[Any, str | None]:
+    """A record of arrays and the key of one of them; None if it has none left."""
+    arrays = _of(reply, place[0])
+    keys = list(arrays)
+    return arrays, keys[place[1] % len(keys)] if keys else None
 
 
 @st.composite
@@ -106,21 +91,15 @@ def _payloads(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 
 @st.composite
 def _payload(draw: st.DrawFn) -> Spoil:
-    record, index, change = (
-        draw(st.sampled_from(RECORDS)),
-        draw(st.integers(0, 9)),
-        draw(_payloads()),
-    )
+    place, change = draw(PLACE), draw(_payloads())
     # The server ignores these labels, but reads no serialization other than NumPy's.
     stype = st.sampled_from(["numpy.ndarray"] * 4 + ["torch.tensor"])
     shape = st.lists(st.integers(), max_size=3).map(tuple)
     labels = draw(st.none() | st.tuples(NAME, shape, stype))
 
     def spoil(reply: Message) -> None:
-        arrays = _of(reply, record)
-        keys = [key for key, value in arrays.items() if isinstance(value, Array)]
-        if keys:
-            key = keys[index % len(keys)]
+        arrays, key = _array(reply, place)
+        if key is not None:
             array = arrays[key]
             dtype, shape, stype = labels or (array.dtype, array.shape, array.stype)
             data = change(array.data)
@@ -132,17 +111,16 @@ def _payload(draw: st.DrawFn) -> Spoil:
 @st.composite
 def _values(draw: st.DrawFn) -> Spoil:
     """Change numbers, and sometimes their type or count, in valid NumPy bytes."""
-    record, index = draw(st.sampled_from(RECORDS)), draw(st.integers(0, 9))
-    place, value = draw(st.integers(0, 9)), draw(REAL | st.floats(width=32))
+    place, number = draw(PLACE), draw(st.integers(0, 9))
+    value = draw(REAL | st.floats(width=32))
     factor = draw(st.none() | st.sampled_from([-1.0, 0.0, 1.5, 10.0, 1e3, 1e20]))
     dtype = draw(st.none() | st.sampled_from(["<f8", ">f4", "<f2", "<i8", "<i4", "|b1"]))
     repeats = draw(st.sampled_from([1, 1, 1, 2, 3000]))
 
     def spoil(reply: Message) -> None:
-        arrays = _of(reply, record)
-        if not arrays:
+        arrays, key = _array(reply, place)
+        if key is None:
             return
-        key = list(arrays)[index % len(arrays)]
         try:
             array = np.array(arrays[key].numpy())
         except (ValueError, TypeError, EOFError, AttributeError, SyntaxError, OverflowError):
@@ -152,7 +130,7 @@ def _values(draw: st.DrawFn) -> Spoil:
             if factor is not None:
                 array = np.asarray(array * factor, array.dtype)
             elif flat.size and array.dtype.kind in "iuf":
-                flat[place % flat.size] = np.float64(value).astype(array.dtype)
+                flat[number % flat.size] = np.float64(value).astype(array.dtype)
             array = np.repeat(array, repeats, 0) if array.ndim else array
             array = array.astype(dtype) if dtype else array
         _set(arrays, key, Array(array))
@@ -162,14 +140,13 @@ def _values(draw: st.DrawFn) -> Spoil:
 
 @st.composite
 def _keys(draw: st.DrawFn) -> Spoil:
-    record, index, name = draw(st.sampled_from(RECORDS)), draw(st.integers(0, 9)), draw(NAME)
+    place, name = draw(PLACE), draw(NAME)
     kind = draw(st.sampled_from(["drop", "rename", "add", "many"]))
 
     def spoil(reply: Message) -> None:
-        arrays = _of(reply, record)
-        if not arrays:
+        arrays, key = _array(reply, place)
+        if key is None:
             return
-        key = list(arrays)[index % len(arrays)]
         array = arrays[key]
         if kind in ("drop", "rename"):
             del arrays[key]

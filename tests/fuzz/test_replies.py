@@ -40,25 +40,12 @@ from tests.support import (
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 fuzzing = functools.partial(
-    settings,
-    deadline=None,
-    derandomize=not EXAMPLES,
-    suppress_health_check=list(HealthCheck),
+    settings, deadline=None, derandomize=not EXAMPLES, suppress_health_check=list(HealthCheck)
 )
 HONEST = 4
 REASONS = {
-    "class-counts",
-    "cluster",
-    "dtype",
-    "error",
-    "examples",
-    "nonfinite",
-    "shape",
-    "size",
-    "stale",
-    "statistics",
-    "structure",
-    "update",
+    *("class-counts", "cluster", "dtype", "error", "examples", "nonfinite"),
+    *("shape", "size", "stale", "statistics", "structure", "update"),
 }
 STRATEGIES = ("fedfusion", "fedavg", "ifca")
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,16 +16,11 @@ from torch.nn import functional as F
 from fedfusion_flwr.app.training import evaluate
 from fedfusion_flwr.computation import place_model
 from fedfusion_flwr.fusion import NormalizationStatistics, fuse_state_dicts
-from fedfusion_flwr.models import BiLSTM, ModelError, build_model
+from fedfusion_flwr.models import BiLSTM, build_model
 from tests.models.training import fit
 
 WORDS = 30
-SETTINGS: dict[str, Any] = {
-    "epochs": 4,
-    "batch_size": 16,
-    "learning_rate": 0.1,
-    "weight_decay": 1e-4,
-}
+SETTINGS = {"epochs": 4, "batch_size": 16, "learning_rate": 0.1, "weight_decay": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +41,15 @@ def texts(count: int, length: int, seed: int = 0) -> Tensor:
     return x.masked_fill(torch.arange(length) >= lengths[:, None], 0)
 
 
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Everything that a module is given meanwhile."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    yield seen
+    handle.remove()
+
+
 def labelled(count: int = 120) -> tuple[Tensor, Tensor]:
     """Two classes: word 1 or word 2 comes first."""
     x = texts(count, 6).clamp(max=9)
@@ -52,9 +57,6 @@ def labelled(count: int = 120) -> tuple[Tensor, Tensor]:
     y = torch.arange(count) % 2
     x[:, 0] = y + 1
     return x, y
-
-
-# --- padding and order
 
 
 @settings(max_examples=20, deadline=None)
@@ -91,12 +93,9 @@ def test_every_word_counts_in_both_directions(model: nn.Module) -> None:
 def test_pooling_by_hand(model: nn.Module) -> None:
     assert isinstance(model, BiLSTM)
     x = torch.tensor([[5, 7, 2, 0]])
-    seen: list[Tensor] = []
-    handle = model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
+    with inputs_of(model.head) as seen, torch.no_grad():
         model(x)
         states, _ = model.lstm(model.embedding(x[:, :3]))
-    handle.remove()
     torch.testing.assert_close(seen[0], torch.cat([states.amax(1), states.mean(1)], 1))
 
 
@@ -122,9 +121,6 @@ def test_padding_stays_zero_in_training_and_averaging() -> None:
     assert fused["embedding.weight"][1:].abs().amin(1).all()
 
 
-# --- with the training loops and the method
-
-
 @pytest.mark.parametrize("fused", [False, True])
 def test_it_learns_and_repeats(fused: bool) -> None:
     x, y = labelled()
@@ -141,20 +137,13 @@ def test_it_learns_and_repeats(fused: bool) -> None:
 def test_statistics_of_the_head(model: nn.Module) -> None:
     local = NormalizationStatistics.from_state_dict(model.state_dict())
     assert local.mean.shape == (64,)
-    inputs: list[Tensor] = []
-    assert isinstance(model, BiLSTM)
-    handle = model.head[1].register_forward_pre_hook(lambda _, i: inputs.append(i[0]))
-    x = texts(50, 9, seed=7)
-    probed = NormalizationStatistics.probe(model, torch.split(x, 16))
-    handle.remove()
+    with inputs_of(model.get_submodule("head.1")) as inputs:
+        probed = NormalizationStatistics.probe(model, torch.split(texts(50, 9, seed=7), 16))
     values = torch.cat(inputs)
     torch.testing.assert_close(probed.mean, values.mean(0))
     expected = (values.var(0, unbiased=False) + 1e-5).sqrt()
     torch.testing.assert_close(probed.std, expected)
     assert not torch.allclose(probed.mean, local.mean)
-
-
-# --- the registry
 
 
 def test_parameters() -> None:
@@ -164,16 +153,3 @@ def test_parameters() -> None:
     head = 256 * 64 + 2 * 64 + 64 * 3 + 3
     assert sum(p.numel() for p in model.parameters()) == WORDS * 64 + lstm + head
     assert model(texts(4, 9)).shape == (4, 3)
-
-
-def test_images_are_refused() -> None:
-    with pytest.raises(ModelError, match="`model` 'bilstm' takes texts, but `dataset` holds image"):
-        build_model("bilstm", (1, 28, 28), 10, seed=0)
-
-
-@pytest.mark.parametrize("name", ["lenet", "resnet18"])
-def test_texts_are_refused_by_models_of_images(name: str) -> None:
-    with pytest.raises(
-        ModelError, match=f"`model` '{name}' takes images, but `dataset` holds text"
-    ):
-        build_model(name, (40,), 2, seed=0, vocabulary_size=WORDS)

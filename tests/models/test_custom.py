@@ -13,6 +13,7 @@ from torch import nn
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import data_for
 from fedfusion_flwr.models import ModelError, build_model, model_for
+from tests.support import assert_identical
 
 MODULE = "nets_of_this_test"
 SOURCE = """
@@ -30,8 +31,8 @@ def embedded(shape):
         nn.Embedding(shape.vocabulary_size, 4), nn.Flatten(), nn.Linear(20, shape.num_classes)
     )
 
-def lazy(shape):
-    return nn.Sequential(nn.Flatten(), nn.LazyLinear(shape.num_classes))
+def lazy(shape, more=0):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(shape.num_classes + more))
 
 def text(shape):
     return "a model"
@@ -40,7 +41,7 @@ def broken(shape):
     raise KeyError("no such width")
 
 def wide(shape):
-    return nn.Sequential(nn.Flatten(), nn.LazyLinear(shape.num_classes + 1))
+    return lazy(shape, more=1)
 
 def pair(shape):
     class Pair(nn.Linear):
@@ -77,7 +78,7 @@ def test_the_seed_decides_its_weights(function: str) -> None:
     state = torch.get_rng_state()
     first, again = (build(function).state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert_identical(first, again)
 
 
 def test_its_normalization_is_converted_too() -> None:

@@ -12,9 +12,9 @@ from torch import nn
 from fedfusion_flwr import protocol
 from fedfusion_flwr.app.training import evaluate
 from fedfusion_flwr.computation import place_model
+from fedfusion_flwr.config import Normalization
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
 from fedfusion_flwr.models import build_model
-from fedfusion_flwr.models.normalization import Normalization
 from tests.models.training import IMAGE_MODELS, fit
 from tests.support import assert_identical
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fedfusion_flwr.models import LeNet, ModelError, build_model
 from tests.models.training import IMAGE_MODELS
+from tests.support import assert_identical
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
@@ -25,28 +26,18 @@ def test_logits(name: str, input_shape: tuple[int, int, int], num_classes: int) 
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
-def test_seed_decides_the_weights(name: str) -> None:
-    first, again, other = (
-        build_model(name, (1, 28, 28), 10, seed).state_dict() for seed in (1, 1, 2)
-    )
-    assert all(torch.equal(first[key], again[key]) for key in first)
+def test_the_seed_alone_decides_the_weights(name: str) -> None:
+    """And the global random state is neither used nor changed."""
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = build_model(name, (1, 28, 28), 10, 1).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(6)
+    again, other = (build_model(name, (1, 28, 28), 10, seed).state_dict() for seed in (1, 2))
+    assert_identical(first, again)
     weights = [key for key in first if first[key].dim() > 1]
     assert weights
     assert all(not torch.equal(first[key], other[key]) for key in weights)
-
-
-@pytest.mark.parametrize("name", IMAGE_MODELS)
-def test_global_random_state_is_untouched(name: str) -> None:
-    torch.manual_seed(5)
-    state = torch.random.get_rng_state()
-    model = build_model(name, (1, 28, 28), 10, seed=1)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(6)
-    again = build_model(name, (1, 28, 28), 10, seed=1)
-    assert torch.equal(
-        nn.utils.parameters_to_vector(model.parameters()),
-        nn.utils.parameters_to_vector(again.parameters()),
-    )
 
 
 def test_lenet_layers() -> None:
@@ -107,9 +98,21 @@ def test_stems_are_initialized_as_torchvision_does(name: str, stem: str, std: fl
     assert abs(float(weight.detach().mean())) < 0.1 * std
 
 
-def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ModelError, match=r"`model` is 'lenet5'; known models: .*lenet.*resnet18"):
-        build_model("lenet5", (1, 28, 28), 10, seed=0)
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "sentence"),
+    [
+        ("lenet5", (1, 28, 28), 10, "`model` is 'lenet5'; known models: .*lenet.*resnet18"),
+        ("lenet", (1, 28, 28), 0, "at least one class, got 0"),
+        ("bilstm", (1, 28, 28), 10, "`model` 'bilstm' takes texts, but `dataset` holds images"),
+        ("lenet", (40,), 2, "`model` 'lenet' takes images, but `dataset` holds texts"),
+        ("resnet18", (40,), 2, "`model` 'resnet18' takes images, but `dataset` holds texts"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    name: str, shape: tuple[int, ...], classes: int, sentence: str
+) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        build_model(name, shape, classes, seed=0, vocabulary_size=30)
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
@@ -117,8 +120,3 @@ def test_unknown_name_lists_the_known() -> None:
 def test_unfit_images_are_refused(name: str, input_shape: tuple[int, int, int]) -> None:
     with pytest.raises(ModelError, match="at least 8x8 pixels"):
         build_model(name, input_shape, 10, seed=0)
-
-
-def test_no_classes_are_refused() -> None:
-    with pytest.raises(ModelError, match="at least one class, got 0"):
-        build_model("lenet", (1, 28, 28), 0, seed=0)

@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedfusion_flwr.app.training import evaluate
-from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.config import Normalization, RunConfig
 from fedfusion_flwr.data import data_for
 from fedfusion_flwr.models import ModelError, build_model, convert_normalization, model_for
-from fedfusion_flwr.models.normalization import Normalization
 from tests.models.training import IMAGE_MODELS, fit
+from tests.support import assert_identical
 
 SHAPE = (3, 16, 16)
+SLOW = ((), pytest.mark.slow)
 
 
 def built(name: str, normalization: Normalization, groups: int = 2) -> nn.Module:
@@ -35,10 +36,7 @@ def test_converted_models_have_the_same_parameters_and_no_buffers(
     assert not any(isinstance(m, _BatchNorm) for m in converted.modules())
     assert list(converted.buffers()) == []
     # Names, shapes and, as scales start at 1 and shifts at 0 in both, values bit for bit.
-    expected = dict(batch.named_parameters())
-    found = dict(converted.named_parameters())
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert_identical(dict(converted.named_parameters()), dict(batch.named_parameters()))
     norms = [m for m in converted.modules() if isinstance(m, nn.GroupNorm)]
     assert len(norms) == sum(isinstance(m, _BatchNorm) for m in batch.modules())
     assert {norm.num_groups for norm in norms} == {2 if normalization == "group" else 1}
@@ -49,15 +47,9 @@ def test_without_normalization_all_other_weights_are_the_same(name: str) -> None
     batch, converted = built(name, "batch"), built(name, "none")
     norms = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
     assert not any(isinstance(m, norms) for m in converted.modules())
-    removed = {
-        f"{path}.{kind}"
-        for path, module in batch.named_modules()
-        if isinstance(module, _BatchNorm)
-        for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    }
-    before, after = batch.state_dict(), converted.state_dict()
-    assert set(after) == set(before) - removed
-    assert all(torch.equal(after[key], before[key]) for key in after)
+    removed = tuple(f"{p}." for p, m in batch.named_modules() if isinstance(m, _BatchNorm))
+    left = {key: v for key, v in batch.state_dict().items() if not key.startswith(removed)}
+    assert_identical(converted.state_dict(), left)
 
 
 def same_alone_and_together(model: nn.Module) -> bool:
@@ -70,13 +62,7 @@ def same_alone_and_together(model: nn.Module) -> bool:
     return torch.allclose(together[:4], alone, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "lenet" else pytest.param(name, marks=pytest.mark.slow)
-        for name in IMAGE_MODELS
-    ],
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW[n != "lenet"]) for n in IMAGE_MODELS])
 @pytest.mark.parametrize("normalization", ["group", "layer", "none"])
 def test_an_example_does_not_depend_on_its_batch(name: str, normalization: Normalization) -> None:
     assert same_alone_and_together(built(name, normalization))
@@ -120,9 +106,10 @@ class Odd(nn.Module):
         self.plain = nn.BatchNorm1d(4, affine=False)
 
 
-def test_settings_sharing_and_depth_are_kept() -> None:
-    model = Odd()
+def test_settings_sharing_and_depth_are_kept_without_random_numbers() -> None:
+    model, state = Odd(), torch.get_rng_state()
     convert_normalization(model, "group", 2)
+    assert torch.equal(torch.get_rng_state(), state)
     first, again, plain = model.get_submodule("blocks.0.1"), model.again, model.plain
     assert first is again
     assert isinstance(again, nn.GroupNorm)
@@ -142,12 +129,6 @@ def test_groups_of_one_feature_are_refused(normalization: Normalization, feature
     model = nn.Sequential(nn.Linear(3, features), nn.BatchNorm1d(features))
     with pytest.raises(ModelError, match=r"'1' has . features in . normalization groups"):
         convert_normalization(model, normalization, 2)
-
-
-def test_conversion_draws_no_random_numbers() -> None:
-    model, state = Odd(), torch.get_rng_state()
-    convert_normalization(model, "group", 2)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_run_config_decides() -> None:

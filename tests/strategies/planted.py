@@ -15,7 +15,7 @@ from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.federation.strategy import FederatedStrategy
-from tests.support import Outcome, Recorder
+from tests.support import FakeClient, Outcome, Recorder
 
 WIDTH = 40
 
@@ -43,19 +43,56 @@ def moved(state: State, step: Tensor) -> State:
 
 
 @dataclass
-class PlantedClients:
+class Listening:
+    """Keeps what clients were sent: type, round, client, state and settings."""
+
+    sent: list[tuple[str, int, int, State, dict[str, Any]]] = field(
+        default_factory=list, kw_only=True
+    )
+
+    def hear(self, message: Message, context: Context) -> tuple[int, int, State, dict[str, Any]]:
+        """Client, round, state and settings of a message."""
+        client = int(context.node_config["partition-id"])  # type: ignore[arg-type]
+        settings: dict[str, Any] = dict(message.content.config_records["config"])
+        received = protocol.state_from_record(message.content.array_records["arrays"])
+        server_round = settings["server-round"]
+        self.sent.append((message.metadata.message_type, server_round, client, received, settings))
+        return client, server_round, received, settings
+
+    def sent_for(self, kind: str, server_round: int) -> list[tuple[int, State, dict[str, Any]]]:
+        """What clients were sent in a round, in the order of asking: client, state, settings."""
+        return [row[2:] for row in self.sent if row[:2] == (kind, server_round)]
+
+    def states_for(self, kind: str, server_round: int) -> dict[int, State]:
+        """The state that each client was sent in a round."""
+        return {client: state for client, state, _ in self.sent_for(kind, server_round)}
+
+    def rounds_of(self, kind: str) -> list[int]:
+        """The rounds in which clients were sent messages of a type."""
+        return sorted({row[1] for row in self.sent if row[0] == kind})
+
+
+@dataclass
+class Listener(FakeClient, Listening):
+    """The tiny federation's client, which also keeps what it was sent."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        self.hear(message, context)
+        return super().__call__(message, context)
+
+
+@dataclass
+class PlantedClients(Listening):
     """Client k answers w + direction of its group + noise; ``group_of`` gives its group.
 
     With several models, as IFCA sends them, a client takes the nearest to its group's ``target``.
-    ``sent`` keeps what was sent: (type, round, client) -> state and settings.
     """
 
-    group_of: Callable[[int], int]
+    group_of: Callable[[int], int] = lambda client: client % 3
     seed: int = 0
     noise: float = 0.3
     step: float = 1.0
     examples: Callable[[int], int] = lambda _: 10
-    sent: list[tuple[str, int, int, State, dict[str, Any]]] = field(default_factory=list)
 
     def direction(self, group: int) -> Tensor:
         return self.step * vector(100 * self.seed + group)
@@ -69,11 +106,7 @@ class PlantedClients:
         return min(range(len(models)), key=lambda j: float((flat(models[j]) - target).norm()))
 
     def __call__(self, message: Message, context: Context) -> Message:
-        client = int(context.node_config["partition-id"])  # type: ignore[arg-type]
-        settings = dict(message.content.config_records["config"])
-        server_round = int(settings["server-round"])  # type: ignore[call-overload]
-        received = protocol.state_from_record(message.content.array_records["arrays"])
-        self.sent.append((message.metadata.message_type, server_round, client, received, settings))
+        client, server_round, received, settings = self.hear(message, context)
         metrics: dict[str, Any] = {"num-examples": self.examples(client), "gradient-steps": 5}
         state = received
         if "num-models" in settings:
@@ -86,10 +119,6 @@ class PlantedClients:
             trained = moved(state, self.update(client, server_round))
             content["arrays"] = protocol.record_from_state(trained)
         return Message(content, reply_to=message)
-
-    def sent_for(self, kind: str, server_round: int) -> list[tuple[int, State, dict[str, Any]]]:
-        """What clients were sent in a round, in the order of asking: client, state, settings."""
-        return [row[2:] for row in self.sent if row[:2] == (kind, server_round)]
 
 
 def run_planted(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from typing import Any
 
 import pytest
@@ -24,8 +24,8 @@ def cohorts(outcome: Outcome) -> list[list[int]]:
     return [[row.client for row in r.clients] for r in outcome.reports[1:]]  # type: ignore[misc]
 
 
-def nobody(_client: int) -> int:
-    return 0
+def learning_rounds(cohorts: list[list[int]], length: int) -> list[list[list[int]]]:
+    return [cohorts[start : start + length] for start in range(0, len(cohorts), length)]
 
 
 @pytest.mark.parametrize(("num_clients", "num_clusters"), [(10, 3), (7, 7), (5, 9), (6, 1)])
@@ -34,36 +34,32 @@ def test_clusters_are_disjoint_cover_all_clients_and_have_one_size(
 ) -> None:
     strategy = cycling(num_clusters=num_clusters)
     cycles = min(num_clusters, num_clients)
-    outcome = run_planted(strategy, PlantedClients(nobody), num_clients, rounds=3 * cycles)
+    outcome = run_planted(strategy, PlantedClients(), num_clients, rounds=3 * cycles)
     members = sorted(client for cluster in strategy.state.clusters for client in cluster)
     assert members == list(range(num_clients))
     sizes = {len(cluster) for cluster in strategy.state.clusters}
     assert max(sizes) - min(sizes) <= 1
     assert len(strategy.state.clusters) == cycles
-    rounds = cohorts(outcome)
-    for start in range(0, 3 * cycles, cycles):
-        trained = Counter(c for cohort in rounds[start : start + cycles] for c in cohort)
-        assert trained == dict.fromkeys(range(num_clients), 1)
+    for turns in learning_rounds(cohorts(outcome), cycles):
+        assert sorted(itertools.chain(*turns)) == list(range(num_clients))
     metrics = [(r.metrics["learning-round"], r.metrics["cycle"]) for r in outcome.reports[1:]]
     assert metrics == [(1 + i // cycles, 1 + i % cycles) for i in range(3 * cycles)]
 
 
 def test_a_fraction_of_each_cluster_trains_once_a_learning_round() -> None:
     outcome = run_planted(
-        cycling(num_clusters=3, fraction_train=0.5), PlantedClients(nobody), 12, rounds=12
+        cycling(num_clusters=3, fraction_train=0.5), PlantedClients(), 12, rounds=12
     )
-    rounds = cohorts(outcome)
-    assert {len(cohort) for cohort in rounds} == {2}
-    for start in range(0, 12, 3):
-        trained = [c for cohort in rounds[start : start + 3] for c in cohort]
-        assert len(set(trained)) == 6
+    assert {len(cohort) for cohort in cohorts(outcome)} == {2}
+    for turns in learning_rounds(cohorts(outcome), 3):
+        assert len({*itertools.chain(*turns)}) == 6
 
 
 def test_order_is_new_in_every_learning_round_or_fixed() -> None:
     def orders(reshuffle: bool) -> set[tuple[int, ...]]:
         strategy = cycling(num_clusters=4, reshuffle_cycle=reshuffle)
-        rounds = cohorts(run_planted(strategy, PlantedClients(nobody), 4, rounds=24))
-        return {tuple(c[0] for c in rounds[start : start + 4]) for start in range(0, 24, 4)}
+        rounds = cohorts(run_planted(strategy, PlantedClients(), 4, rounds=24))
+        return {tuple(itertools.chain(*turns)) for turns in learning_rounds(rounds, 4)}
 
     assert len(orders(True)) > 1
     assert len(orders(False)) == 1
@@ -85,16 +81,13 @@ def test_one_client_a_cluster_is_sequential_training() -> None:
 @pytest.mark.usefixtures("small")
 def test_order_matters_to_the_model_but_not_to_who_trains() -> None:
     def learn(reshuffle: bool) -> Outcome:
-        config = small_config(
-            strategy="fedcluster-cycling", num_clusters=3, reshuffle_cycle=reshuffle, seed=1
-        )
-        return train_for_real(config)
+        settings = {"num_clusters": 3, "reshuffle_cycle": reshuffle, "seed": 1}
+        return train_for_real(small_config(strategy="fedcluster-cycling", **settings))
 
     fixed, shuffled = learn(False), learn(True)
     assert cohorts(fixed) != cohorts(shuffled)
     assert sorted(map(tuple, cohorts(fixed))) == sorted(map(tuple, cohorts(shuffled)))
-    key = "1.weight"
-    assert not torch.equal(fixed.state[key], shuffled.state[key])
+    assert not torch.equal(fixed.state["1.weight"], shuffled.state["1.weight"])
 
 
 @pytest.mark.usefixtures("small")
@@ -111,9 +104,8 @@ def test_in_the_limit_of_small_steps_a_learning_round_is_m_rounds_of_fedavg() ->
             "weight_decay": 0.0,
             "learning_rate": rate,
         }
-        cycled = small_config(
-            strategy="fedcluster-cycling", num_clusters=2, num_server_rounds=2, **shared
-        )
+        two = {"num_clusters": 2, "num_server_rounds": 2}
+        cycled = small_config(strategy="fedcluster-cycling", **two, **shared)
         once = small_config(strategy="fedavg", num_server_rounds=1, **shared)
         start = flat(initial_model(once))
         step = flat(train_for_real(once).state) - start
@@ -126,16 +118,15 @@ def test_in_the_limit_of_small_steps_a_learning_round_is_m_rounds_of_fedavg() ->
 
 
 def test_clients_evaluate_at_the_end_of_learning_rounds_and_of_the_run() -> None:
-    clients = PlantedClients(nobody)
+    clients = PlantedClients()
     strategy = cycling(num_clusters=3, fraction_evaluate=1.0, evaluate_every=2)
     run_planted(strategy, clients, 6, rounds=14)
-    evaluated = sorted({r for kind, r, *_ in clients.sent if kind == "evaluate"})
-    assert evaluated == [6, 12, 14]
+    assert clients.rounds_of("evaluate") == [6, 12, 14]
 
 
 def test_late_clients_join_the_smallest_cluster_and_an_empty_turn_goes_to_all() -> None:
     """Five clients in clusters of 3 and 2; the sixth joins the latter. Then a cluster leaves."""
-    clients = PlantedClients(nobody)
+    clients = PlantedClients()
     grid = InProcessGrid(clients, 5)
     node_of = {c.node_config["partition-id"]: node for node, c in grid.contexts.items()}
     strategy = cycling(num_clusters=2, reshuffle_cycle=False)

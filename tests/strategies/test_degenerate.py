@@ -18,12 +18,13 @@ from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.strategies import FedAvg, FedGroup
 from tests.strategies.small import initial_model, small_config, train_for_real
-from tests.support import Outcome, assert_identical
+from tests.support import Outcome, State, assert_identical
 
 pytestmark = pytest.mark.usefixtures("small")
 
 HALF = {"fraction_train": 0.5}
 NO_NORMALIZATION = {"model": "resnet18"}
+AFTER_ONE = {"cluster_round": 1}
 ONE_CENTRE = {"num_clusters": 1, "centre_update": "round", "warm_start": False}
 
 # strategy, settings that leave it nothing to do, settings of both sides
@@ -39,30 +40,22 @@ FEDAVG: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "IFCA, one model": ("ifca", {"num_clusters": 1}, HALF),
     "IFCA, one model, no warm-up": ("ifca", {"num_clusters": 1, "warmup_rounds": 0}, HALF),
     "FedCluster before n0": ("fedcluster", {"cluster_round": 3}, HALF),
-    "FedCluster, one cluster after n0": (
-        "fedcluster",
-        {"cluster_round": 1, "num_clusters": 1},
-        HALF,
-    ),
-    "FedCluster, endless threshold": (
-        "fedcluster",
-        {"cluster_round": 1, "distance_threshold": 1e12},
-        HALF,
-    ),
+    "FedCluster, one cluster after n0": ("fedcluster", AFTER_ONE | {"num_clusters": 1}, HALF),
+    "FedCluster, no limit": ("fedcluster", AFTER_ONE | {"distance_threshold": 1e12}, HALF),
     "FedCluster by cycling, one cluster": ("fedcluster-cycling", {"num_clusters": 1}, HALF),
 }
+
+
+def differs(state: State, other: State) -> bool:
+    return any(not torch.equal(value, other[key]) for key, value in state.items())
 
 
 def assert_same_rounds(one: Outcome, other: Outcome) -> None:
     assert len(one.reports) == len(other.reports) == 4
     for report, expected in zip(one.reports, other.reports, strict=True):
         assert_identical(report.model, expected.model)
-        trained = [row.client for row in report.clients]
-        assert trained == [row.client for row in expected.clients]
-    # Something was trained at all.
-    assert any(
-        not torch.equal(value, one.reports[0].model[key]) for key, value in one.state.items()
-    )
+        assert [r.client for r in report.clients] == [r.client for r in expected.clients]
+    assert differs(one.state, one.reports[0].model), "nothing was trained"
 
 
 @pytest.mark.parametrize("row", FEDAVG)
@@ -78,7 +71,7 @@ def test_fedgroup_with_one_group_is_fedavg_from_the_mean_of_the_pretrained() -> 
 
     class ColdStart(FedGroup):
         def prepare_cohort(self, cohort: Any, exchange: Any) -> None:
-            self.start = self.state.clusters.models[0]
+            self.start = self.clusters.models[0]
             raise StopIteration
 
     cold = ColdStart(num_clusters=1, pretrain_steps=3, min_available_nodes=6)
@@ -87,8 +80,7 @@ def test_fedgroup_with_one_group_is_fedavg_from_the_mean_of_the_pretrained() -> 
     averaged = train_for_real(small_config(strategy="fedavg"), start=cold.start)
     for report, expected in zip(grouped.reports[1:], averaged.reports[1:], strict=True):
         assert_identical(report.model, expected.model)
-    initial = initial_model(small_config())
-    assert not torch.equal(cold.start["1.weight"], initial["1.weight"])
+    assert differs(cold.start, initial_model(small_config()))
 
 
 def test_the_table_can_fail() -> None:
@@ -97,7 +89,7 @@ def test_the_table_can_fail() -> None:
     for name in ("fedprox", "fedbn", "fesem", "ifca", "fedcluster", "fedcluster-cycling"):
         busy = {"proximal_mu": 1.0, "num_clusters": 2, "cluster_round": 1, "warmup_rounds": 1}
         state = train_for_real(small_config(strategy=name, **busy)).state
-        assert any(not torch.equal(value, base[key]) for key, value in state.items()), name
+        assert differs(state, base), name
 
 
 def test_our_fedavg_is_flowers_to_rounding() -> None:

@@ -32,10 +32,15 @@ def partition(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
     return x + 3 * (identity % 2), x[:, :3].argmax(1)
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
+def received(message: Message) -> Net:
     model = Net()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    return model
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    model = received(message)
     x, y = partition(context)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(10):
@@ -50,9 +55,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    model = Net()
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    model.eval()
+    model = received(message).eval()
     x, y = partition(context)
     with torch.no_grad():
         accuracy = (model(x).argmax(1) == y).float().mean().item()
@@ -62,12 +65,8 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def run_app(strategy: FlowerFedAvg):
     torch.manual_seed(0)
-    return strategy.start(
-        grid=InProcessGrid(app, 6),
-        initial_arrays=ArrayRecord(Net().state_dict()),
-        train_config=ConfigRecord({"lr": 0.1}),
-        num_rounds=6,
-    )
+    arrays, config = ArrayRecord(Net().state_dict()), ConfigRecord({"lr": 0.1})
+    return strategy.start(InProcessGrid(app, 6), arrays, num_rounds=6, train_config=config)
 
 
 def test_stock_app_runs_unchanged_and_learns() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedfusion_flwr.app.training import add_proximal_gradient
+from fedfusion_flwr.federation.bounds import squared_distance
 from fedfusion_flwr.strategies import FedProx
 from tests.strategies.planted import QUIET, PlantedClients, run_planted
 from tests.strategies.small import initial_model, small_config, train_for_real
@@ -51,22 +52,15 @@ def test_the_larger_mu_the_nearer_clients_stay() -> None:
     """Full-batch steps from one model; running statistics are not part of the distance."""
     distances = []
     for mu in (0.0, 0.01, 0.1, 1.0, 10.0):
-        config = small_config(
-            strategy="fedprox",
-            proximal_mu=mu,
-            batch_size=99,
-            local_epochs=10,
-            num_server_rounds=1,
-            momentum=0.0,
-        )
+        settings = {"batch_size": 99, "local_epochs": 10, "num_server_rounds": 1, "momentum": 0.0}
+        config = small_config(strategy="fedprox", proximal_mu=mu, **settings)
         state, start = train_for_real(config).state, initial_model(config)
-        parameters = [k for k in state if "running" not in k and "num_batches" not in k]
-        distances.append(sum(float((state[k] - start[k]).square().sum()) for k in parameters))
+        distances.append(squared_distance(state, start))
     assert distances == sorted(distances, reverse=True)
     assert distances[0] > 1.2 * distances[-1] > 0
 
 
 def test_clients_are_sent_mu_in_every_round() -> None:
-    clients = PlantedClients(lambda _: 0)
+    clients = PlantedClients()
     run_planted(FedProx(proximal_mu=0.25, **QUIET), clients, 2, rounds=2)
     assert [settings["proximal-mu"] for *_, settings in clients.sent] == [0.25] * 4

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from fedfusion_flwr.federation.bounds import difference, inner_product, squared_distance
 from fedfusion_flwr.strategies import geometry
-from fedfusion_flwr.strategies.geometry import count_different, gram_matrix, principal_coordinates
+from fedfusion_flwr.strategies.geometry import (
+    count_different,
+    decomposed_cosines,
+    gram_matrix,
+    principal_coordinates,
+)
 
 State = dict[str, Tensor]
 FAST = settings(max_examples=60, deadline=None, derandomize=True)
@@ -53,47 +58,57 @@ def test_gram_matrix_holds_the_inner_products_of_the_parameters(
     largest = float(gram.abs().max())
     torch.testing.assert_close(gram, rows @ rows.T, rtol=1e-9, atol=1e-9 * largest)
     for i, left in enumerate(states):
+        assert squared_distance(states[0], left) == pytest.approx(
+            float((rows[0] - rows[i]).square().sum())
+        )
         for j, right in enumerate(states):
             product = inner_product(difference(left, origin), difference(right, origin))
             assert product == pytest.approx(float(gram[i, j]), rel=1e-9, abs=1e-9 * largest)
-
-
-def test_gram_matrix_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    states, origin = states_of((5, 1, 1.0))
-    whole = gram_matrix(states, origin)
-    monkeypatch.setattr(geometry, "_CHUNK", 5)
-    torch.testing.assert_close(gram_matrix(states, origin), whole)
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(geometry, "_CHUNK", 5)
+        torch.testing.assert_close(gram_matrix(states, origin), gram, atol=1e-9 * largest, rtol=0)
 
 
 @FAST
 @given(drawn)
-def test_principal_coordinates_keep_all_distances(case: tuple[int, int, float]) -> None:
-    states, origin = states_of(case)
-    rows = vectors(states, origin)
-    points = principal_coordinates(gram_matrix(states, origin))
-    assert points.shape == (len(states), len(states))
+def test_coordinates_keep_all_distances_and_are_those_of_the_singular_value_decomposition(
+    case: tuple[int, int, float],
+) -> None:
+    """The rows' coordinates along the leading right singular vectors, up to each column's sign."""
+    rows = vectors(*states_of(case))
+    points = principal_coordinates(rows @ rows.T)
+    assert points.shape == (len(rows), len(rows))
     scale = float(rows.norm(dim=1).max())
     torch.testing.assert_close(
         torch.cdist(points, points), torch.cdist(rows, rows), rtol=1e-6, atol=1e-5 * scale
     )
-    for i in range(len(states)):
-        expected = float((rows[0] - rows[i]).square().sum())
-        assert squared_distance(states[0], states[i]) == pytest.approx(expected)
+    leading = principal_coordinates(rows @ rows.T, 2)
+    _, _, right = torch.linalg.svd(rows, full_matrices=False)
+    expected = rows @ right[:2].T
+    torch.testing.assert_close(leading.abs(), expected.abs(), rtol=1e-5, atol=1e-6 * rows.norm())
 
 
 @FAST
-@given(drawn)
-def test_principal_coordinates_are_those_of_the_singular_value_decomposition(
-    case: tuple[int, int, float],
+@given(st.integers(2, 8), st.integers(0, 10**6), st.floats(1e-3, 1e3))
+def test_decomposed_cosines_are_those_with_the_left_singular_vectors(
+    count: int, seed: int, scale: float
 ) -> None:
-    """The rows' coordinates along the leading right singular vectors, up to each column's sign."""
-    states, origin = states_of(case)
-    rows = vectors(states, origin)
-    wanted = min(2, len(states))
-    points = principal_coordinates(gram_matrix(states, origin), wanted)
-    _, _, right = torch.linalg.svd(rows, full_matrices=False)
-    expected = rows @ right[:wanted].T
-    torch.testing.assert_close(points.abs(), expected.abs(), rtol=1e-5, atol=1e-6 * rows.norm())
+    """As FedGroup's paper computes them, up to the signs of the columns.
+
+    With all dimensions, EDC(i, j)^2 = 2 - 2 cos(D_i, D_j). Common scaling changes nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, 30, generator=generator, dtype=torch.float64)
+    unit = torch.nn.functional.normalize(rows)
+    everything = decomposed_cosines(rows @ rows.T, count)
+    angles = (2 - 2 * unit @ unit.T).clamp_min(0)
+    torch.testing.assert_close(torch.cdist(everything, everything) ** 2, angles, atol=1e-9, rtol=0)
+    left, _, _ = torch.linalg.svd(rows.T, full_matrices=False)
+    embedded = decomposed_cosines(rows @ rows.T, 2)
+    torch.testing.assert_close(embedded.abs(), (unit @ left[:, :2]).abs(), atol=1e-8, rtol=1e-8)
+    assert embedded.norm(dim=1).max() <= 1 + 1e-9
+    scaled = decomposed_cosines(scale**2 * rows @ rows.T, 2)
+    torch.testing.assert_close(scaled.abs(), embedded.abs(), atol=1e-7, rtol=1e-7)
 
 
 def test_rounding_gives_no_direction() -> None:

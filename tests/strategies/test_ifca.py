@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
+from sklearn.metrics import adjusted_rand_score
 
-from fedfusion_flwr import FedFusionError, protocol
+from fedfusion_flwr import FedFusionError, RunConfig, protocol
+from fedfusion_flwr.data import partition_for
 from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.strategies import IFCA
 from tests.strategies.planted import (
@@ -22,6 +24,7 @@ from tests.strategies.planted import (
     same_partition,
     start_state,
 )
+from tests.strategies.small import train_for_real
 from tests.support import (
     COUNTER,
     FakeClient,
@@ -34,10 +37,6 @@ from tests.support import (
 )
 
 
-def group_of(client: int) -> int:
-    return client % 3
-
-
 def ifca(**settings: Any) -> IFCA:
     defaults = {"num_clusters": 3, "warmup_rounds": 0, "initial_state": start_state}
     return IFCA(**{**QUIET, **defaults, **settings})
@@ -46,23 +45,17 @@ def ifca(**settings: Any) -> IFCA:
 class Walkers(PlantedClients):
     """Clients that go half of the way from the chosen model to their group's optimum."""
 
-    def __call__(self, message: Message, context: Any) -> Message:
-        self.received = protocol.state_from_record(message.content.array_records["arrays"])
-        self.settings = message.content.config_records["config"]
-        return super().__call__(message, context)
-
     def update(self, client: int, server_round: int) -> torch.Tensor:
-        state = self.received
-        if "num-models" in self.settings:
+        *_, state, settings = self.sent[-1]
+        if "num-models" in settings:
             models = list(protocol.unpack_states(state).values())
             state = models[self.choose(models, client)]
-        way = self.direction(self.group_of(client)) - flat(state).float()
-        return 0.5 * way + super().update(client, server_round) * 0.0
+        return 0.5 * (self.direction(self.group_of(client)) - flat(state).float())
 
 
 def near(order: tuple[int, ...]) -> Any:
     """Initial models: the j-th lies near the optimum of group order[j]."""
-    optima = Walkers(group_of)
+    optima = Walkers()
 
     def state(number: int) -> State:
         far = 0.2 * torch.randn(40, generator=torch.Generator().manual_seed(order[number]))
@@ -74,26 +67,24 @@ def near(order: tuple[int, ...]) -> Any:
 
 def walk(order: tuple[int, ...] = (0, 1, 2), rounds: int = 3, **settings: Any) -> Outcome:
     strategy = ifca(initial_state=near(order), **settings)
-    return run_planted(strategy, Walkers(group_of), 9, rounds, start=near(order)(0))
+    return run_planted(strategy, Walkers(), 9, rounds, start=near(order)(0))
 
 
 def test_planted_groups_choose_their_model_at_once_and_stay() -> None:
     outcome = walk(rounds=5)
     for report in outcome.reports[1:]:
-        assert same_partition(report.clusters, group_of)
+        assert same_partition(report.clusters, lambda client: client % 3)
         assert report.clusters == outcome.reports[1].clusters
-    errors = [
-        float((flat(outcome.strategy.models()[f"c{g}"]) - Walkers(group_of).direction(g)).norm())
-        for g in range(3)
-    ]
-    assert max(errors) < 0.1
+    for g in range(3):
+        error = flat(outcome.strategy.models()[f"c{g}"]) - Walkers().direction(g)
+        assert error.norm() < 0.1
 
 
 def test_permuting_the_models_only_permutes() -> None:
     one, other = walk((0, 1, 2)), walk((2, 0, 1))
     for j, g in enumerate((2, 0, 1)):
         assert_identical(other.strategy.models()[f"c{j}"], one.strategy.models()[f"c{g}"])
-        assert all(other.reports[3].clusters[c] == j for c in range(9) if group_of(c) == g)
+        assert all(other.reports[3].clusters[client] == j for client in range(g, 9, 3))
 
 
 def test_a_model_chosen_by_nobody_is_unchanged() -> None:
@@ -104,7 +95,7 @@ def test_a_model_chosen_by_nobody_is_unchanged() -> None:
         return far if number == 3 else near((0, 1, 2))(number)
 
     strategy = ifca(num_clusters=4, initial_state=initial)
-    run_planted(strategy, Walkers(group_of), 9, rounds=3, start=initial(0))
+    run_planted(strategy, Walkers(), 9, rounds=3, start=initial(0))
     assert_identical(strategy.models()["c3"], far)
     assert strategy.round.report.metrics["clusters-updated"] == 3
     assert strategy.round.report.metrics["clients-of-c3"] == 0
@@ -112,13 +103,13 @@ def test_a_model_chosen_by_nobody_is_unchanged() -> None:
 
 def test_models_that_start_equal_are_refused() -> None:
     with pytest.raises(FedFusionError, match=r"initial_state\(1\) equals an earlier model"):
-        run_planted(ifca(initial_state=lambda _: start_state()), PlantedClients(group_of), 3)
+        run_planted(ifca(initial_state=lambda _: start_state()), PlantedClients(), 3)
     with pytest.raises(FedFusionError, match="give it initial_state"):
-        run_planted(ifca(initial_state=None), PlantedClients(group_of), 3)
+        run_planted(ifca(initial_state=None), PlantedClients(), 3)
 
 
 def test_clients_are_sent_all_models_after_the_warm_up() -> None:
-    clients = PlantedClients(group_of)
+    clients = PlantedClients()
     run_planted(ifca(warmup_rounds=1, fraction_evaluate=1.0), clients, 4, rounds=2)
     names = list(start_state())
     packed = [f"c{j}/{name}" for j in range(3) for name in names]
@@ -132,31 +123,23 @@ def test_clients_are_sent_all_models_after_the_warm_up() -> None:
 
 
 def test_warm_up_trains_each_model_with_a_fixed_division_of_the_clients() -> None:
-    clients = PlantedClients(group_of)
+    clients = PlantedClients()
     strategy = ifca(warmup_rounds=3, fraction_train=0.5)
     outcome = run_planted(strategy, clients, 12, rounds=3)
-    sent: dict[int, set[int]] = {}
-    trained: set[int] = set()
+    clusters_of: dict[int | None, set[int | None]] = {}
     for report in outcome.reports[1:]:
         for row in report.clients:
-            assert row.client is not None
-            assert row.cluster is not None
-            sent.setdefault(row.client, set()).add(row.cluster)
-            trained.add(row.client)
+            clusters_of.setdefault(row.client, set()).add(row.cluster)
         # A client that has not trained yet is in no cluster.
-        assert report.clusters.keys() == trained
-    assert all(len(clusters) == 1 for clusters in sent.values())
-    assert len(set.union(*sent.values())) == 3
+        assert report.clusters.keys() == clusters_of.keys()
+    assert all(len(clusters) == 1 for clusters in clusters_of.values())
+    assert set.union(*clusters_of.values()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
     ("named", "reason"),
     [
-        (7, "cluster"),
-        (-1, "cluster"),
-        (0.5, "cluster"),
-        ([0], "cluster"),
-        (None, "cluster"),
+        *((named, "cluster") for named in (7, -1, 0.5, [0], None)),
         (math.nan, "nonfinite"),
     ],
 )
@@ -196,3 +179,44 @@ def test_a_leap_is_measured_from_the_chosen_model() -> None:
     rows = {row.client: row for row in outcome.reports[1].clients}
     assert (rows[0].dropped, rows[1].dropped) == (None, "update")
     assert "times the model's norm" in str(rows[1].detail)
+
+
+@pytest.mark.rounding
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rotations", "clients", "warmup_rounds", "seeds", "least"), [(2, 8, 2, 6, 3), (4, 12, 3, 3, 1)]
+)
+def test_planted_rotations_are_recovered_and_stay(
+    rotations: int, clients: int, warmup_rounds: int, seeds: int, least: int
+) -> None:
+    """The authors' own task: clients whose digits are turned by different angles.
+
+    The warm-up's division ignores them; by the second free choice they are found, or never. Whether
+    they are depends on the initial models: measured, in 4 of 6 and in 2 of 3 seeds.
+    """
+    recovered = 0
+    for seed in range(seeds):
+        config = RunConfig(
+            strategy="ifca",
+            component_transform="rotate",
+            planted_components=rotations,
+            num_clusters=rotations,
+            num_clients=clients,
+            warmup_rounds=warmup_rounds,
+            num_server_rounds=warmup_rounds + 4,
+            batch_size=64,
+            fraction_evaluate=0.0,
+            seed=seed,
+        )
+        truth = partition_for(config).main_components
+        assert truth is not None
+        agreements = []
+        found = [report.clusters for report in train_for_real(config).reports]
+        for clusters in found[warmup_rounds:]:
+            assert clusters.keys() == set(range(clients))
+            agreements.append(adjusted_rand_score(truth, [clusters[k] for k in range(clients)]))
+        assert agreements[0] < 0.5
+        # A slower start than the first free choice is allowed; later no client changes its mind.
+        assert found[warmup_rounds + 2] == found[-1]
+        recovered += agreements[2:] == [1.0, 1.0, 1.0]
+    assert recovered >= least

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
-from fedfusion_flwr.federation.round import State
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion import DistributionInference, FusionPosterior
 from fedfusion_flwr.strategies import (
@@ -24,8 +23,15 @@ from fedfusion_flwr.strategies import (
     FedProx,
     FeSEM,
 )
-from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, start_state
-from tests.support import After, FakeClient, assert_identical, honest_state, initial_arrays
+from tests.strategies.planted import (
+    QUIET,
+    Listener,
+    PlantedClients,
+    flat,
+    run_planted,
+    start_state,
+)
+from tests.support import After, assert_identical, honest_state, initial_arrays
 
 CLIENTS = 6
 
@@ -38,24 +44,29 @@ def built(strategy: type[FederatedStrategy], **settings: Any) -> Any:
     return strategy(**{**QUIET, "fraction_evaluate": 1.0, **settings})
 
 
-@pytest.mark.parametrize("strategy", [FedAvg, FedProx, FedClusterCycling])
-def test_one_model_serves_all_clients(strategy: type[FederatedStrategy]) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        (FedAvg, {}),
+        (FedAvg, {"average_decay": 0.9}),
+        (FedProx, {}),
+        (FedClusterCycling, {"num_clusters": 1}),
+        (FedCluster, {"cluster_round": 2}),
+    ],
+)
+def test_one_model_serves_all_clients(
+    strategy: type[FederatedStrategy], settings: dict[str, Any]
+) -> None:
+    """The moving average, if there is one; FedCluster has one model before its clusters."""
     clients = PlantedClients(group_of)
-    own = {"num_clusters": 1} if strategy is FedClusterCycling else {}
-    outcome = run_planted(built(strategy, **own), clients, CLIENTS, rounds=2)
+    outcome = run_planted(built(strategy, **settings), clients, CLIENTS, rounds=3)
     for server_round in (1, 2):
-        sent = clients.sent_for("evaluate", server_round)
-        assert [client for client, *_ in sent] == list(range(CLIENTS))
-        for _, state, _ in sent:
+        sent = clients.states_for("evaluate", server_round)
+        assert list(sent) == list(range(CLIENTS))
+        for state in sent.values():
             assert_identical(state, outcome.reports[server_round].model)
-
-
-def test_the_served_average_is_evaluated_not_the_newest() -> None:
-    clients = PlantedClients(group_of)
-    outcome = run_planted(built(FedAvg, average_decay=0.9), clients, CLIENTS, rounds=2)
-    for _, state, _ in clients.sent_for("evaluate", 2):
-        assert_identical(state, outcome.reports[2].model)
-    assert not torch.equal(flat(outcome.reports[2].model), flat(outcome.strategy.current))
+    newest, served = clients.states_for("train", 3)[0], outcome.reports[2].model
+    assert torch.equal(flat(newest), flat(served)) == ("average_decay" not in settings)
 
 
 @pytest.mark.parametrize(
@@ -75,26 +86,14 @@ def test_a_cluster_is_served_its_mean_and_others_the_global_model(strategy: Any)
     late = {"partition-id": CLIENTS, "num-partitions": CLIENTS + 1}
     strategy.callbacks.append(After({3: lambda: grid.add_node(late)}))
     outcome = run_planted(strategy, clients, CLIENTS, rounds=3, grid=grid)
-    trained = {
-        client: flat(state) + clients.update(client, 3).double()
-        for client, state, _ in clients.sent_for("train", 3)
-    }
-    means: list[Tensor] = [
-        torch.stack([trained[c] for c in trained if group_of(c) == g]).mean(0) for g in range(3)
-    ]
-    for client, state, _ in clients.sent_for("evaluate", 3):
+    sent = clients.states_for("train", 3)
+    trained = [flat(sent[k]) + clients.update(k, 3).double() for k in range(CLIENTS)]
+    means = [torch.stack(trained[g::3]).mean(0) for g in range(3)]
+    for client, state in clients.states_for("evaluate", 3).items():
         torch.testing.assert_close(flat(state), means[group_of(client)], rtol=1e-5, atol=1e-5)
     overall = torch.stack(means).mean(0)
     torch.testing.assert_close(flat(outcome.state), overall, rtol=1e-5, atol=1e-5)
     assert_identical(strategy.personal_model(CLIENTS), outcome.state)
-
-
-def test_fedcluster_serves_the_global_model_before_its_clusters() -> None:
-    clients = PlantedClients(group_of)
-    strategy = built(FedCluster, num_clusters=3, cluster_round=2)
-    outcome = run_planted(strategy, clients, CLIENTS, rounds=3)
-    for _, state, _ in clients.sent_for("evaluate", 2):
-        assert_identical(state, outcome.reports[2].model)
 
 
 def test_ifca_sends_the_updated_models() -> None:
@@ -124,30 +123,20 @@ def test_fedfusion_serves_the_clients_mixture_of_component_models_by_hand() -> N
 
     Component 2 is empty. A client that joins after the round is served the global model.
     """
-    strategy = built(
-        FedFusion, num_components=3, inference=SoftInference(3), assignment_smoothing=0.0
-    )
-    sent: dict[int, State] = {}
-
-    class Recording(FakeClient):
-        def __call__(self, message: Any, context: Any) -> Any:
-            if message.metadata.message_type == "evaluate":
-                record = message.content.array_records["arrays"]
-                partition = context.node_config["partition-id"]
-                sent[partition] = protocol.state_from_record(record)
-            return super().__call__(message, context)
-
-    result = strategy.start(InProcessGrid(Recording(), 3), initial_arrays(), 1)
+    settings = {"inference": SoftInference(3), "assignment_smoothing": 0.0}
+    strategy = built(FedFusion, num_components=3, **settings)
+    client = Listener()
+    result = strategy.start(InProcessGrid(client, 3), initial_arrays(), 1)
+    sent = client.states_for("evaluate", 1)
     start = protocol.state_from_record(initial_arrays())
     replies = [honest_state(start, k) for k in range(3)]
     mass = torch.tensor([10.0, 20.0, 30.0], dtype=torch.float64).unsqueeze(1) * SHARES
     coefficients = mass / mass.sum(0).clamp_min(1e-12)
     for key in ("fc.weight", "norm.weight", "norm.running_mean", "out.bias"):
         stacked = torch.stack([reply[key].double() for reply in replies])
-        components = torch.einsum("km,k...->m...", coefficients, stacked)
-        for client in range(3):
-            expected = torch.einsum("m,m...->...", SHARES[client], components)
-            torch.testing.assert_close(sent[client][key].double(), expected, rtol=1e-6, atol=1e-7)
+        expected = torch.einsum("jm,km,k...->j...", SHARES, coefficients, stacked)
+        found = torch.stack([sent[k][key].double() for k in range(3)])
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     assert set(strategy.models()) == {"m0", "m1"}
     served = protocol.state_from_record(result.arrays)
     assert_identical(strategy.personal_model(77), served)
@@ -156,7 +145,7 @@ def test_fedfusion_serves_the_clients_mixture_of_component_models_by_hand() -> N
 def test_evaluation_is_due_periodically_and_in_the_last_round() -> None:
     clients = PlantedClients(group_of)
     outcome = run_planted(built(FedAvg, evaluate_every=3), clients, 2, rounds=7)
-    assert sorted({r for kind, r, *_ in clients.sent if kind == "evaluate"}) == [3, 6, 7]
+    assert clients.rounds_of("evaluate") == [3, 6, 7]
     assert not outcome.result.evaluate_metrics_clientapp  # these clients report none
     valid = [r.server_round for r in outcome.reports if "evaluate-replies-valid" in r.metrics]
     assert valid == [3, 6, 7]

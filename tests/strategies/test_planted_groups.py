@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Context, Message
 
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.replies import ClientReply
@@ -34,6 +37,18 @@ KNOWN: dict[str, tuple[type[FederatedStrategy], dict[str, Any]]] = {
 every_finder = pytest.mark.parametrize("name", ["fesem", "fedgroup", "fedcluster"])
 
 
+@dataclass
+class Choosy(PlantedClients):
+    """Answers only where ``answers`` of client, round and settings says so."""
+
+    answers: Callable[[int, int, dict[str, Any]], bool] = lambda *_: True
+
+    def hear(self, message: Message, context: Context) -> Any:
+        client, server_round, received, settings = super().hear(message, context)
+        assert self.answers(client, server_round, settings), "silent"
+        return client, server_round, received, settings
+
+
 def finder(name: str, seed: int = 0, **settings: Any) -> FederatedStrategy:
     strategy, own = KNOWN[name]
     return strategy(**{"seed": seed, "num_clusters": GROUPS, **QUIET, **own, **settings})
@@ -44,10 +59,10 @@ def finder(name: str, seed: int = 0, **settings: Any) -> FederatedStrategy:
 def test_planted_groups_are_found_exactly_and_kept(name: str, seed: int) -> None:
     strategy = finder(name, seed)
     outcome = run_planted(strategy, PlantedClients(group_of, seed), CLIENTS, rounds=4)
-    assert strategy.state.clusters.of.keys() == set(range(CLIENTS))
-    assert same_partition(strategy.state.clusters.of, group_of)
-    assert len(strategy.state.clusters.models) == GROUPS
-    assert outcome.reports[3].clusters == outcome.reports[4].clusters == strategy.state.clusters.of
+    assert strategy.clusters.of.keys() == set(range(CLIENTS))
+    assert same_partition(strategy.clusters.of, group_of)
+    assert len(strategy.clusters.models) == GROUPS
+    assert outcome.reports[3].clusters == outcome.reports[4].clusters == strategy.clusters.of
     sizes = [outcome.reports[4].metrics[f"clients-of-c{c}"] for c in range(GROUPS)]
     assert sorted(sizes) == [2, 4, 6]
 
@@ -57,16 +72,12 @@ def test_newcomers_join_their_group(name: str) -> None:
     """Three clients join in round 3, one of each group."""
     clients = PlantedClients(group_of)
     grid = InProcessGrid(clients, CLIENTS)
-
-    def join() -> None:
-        for client in (12, 13, 14):
-            grid.add_node({"partition-id": client, "num-partitions": 15})
-
+    late = [{"partition-id": client, "num-partitions": 15} for client in (12, 13, 14)]
     strategy = finder(name)
-    strategy.callbacks.append(After({2: join}))
+    strategy.callbacks.append(After({2: lambda: [grid.add_node(node) for node in late]}))
     run_planted(strategy, clients, CLIENTS, rounds=4, grid=grid)
-    assert strategy.state.clusters.of.keys() == set(range(15))
-    assert same_partition(strategy.state.clusters.of, group_of)
+    assert strategy.clusters.of.keys() == set(range(15))
+    assert same_partition(strategy.clusters.of, group_of)
 
 
 def test_fedgroups_newcomer_that_goes_the_other_way_does_not_join() -> None:
@@ -79,7 +90,7 @@ def test_fedgroups_newcomer_that_goes_the_other_way_does_not_join() -> None:
             state = {k: v.double() + sign * direction[k] for k, v in strategy.state.origin.items()}
             reply = ClientReply(99, 99, 10, {}, state)
             strategy.prepare_cohort([99], lambda *_, reply=reply: [reply])
-            assert (strategy.state.clusters.of.pop(99) == group) == (sign > 0)
+            assert (strategy.clusters.of.pop(99) == group) == (sign > 0)
 
 
 @pytest.mark.parametrize("name", ["fedgroup", "fedcluster"])
@@ -88,38 +99,27 @@ def test_assignment_never_changes_though_updates_do(name: str) -> None:
 
     class Turncoats(PlantedClients):
         def update(self, client: int, server_round: int) -> torch.Tensor:
-            own = super().update(client, server_round)
-            return own if server_round < 3 else self.direction(0)
+            return super().update(client, server_round) if server_round < 3 else self.direction(0)
 
     strategy = finder(name)
     run_planted(strategy, Turncoats(group_of), CLIENTS, rounds=5)
-    assert same_partition(strategy.state.clusters.of, group_of)
+    assert same_partition(strategy.clusters.of, group_of)
 
 
 @every_finder
 def test_unselected_groups_keep_their_model_to_the_bit(name: str) -> None:
     """Only clients of one group answer in round 4."""
-
-    class OneGroup(PlantedClients):
-        def __call__(self, message: Any, context: Any) -> Any:
-            if message.content.config_records["config"]["server-round"] == 4:
-                assert group_of(int(context.node_config["partition-id"])) == 1, "silent"
-            return super().__call__(message, context)
-
+    clients = Choosy(group_of, answers=lambda k, number, _: number != 4 or group_of(k) == 1)
     kept: dict[str, Any] = {}
     strategy = finder(name, **({"centre_update": "round"} if name == "fesem" else {}))
-
-    def keep() -> None:
-        kept.update({k: dict(v) for k, v in strategy.models().items()})
-
-    strategy.callbacks.append(After({3: keep}))
-    outcome = run_planted(strategy, OneGroup(group_of), CLIENTS, rounds=4)
-    trained = strategy.state.clusters.of[1]
-    for cluster, (key, model) in enumerate(strategy.models().items()):
-        if cluster != trained:
-            assert_identical(model, kept[key])
-        else:
+    strategy.callbacks.append(After({3: lambda: kept.update(strategy.models())}))
+    outcome = run_planted(strategy, clients, CLIENTS, rounds=4)
+    trained = strategy.clusters.of[1]
+    for key, model in strategy.models().items():
+        if key == f"c{trained}":
             assert not torch.equal(flat(model), flat(kept[key]))
+        else:
+            assert_identical(model, kept[key])
     assert outcome.reports[4].metrics["clusters-updated"] == 1
     assert outcome.reports[4].metrics["replies-valid"] == 4
 
@@ -130,37 +130,28 @@ def test_identical_clients_are_one_cluster(name: str) -> None:
     same = PlantedClients(lambda _: 0, noise=0.0)
     strategy = finder(name)
     run_planted(strategy, same, CLIENTS, rounds=2)
-    assert set(strategy.state.clusters.of.values()) == {0}
-    assert len(strategy.state.clusters.models) == 1
+    assert set(strategy.clusters.of.values()) == {0}
+    assert len(strategy.clusters.models) == 1
 
 
 @every_finder
 def test_fewer_clients_than_clusters(name: str) -> None:
-    strategy = finder(name, num_clusters=5)
-    run_planted(strategy, PlantedClients(group_of), 2, rounds=2)
-    assert set(strategy.state.clusters.of.values()) == {0, 1}
-    single = finder(name, num_clusters=5)
-    run_planted(single, PlantedClients(group_of), 1, rounds=2)
-    assert single.state.clusters.of == {0: 0}
+    for clients, clusters in ((2, {0, 1}), (1, {0})):
+        strategy = finder(name, num_clusters=5)
+        run_planted(strategy, PlantedClients(group_of), clients, rounds=2)
+        assert set(strategy.clusters.of.values()) == clusters
 
 
 @every_finder
 def test_a_failed_first_exchange_is_repeated(name: str) -> None:
     """Nobody answers before round 3; FedCluster's clustering would be due in round 2."""
-    silent_until = 3
-
-    class Late(PlantedClients):
-        def __call__(self, message: Any, context: Any) -> Any:
-            settings = message.content.config_records["config"]
-            assert "phase" not in settings or settings["server-round"] >= silent_until, "silent"
-            return super().__call__(message, context)
-
+    clients = Choosy(group_of, answers=lambda _, number, asked: "phase" not in asked or number >= 3)
     strategy = finder(name)
-    outcome = run_planted(strategy, Late(group_of), CLIENTS, rounds=4)
+    outcome = run_planted(strategy, clients, CLIENTS, rounds=4)
     assert outcome.reports[2].clusters == {}
     assert "round-failed" not in outcome.reports[2].metrics
-    assert same_partition(strategy.state.clusters.of, group_of)
-    assert outcome.reports[3].clusters == strategy.state.clusters.of
+    assert same_partition(strategy.clusters.of, group_of)
+    assert outcome.reports[3].clusters == strategy.clusters.of
 
 
 def test_fedcluster_samples_within_each_cluster() -> None:

@@ -37,12 +37,12 @@ CONFIG = RunConfig()
 
 def write(directory: RunDirectory, server_round: int, state: Any = None, **config: Any) -> Path:
     values = dataclasses.replace(CONFIG, **config).to_run_config()
-    write_checkpoint(directory, Checkpoint(server_round, values, capture(state)))
+    write_checkpoint(directory, Checkpoint(server_round, values, *capture({"state": state})))
     return directory.path / f"checkpoint-{server_round:06d}.safetensors"
 
 
 def through_file(directory: RunDirectory, value: object, present: object = None) -> Any:
-    return rebuild(read_checkpoint(write(directory, 1, value)).state, present)
+    return read_checkpoint(write(directory, 1, value)).restored("state", present)
 
 
 plain = st.recursive(
@@ -59,7 +59,8 @@ plain = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(plain)
 def test_plain_values_come_back_with_their_types(value: object) -> None:
-    assert repr(rebuild(capture(value))) == repr(value)
+    trees, tensors = capture({"state": value})
+    assert repr(rebuild(trees["state"], tensors)) == repr(value)
 
 
 @dataclass
@@ -132,11 +133,11 @@ def test_inference_goes_on_as_it_would_have(directory: RunDirectory) -> None:
 
 
 def test_state_of_another_shape_is_refused() -> None:
-    tree = capture(ServerStep())
+    trees, tensors = capture({"step": ServerStep()})
     with pytest.raises(SnapshotError, match="ServedAverage does not fit"):
-        rebuild(tree, ServedAverage())
+        rebuild(trees["step"], tensors, ServedAverage())
     with pytest.raises(TypeError, match="cannot be part of a state"):
-        capture(object())
+        capture({"step": object()})
 
 
 def test_the_newest_two_stay_and_the_newest_is_found(directory: RunDirectory) -> None:
@@ -146,7 +147,7 @@ def test_the_newest_two_stay_and_the_newest_is_found(directory: RunDirectory) ->
     assert names == ["checkpoint-000002.safetensors", "checkpoint-000010.safetensors"]
     found = newest_checkpoint(directory.path, CONFIG)
     assert found.server_round == 10
-    assert found.state.item() == 10
+    assert found.restored("state", None).item() == 10
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "garbage", "other"])

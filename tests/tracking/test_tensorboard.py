@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,24 +26,31 @@ TINY = {
 }
 
 
-def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Name -> (step, value) of every number in the log."""
+Log = dict[str, list[tuple[int, float]]]
+"""Name -> (step, value) of every number."""
+Reader = Callable[[Path], Log]
+
+
+@pytest.fixture
+def read() -> Reader:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
     )
-    events = accumulator.EventAccumulator(str(folder))
-    events.Reload()
-    return {
-        name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]
-    }
+
+    def log(folder: Path) -> Log:
+        events = accumulator.EventAccumulator(str(folder))
+        events.Reload()
+        names = events.Tags()["scalars"]
+        return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
+
+    return log
 
 
 def report(server_round: int, accuracy: float) -> RoundReport:
     return RoundReport(server_round, metrics={"global-accuracy": accuracy})
 
 
-def test_every_number_of_a_round_comes_back(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="needs tensorboard")
+def test_every_number_of_a_round_comes_back(tmp_path: Path, read: Reader) -> None:
     mixture = torch.tensor([0.25, 0.75], dtype=torch.float64)
     posterior = FusionPosterior(torch.ones(1, 2) / 2, mixture, torch.zeros(2, 4), 0.0)
     log = TensorBoardLog(tmp_path)
@@ -63,8 +71,7 @@ def test_every_number_of_a_round_comes_back(tmp_path: Path) -> None:
     }
 
 
-def test_a_resumed_run_replaces_the_rounds_that_it_repeats(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="needs tensorboard")
+def test_a_resumed_run_replaces_the_rounds_that_it_repeats(tmp_path: Path, read: Reader) -> None:
     before = TensorBoardLog(tmp_path)
     for server_round in range(4):
         before.on_round_end(report(server_round, 0.0))
@@ -75,8 +82,7 @@ def test_a_resumed_run_replaces_the_rounds_that_it_repeats(tmp_path: Path) -> No
     assert read(tmp_path)["global-accuracy"] == [(0, 0.0), (1, 0.0), (2, 1.0), (3, 1.0)]
 
 
-def test_key_of_a_run(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="needs tensorboard")
+def test_key_of_a_run(tmp_path: Path, read: Reader) -> None:
     for name, wanted in (("with", True), ("without", False)):
         config = {**TINY, "tensorboard": wanted, "output-dir": str(tmp_path / name)}
         run_in_process(config)

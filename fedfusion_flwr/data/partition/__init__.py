@@ -3,17 +3,11 @@
 
 from fedfusion_flwr.data.partition.components import central_components, transform_component
 from fedfusion_flwr.data.partition.make import local_split, make_partition
-from fedfusion_flwr.data.partition.spec import (
-    Partition,
-    PartitionError,
-    PartitionKind,
-    PartitionSpec,
-)
+from fedfusion_flwr.data.partition.spec import Partition, PartitionError, PartitionSpec
 
 __all__ = [
     "Partition",
     "PartitionError",
-    "PartitionKind",
     "PartitionSpec",
     "central_components",
     "local_split",

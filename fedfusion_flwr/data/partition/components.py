@@ -7,26 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedfusion_flwr.config import ComponentSizes, ComponentTransform
 from fedfusion_flwr.data.partition.spec import (
-    ComponentSizes,
-    ComponentTransform,
     Partition,
     PartitionError,
     PartitionSpec,
+    by_owner,
     require,
     seeded,
 )
 
 
 def plant(labels: np.ndarray, num_classes: int, spec: PartitionSpec) -> Partition:
-    """A partition of kind ``components``, with its mixtures.
-
-    Raises
-    ------
-    PartitionError
-        If there are more components than clients, or than classes that they are to differ in, or
-        too few examples to give every client one.
-    """
+    """A partition of kind ``components``, with its mixtures."""
     clients, count = spec.num_clients, spec.planted_components
     allowed = f"at most {clients}, because each component needs one of `num-clients`"
     require(count <= clients, "planted-components", count, allowed)
@@ -39,8 +32,7 @@ def plant(labels: np.ndarray, num_classes: int, spec: PartitionSpec) -> Partitio
     mixtures = _mixtures(main, spec)
     available = np.bincount(labels, minlength=num_classes)
     shares = mixtures[:, :, None] * _class_shares(num_classes, spec)
-    indices, components = _draw(_common_counts(shares, available, spec), labels, spec.seed)
-    return Partition(indices, mixtures, components)
+    return _draw(_common_counts(shares, available, spec), labels, mixtures, spec.seed)
 
 
 def central_components(labels: np.ndarray, num_classes: int, spec: PartitionSpec) -> np.ndarray:
@@ -78,20 +70,11 @@ def clients_per_component(
 def transform_component(
     x: Tensor, component: np.ndarray, num_components: int, kind: ComponentTransform
 ) -> Tensor:
-    """The images as their planted components show them.
+    """The images (N, C, H, W) as their planted components (N,), of M in all, show them.
 
-    Parameters
-    ----------
-    x : Tensor
-        Images, shape (N, C, H, W), square if they are to be rotated.
-    component : np.ndarray
-        Component of each image, shape (N,), integers in [0, ``num_components``).
-    num_components : int
-        M.
-    kind : ComponentTransform
-        ``rotate`` turns the images of component m counterclockwise by m * 360 / M degrees, exactly
-        if that is a multiple of 90; uncovered corners get the image's darkest value. ``none``
-        returns ``x`` itself.
+    ``rotate`` turns those of component m counterclockwise by m * 360 / M degrees, exactly if that
+    is a multiple of 90; images must be square, and uncovered corners get the image's darkest
+    value. ``none`` returns ``x`` itself.
     """
     if component.shape != (len(x),):
         raise ValueError(f"component must have shape ({len(x)},), got {component.shape}")
@@ -200,23 +183,16 @@ def _largest_remainder(exact: np.ndarray, total: int, tie_break: np.ndarray) -> 
     return counts
 
 
-def _draw(
-    counts: np.ndarray, labels: np.ndarray, seed: int
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Draw ``counts`` (K, M, C) examples: each client's sorted indices, and their components."""
+def _draw(counts: np.ndarray, labels: np.ndarray, mixtures: np.ndarray, seed: int) -> Partition:
+    """Draw ``counts`` (K, M, C) examples at random, by class and component within a class."""
     num_clients, num_components, num_classes = counts.shape
-    chosen: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+    cell = np.full(len(labels), -1)
+    """Client and component of each drawn example, as one number."""
     for label in range(num_classes):
-        pool = seeded(seed, "component-examples", label).permutation(np.nonzero(labels == label)[0])
-        ends = counts[:, :, label].sum(1).cumsum()
-        for client, piece in enumerate(np.split(pool[: ends[-1]], ends[:-1])):
-            chosen[client].append(piece)
-    indices, components = [], []
-    for client in range(num_clients):
-        drawn = np.concatenate(chosen[client])
-        # Drawn by class, and by component within a class.
-        component = np.tile(np.arange(num_components), num_classes).repeat(counts[client].T.ravel())
-        order = np.argsort(drawn)
-        indices.append(drawn[order])
-        components.append(component[order])
-    return tuple(indices), tuple(components)
+        pool = seeded(seed, "component-examples", label).permutation(
+            np.flatnonzero(labels == label)
+        )
+        drawn = np.arange(num_clients * num_components).repeat(counts[:, :, label].ravel())
+        cell[pool[: len(drawn)]] = drawn
+    parts = by_owner(cell // num_components, num_clients)
+    return Partition(parts, mixtures, tuple(cell[part] % num_components for part in parts))

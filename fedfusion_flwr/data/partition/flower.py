@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 
-def draw_with_flower(labels: np.ndarray, spec: PartitionSpec) -> Partition:
-    """A partition of kind ``iid``, ``dirichlet``, ``pathological`` or ``shards``.
+_LIMITED = {
+    "dirichlet": "min-partition-size",
+    "pathological": "classes-per-client",
+    "shards": "shards-per-client",
+}
+"""The key of each kind whose value the data limits."""
 
-    Raises
-    ------
-    PartitionError
-        If the data has too few examples or classes, or no draw gives every client enough.
-    """
+
+def draw_with_flower(labels: np.ndarray, spec: PartitionSpec) -> Partition:
+    """A partition of kind ``iid``, ``dirichlet``, ``pathological`` or ``shards``."""
     _check(labels, spec)
     # Here and not above: the imports take seconds, and the other kinds do without.
     from datasets import Dataset
@@ -55,21 +57,16 @@ def draw_with_flower(labels: np.ndarray, spec: PartitionSpec) -> Partition:
 
 
 def _check(labels: np.ndarray, spec: PartitionSpec) -> None:
-    total = len(labels)
-    if spec.kind == "pathological":
-        classes, most = spec.classes_per_client, len(np.unique(labels))
-        allowed = f"at most {most}, the classes that the training data has"
-        require(classes <= most, "classes-per-client", classes, allowed)
+    if spec.kind not in _LIMITED:
         return
-    most = total // spec.num_clients
-    have = f"because the training data has {total} examples"
-    allowed = f"at most {most} with `num-clients` {spec.num_clients}, {have}"
-    if spec.kind == "dirichlet":
-        size = spec.min_partition_size
-        require(size <= most, "min-partition-size", size, allowed)
-    elif spec.kind == "shards":
-        shards = spec.shards_per_client
-        require(shards <= most, "shards-per-client", shards, allowed)
+    key, total = _LIMITED[spec.kind], len(labels)
+    if spec.kind == "pathological":
+        most, why = len(np.unique(labels)), ", the classes that the training data has"
+    else:
+        most, clients = total // spec.num_clients, f"`num-clients` {spec.num_clients}"
+        why = f" with {clients}, because the training data has {total} examples"
+    value = getattr(spec, key.replace("-", "_"))
+    require(value <= most, key, value, f"at most {most}{why}")
 
 
 def _partitioner(spec: PartitionSpec, num_classes: int, seed: int) -> tuple[Partitioner, int]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 
 from fedfusion_flwr.data.partition.components import plant
@@ -11,10 +13,10 @@ from fedfusion_flwr.data.partition.spec import (
     Partition,
     PartitionError,
     PartitionSpec,
+    by_owner,
     require,
     seeded,
 )
-from fedfusion_flwr.data.partition.users import deal_users
 
 
 def make_partition(
@@ -56,29 +58,17 @@ def make_partition(
     if spec.kind == "components":
         return plant(labels, num_classes, spec)
     if spec.kind == "user":
-        return deal_users(users, spec)
+        return _deal_users(users, spec)
     return draw_with_flower(labels, spec)
 
 
 def local_split(
     indices: np.ndarray, fraction: float, seed: int, partition_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Split one client's examples into training and validation.
+    """Sorted positions in ``indices`` (n,), not the indices themselves, of train and validation.
 
-    Parameters
-    ----------
-    indices : np.ndarray
-        The client's examples, shape (n,), n at least 1.
-    fraction : float
-        Share of validation examples, in [0, 1). Above 0, a client of two examples or more holds
-        out at least one; one training example always remains.
-    seed, partition_id : int
-        Seed of the draw, and the client, which draws its own.
-
-    Returns
-    -------
-    tuple[np.ndarray, np.ndarray]
-        Sorted positions in ``indices`` (not the indices themselves) of train and of validation.
+    ``fraction`` in [0, 1) is the share of validation examples. Above 0, a client of two examples or
+    more holds out at least one; one training example always remains. Each client draws its own.
 
     Raises
     ------
@@ -95,3 +85,35 @@ def local_split(
     held_out = min(max(round(count * fraction), 1), count - 1) if fraction > 0 else 0
     order = seeded(seed, "local-split", partition_id).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _deal_users(users: np.ndarray | None, spec: PartitionSpec) -> Partition:
+    """A partition of kind ``user``, from who wrote each example, shape (N,).
+
+    Users come by falling number of examples, and each goes to the client that has the fewest; the
+    seed decides between equals, so that the users' order does not show in the clients.
+    """
+    if users is None:
+        raise PartitionError(
+            "`partition` is 'user', but this data set does not say who made its examples; choose "
+            "another `partition`."
+        )
+    _, user_of, sizes = np.unique(users, return_inverse=True, return_counts=True)
+    if len(sizes) < spec.num_clients:
+        only = "just one user, perhaps a placeholder," if len(sizes) == 1 else f"{len(sizes)} users"
+        raise PartitionError(
+            f"`partition` is 'user' and `num-clients` {spec.num_clients}, but the training data "
+            f"names {only} and every client needs one; lower `num-clients` or choose another "
+            "`partition`."
+        )
+    rng = seeded(spec.seed, "partition-user")
+    shuffled = rng.permutation(len(sizes))
+    # A heap of (examples, tie break, client), with the smallest client on top.
+    clients = [(0, int(tie), k) for k, tie in enumerate(rng.permutation(spec.num_clients))]
+    heapq.heapify(clients)
+    client_of = np.empty(len(sizes), dtype=np.int64)
+    for user in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
+        total, tie, client = clients[0]
+        client_of[user] = client
+        heapq.heapreplace(clients, (total + int(sizes[user]), tie, client))
+    return Partition(by_owner(client_of[user_of], spec.num_clients))

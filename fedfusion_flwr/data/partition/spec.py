@@ -3,22 +3,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import MISSING, dataclass, fields
 
 import numpy as np
 
+from fedfusion_flwr.config import ComponentSizes, ComponentTransform, PartitionKind
+from fedfusion_flwr.config_rules import Rule, at_least, checked, choice
 from fedfusion_flwr.errors import FedFusionError
-
-PartitionKind = Literal["iid", "dirichlet", "pathological", "shards", "components", "user"]
-ComponentSizes = Literal["balanced", "long-tailed"]
-ComponentTransform = Literal["none", "rotate"]
 
 MAX_CONCENTRATION = 1e6
 """Above it a Dirichlet draw is equal shares to six digits; far above, it is NaN."""
 
 MIN_CONCENTRATION = 1e-3
 """Below it a Dirichlet draw is one-hot; far below, the arithmetic underflows."""
+
+_CONCENTRATION = Rule(
+    lambda v: MIN_CONCENTRATION <= v <= MAX_CONCENTRATION,
+    f"from {MIN_CONCENTRATION:g} to {MAX_CONCENTRATION:g}",
+)
+_MIXING = Rule(lambda v: v == 0 or _CONCENTRATION.accepts(v), f"0 or {_CONCENTRATION.allowed}")
 
 
 class PartitionError(FedFusionError, ValueError):
@@ -61,40 +64,23 @@ class PartitionSpec:
         If a value is wrong for any data.
     """
 
-    kind: PartitionKind
-    num_clients: int
-    seed: int
-    dirichlet_alpha: float = 0.1
-    min_partition_size: int = 10
-    classes_per_client: int = 2
-    shards_per_client: int = 2
-    planted_components: int = 5
-    component_mixing: float = 0.0
-    component_sizes: ComponentSizes = "balanced"
-    component_transform: ComponentTransform = "none"
+    kind: PartitionKind = choice(PartitionKind, MISSING)
+    num_clients: int = checked(MISSING, at_least(1))
+    seed: int = checked(MISSING, at_least(0))
+    dirichlet_alpha: float = checked(0.1, _CONCENTRATION)
+    min_partition_size: int = checked(10, at_least(1))
+    classes_per_client: int = checked(2, at_least(1))
+    shards_per_client: int = checked(2, at_least(1))
+    planted_components: int = checked(5, at_least(1))
+    component_mixing: float = checked(0.0, _MIXING)
+    component_sizes: ComponentSizes = choice(ComponentSizes, "balanced")
+    component_transform: ComponentTransform = choice(ComponentTransform, "none")
 
     def __post_init__(self) -> None:
-        for key, value, allowed in (
-            ("partition", self.kind, get_args(PartitionKind)),
-            ("component-sizes", self.component_sizes, get_args(ComponentSizes)),
-            ("component-transform", self.component_transform, get_args(ComponentTransform)),
-        ):
-            require(value in allowed, key, value, f"one of {', '.join(allowed)}")
-        for key, count, least in (
-            ("num-clients", self.num_clients, 1),
-            ("seed", self.seed, 0),
-            ("min-partition-size", self.min_partition_size, 1),
-            ("classes-per-client", self.classes_per_client, 1),
-            ("shards-per-client", self.shards_per_client, 1),
-            ("planted-components", self.planted_components, 1),
-        ):
-            require(count >= least, key, count, f"at least {least}")
-        between = f"from {MIN_CONCENTRATION:g} to {MAX_CONCENTRATION:g}"
-        alpha, mixing = self.dirichlet_alpha, self.component_mixing
-        valid = MIN_CONCENTRATION <= alpha <= MAX_CONCENTRATION
-        require(valid, "dirichlet-alpha", alpha, between)
-        valid = mixing == 0 or MIN_CONCENTRATION <= mixing <= MAX_CONCENTRATION
-        require(valid, "component-mixing", mixing, f"0 or {between}")
+        for item in fields(self):
+            key = "partition" if item.name == "kind" else item.name.replace("_", "-")
+            rule, value = item.metadata["rule"], getattr(self, item.name)
+            require(rule.accepts(value), key, value, rule.allowed.replace("'", ""))
 
 
 @dataclass(frozen=True)
@@ -119,6 +105,11 @@ class Partition:
     def main_components(self) -> np.ndarray | None:
         """The component with the largest share of each client's mixture, (K,), int64."""
         return None if self.mixtures is None else self.mixtures.argmax(1)
+
+
+def by_owner(owner: np.ndarray, num_clients: int) -> tuple[np.ndarray, ...]:
+    """The indices of each client's examples, from the owner of each, (N,); nobody is negative."""
+    return tuple(np.flatnonzero(owner == client) for client in range(num_clients))
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:

@@ -13,13 +13,7 @@ One pass over a network of N layers, with J clients:
 
 A Flower round is one training, so that a pass is N rounds. The clients of a pass are drawn at its
 start; one that fails is left out of the remaining layers. Between passes, the last complete global
-model is served. Where this differs from the authors' code:
-  - a global unit is the plain mean of its members, not the shrunk MAP estimate
-  - normalization layers, which the paper's networks do not have, move with their units
-  - every training is ``local-epochs`` at ``learning-rate``; theirs of the last layer is three times
-    as long, at a tenth of the rate
-  - a client that was not in the last pass gets the units of each layer that have most members
-With ``matching-width = "fixed"`` no unit is ever added: a deviation from the paper.
+model is served. docs/strategies.md lists where this differs from the authors' code.
 """
 
 from __future__ import annotations
@@ -46,7 +40,7 @@ from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.strategies.clusters import InitialState
-from fedfusion_flwr.strategies.fedma.layers import Layer, PlainNetwork, width_of
+from fedfusion_flwr.strategies.fedma.layers import Layer, PlainNetwork
 from fedfusion_flwr.strategies.fedma.matching import Matching, Units, match_units
 
 
@@ -58,12 +52,10 @@ class FedMAState:
     ----------
     passes, completed_in : int
         Complete passes, and the round in which the last of them ended.
-    layer : int
-        The layer of the pass in progress that is matched next, counted from 0.
+    matchings : list[Matching]
+        Those of the layers that the pass in progress has behind it.
     nets : dict[int, State]
-        The network that each client trains for it.
-    matchings, units : list
-        For each layer so far, the matching and each client's units.
+        The network that each client trains for the next layer.
     units_of : dict[int, list[Units]]
         For the last complete pass, each client's units of every hidden layer.
     common_units : list[Units]
@@ -72,12 +64,15 @@ class FedMAState:
 
     passes: int = 0
     completed_in: int = 0
-    layer: int = 0
-    nets: dict[int, State] = field(default_factory=dict)
     matchings: list[Matching] = field(default_factory=list)
-    units: list[dict[int, Units]] = field(default_factory=list)
+    nets: dict[int, State] = field(default_factory=dict)
     units_of: dict[int, list[Units]] = field(default_factory=dict)
     common_units: list[Units] = field(default_factory=list)
+
+    @property
+    def layer(self) -> int:
+        """The layer of the pass in progress that is matched next, counted from 0."""
+        return len(self.matchings)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -142,7 +137,7 @@ class FedMA(FederatedStrategy):
         if self.state.layer > 0 and len(members) >= max(self.min_valid_replies, 1):
             return members
         cohort = super().sample_clients(server_round, clients, size)
-        self.state.layer, self.state.matchings, self.state.units = 0, [], []
+        self.state.matchings = []
         self.state.nets = {client: self._own_net(client) for client in cohort}
         return cohort
 
@@ -160,7 +155,7 @@ class FedMA(FederatedStrategy):
         """Refuse invalid class counts."""
         if not self._is_last:
             return
-        classes = width_of(self._layers.layers[-1], reply.state)
+        classes = self._layers.layers[-1].units
         counts = reply.lists.get(protocol.CLASS_COUNTS, [])
         whole = all(count >= 0 and count == int(count) for count in counts)
         if not whole or len(counts) != classes or sum(counts) != reply.num_examples:
@@ -172,50 +167,41 @@ class FedMA(FederatedStrategy):
 
     def advance(self, replies: list[ClientReply]) -> Update:
         """Match or average one layer; the global model changes only with the last one."""
-        layer, clients = self._layers.layers[self.state.layer], [reply.client for reply in replies]
-        states = [self._trained(reply) for reply in replies]
+        state, layer = self.state, self._layers.layers[self.state.layer]
+        nets = {reply.client: self._trained(reply) for reply in replies}
         with Timer() as timer, one_thread():
-            matching = self._match(layer, states)
+            matching = self._match(layer, nets)
         weights = class_weights(replies) if self._is_last else None
-        merged = layer.merge(
-            states,
-            matching.units,
-            matching.width,
-            weights=weights,
-            pool_moments=self.pool_moments,
-        )
+        merged = layer.merge(nets, matching, weights=weights, pool_moments=self.pool_moments)
         if not all(bool(value.isfinite().all()) for value in merged.values()):
-            raise KeepOldModel(f"layer {self.state.layer + 1} of the matched model is not finite")
+            raise KeepOldModel(f"layer {state.layer + 1} of the matched model is not finite")
         update = Update(
             self.current,
             [reply.row(1 / len(replies)) for reply in replies],
             {
-                "pass": float(self.state.passes + 1),
-                "layer": float(self.state.layer + 1),
+                "pass": float(state.passes + 1),
+                "layer": float(state.layer + 1),
                 "layer-width": float(matching.width),
             },
             seconds={"infer": timer.seconds},
         )
-        states = [{**state, **merged} for state in states]
         if self._is_last:
-            self._end_pass(clients)
-            return dataclasses.replace(update, model=states[0])
-        self.state.layer += 1
-        self.state.matchings.append(matching)
-        self.state.units.append(dict(zip(clients, matching.units, strict=True)))
-        self.state.nets = {
-            client: self._layers.widen_inputs(state, self.state.layer, units, matching.width)
-            for client, state, units in zip(clients, states, matching.units, strict=True)
+            self._end_pass(list(nets))
+            return dataclasses.replace(update, model={**nets[replies[0].client], **merged})
+        state.matchings.append(matching)
+        state.nets = {
+            client: self._layers.widen_inputs(
+                {**net, **merged}, state.layer, matching.units[client], matching.width
+            )
+            for client, net in nets.items()
         }
         return update
 
     def evaluates(self, server_round: int) -> bool:
         """At the end of a pass, when the global model has changed, and in the last round."""
         ended = self.state.completed_in == server_round > 0
-        due = (
-            ended and self.state.passes % self.evaluate_every == 0
-        ) or server_round == self.num_rounds
-        return self.fraction_evaluate > 0 and due
+        due = ended and self.state.passes % self.evaluate_every == 0
+        return self.fraction_evaluate > 0 and (due or server_round == self.num_rounds)
 
     @property
     def _is_last(self) -> bool:
@@ -234,13 +220,12 @@ class FedMA(FederatedStrategy):
         matched = self._layers.keys_below(self.state.layer, sent)
         return {**reply.state, **{key: sent[key] for key in matched}}
 
-    def _match(self, layer: Layer, states: list[State]) -> Matching:
+    def _match(self, layer: Layer, nets: dict[int, State]) -> Matching:
         """The layer's units; those of the last one are the classes, which have an order."""
         if self._is_last:
-            width = width_of(layer, states[0])
-            return Matching([np.arange(width)] * len(states), width)
+            return Matching(dict.fromkeys(nets, np.arange(layer.units)), layer.units)
         return match_units(
-            [layer.descriptors(state) for state in states],
+            {client: layer.descriptors(net) for client, net in nets.items()},
             gamma=self.matching_gamma,
             sweeps=self.matching_sweeps,
             generator=numpy_generator(self.seed, "matching", self.server_round),
@@ -248,16 +233,15 @@ class FedMA(FederatedStrategy):
         )
 
     def _end_pass(self, clients: list[int]) -> None:
-        self.state.units_of = {
-            client: [units[client] for units in self.state.units] for client in clients
-        }
-        self.state.common_units = [
+        state = self.state
+        state.units_of = {client: [m.units[client] for m in state.matchings] for client in clients}
+        state.common_units = [
             np.argsort(-matching.members, kind="stable")[: layer.units]
-            for matching, layer in zip(self.state.matchings, self._layers.layers[:-1], strict=True)
+            for matching, layer in zip(state.matchings, self._layers.layers[:-1], strict=True)
         ]
-        self.state.passes += 1
-        self.state.completed_in = self.server_round
-        self.state.layer, self.state.nets = 0, {}
+        state.passes += 1
+        state.completed_in = self.server_round
+        state.matchings, state.nets = [], {}
 
     def num_channels(self) -> int | None:
         """That of the models sent: all clients of a round train one size, which then changes."""
@@ -270,12 +254,9 @@ class FedMA(FederatedStrategy):
 
     def settings(self) -> Iterable[str]:
         """Passes, widths and starts; warns about rounds after the last whole pass."""
-        fixed = self.matching_width == "fixed"
-        width = (
-            "fixed width: a deviation from the paper"
-            if fixed
-            else f"variable width, gamma {self.matching_gamma:g}"
-        )
+        width = f"variable width, gamma {self.matching_gamma:g}"
+        if self.matching_width == "fixed":
+            width = "fixed width: a deviation from the paper"
         start = "networks of their own" if self.initial_state else "the initial model"
         depth = self._layers.depth
         yield (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedfusion_flwr.strategies.fedma.matching import Floats, Units, merge_units
+from fedfusion_flwr.strategies.fedma.matching import Floats, Matching, Units, merge_units
 
 State = dict[str, Tensor]
 
@@ -49,8 +49,8 @@ class Layer:
 
     def owns(self, key: str) -> bool:
         """Whether a state-dict entry belongs to the layer, its normalization included."""
-        mine = key in (self.weight, self.bias)
-        return mine or (self.normalization is not None and key.startswith(self.normalization))
+        norm = self.normalization
+        return key in (self.weight, self.bias) or (norm is not None and key.startswith(norm))
 
     def entries(self, state: Mapping[str, Tensor]) -> State:
         """The layer's part of a state dict."""
@@ -65,51 +65,51 @@ class Layer:
         """
         weight = state[self.weight].double().flatten(1)
         zeros = torch.zeros(len(weight), dtype=torch.float64)
-        bias = state[self.bias].double() if self.bias else zeros
-        if self.normalization is None:
-            rows = torch.cat([weight, bias[:, None]], 1)
-            return np.asarray(rows.numpy())
 
         def entry(name: str, otherwise: Tensor) -> Tensor:
             return state.get(f"{self.normalization}{name}", otherwise).double()
 
         deviation = (entry("running_var", zeros + 1 - self.eps) + self.eps).sqrt()
         scale = entry("weight", zeros + 1) / deviation
+        bias = state[self.bias].double() if self.bias else zeros
         shift = entry("bias", zeros) + scale * (bias - entry("running_mean", zeros))
         rows = torch.cat([scale[:, None] * weight, shift[:, None]], 1)
         return np.asarray(rows.numpy())
 
     def merge(
         self,
-        states: Sequence[Mapping[str, Tensor]],
-        units: Sequence[Units],
-        width: int,
+        states: Mapping[int, Mapping[str, Tensor]],
+        matching: Matching,
         *,
         weights: Tensor | None = None,
         pool_moments: bool = True,
     ) -> State:
-        """The layer of ``width`` units that are means of the members'; see `merge_units`.
+        """The layer of ``matching.width`` units that are means of the members'; see `merge_units`.
 
         Running variances are those of the members' mixture if ``pool_moments``, else means;
         ``num_batches_tracked`` takes the maximum.
         """
+        units = [matching.units[client] for client in states]
+
+        def parts_of(key: str) -> list[Tensor]:
+            return [state[key] for state in states.values()]
 
         def mean(parts: list[Tensor]) -> Tensor:
-            return merge_units(parts, units, width, weights)
+            return merge_units(parts, units, matching.width, weights)
 
         merged: State = {}
-        for key in self.entries(states[0]):
-            parts = [state[key] for state in states]
-            if not parts[0].dim():
+        for key, value in self.entries(next(iter(states.values()))).items():
+            parts = parts_of(key)
+            if not value.dim():
                 merged[key] = torch.stack(parts).amax(0)
             elif pool_moments and key == f"{self.normalization}running_var":
-                means = [state[f"{self.normalization}running_mean"].double() for state in states]
+                means = [m.double() for m in parts_of(f"{self.normalization}running_mean")]
                 centre = mean(means)
                 spread = [
                     variance.double() + (m - centre[torch.from_numpy(held)]).square()
                     for variance, m, held in zip(parts, means, units, strict=True)
                 ]
-                merged[key] = mean(spread).to(parts[0].dtype)
+                merged[key] = mean(spread).to(value.dtype)
             else:
                 merged[key] = mean(parts)
         return merged
@@ -143,7 +143,7 @@ class PlainNetwork:
         taken = dict(state)
         for n, layer in enumerate(self.layers):
             if n > 0:
-                blocks = _blocks(taken[layer.weight], width_of(self.layers[n - 1], state))
+                blocks = _blocks(taken[layer.weight], len(state[self.layers[n - 1].weight]))
                 picked = blocks[:, torch.from_numpy(units[n - 1])]
                 taken[layer.weight] = _unblocked(picked, taken[layer.weight])
             if n < len(units):
@@ -161,13 +161,8 @@ class PlainNetwork:
         layer = self.layers[n]
         blocks = _blocks(state[layer.weight], len(units))
         wide = blocks.new_zeros(len(blocks), width, blocks.shape[2])
-        wide[:, torch.from_numpy(units)] = blocks
+        wide.index_copy_(1, torch.from_numpy(units), blocks)
         return {**state, layer.weight: _unblocked(wide, state[layer.weight])}
-
-
-def width_of(layer: Layer, state: Mapping[str, Tensor]) -> int:
-    """How many units the layer has in a state dict."""
-    return len(state[layer.weight])
 
 
 def _blocks(weight: Tensor, inputs: int) -> Tensor:

@@ -16,7 +16,7 @@ taken out, units that are left without members are deleted, and the client is ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,35 +40,35 @@ class Matching:
 
     Attributes
     ----------
-    units : list[NDArray[np.int64]]
-        Of each network, the global unit of each of its units: (L_j,), all different.
+    units : dict[int, NDArray[np.int64]]
+        Of each client's network, the global unit of each of its units: (L_j,), all different.
     width : int
         L; max_j L_j <= L <= sum_j L_j, and every global unit has a member.
     """
 
-    units: list[Units]
+    units: dict[int, Units]
     width: int
 
     @property
     def members(self) -> Units:
         """How many networks' units each global unit has, (L,)."""
-        return np.bincount(np.concatenate(self.units), minlength=self.width)
+        return np.bincount(np.concatenate([*self.units.values()]), minlength=self.width)
 
 
 def match_units(
-    descriptors: Sequence[Floats],
+    descriptors: Mapping[int, Floats],
     *,
     gamma: float,
     sweeps: int,
     generator: np.random.Generator,
     grow: bool = True,
 ) -> Matching:
-    """Match the units of J networks.
+    """Match the units of J clients' networks.
 
     Parameters
     ----------
-    descriptors : Sequence[NDArray[np.float64]]
-        One row for each unit of a network, (L_j, D).
+    descriptors : Mapping[int, NDArray[np.float64]]
+        By client, one row for each unit of its network, (L_j, D).
     gamma : float
         Positive; the larger, the sooner a unit becomes a new global one.
     sweeps : int
@@ -76,42 +76,39 @@ def match_units(
     generator : numpy.random.Generator
         Source of the order of the networks in each sweep.
     grow : bool
-        False leaves new units out: every network gets a permutation of L = L_j units. A deviation
-        from the paper, in which the gains amount to Hungarian matching with the inner products
-        <w_l, s_i>.
+        False leaves new units out, unlike the paper: every network gets a permutation of L = L_j
+        units.
 
     Raises
     ------
     ValueError
         If there are no networks, or their rows differ in length; without growth, in number too.
     """
-    shapes = {d.shape if not grow else d.shape[1:] for d in descriptors}
+    shapes = {rows.shape if not grow else rows.shape[1:] for rows in descriptors.values()}
     if len(shapes) != 1:
         raise ValueError(f"descriptors of one form are needed, got {sorted(shapes)}")
     run = _Run(descriptors, gamma, grow)
-    for j in sorted(range(len(descriptors)), key=lambda j: -len(descriptors[j])):
-        run.insert(j)
+    for client in sorted(descriptors, key=lambda client: -len(descriptors[client])):
+        run.insert(client)
     for _ in range(sweeps if len(descriptors) > 1 else 0):
-        for j in generator.permutation(len(descriptors)).tolist():
-            run.remove(j)
-            run.insert(j)
-    return Matching([run.units[j] for j in range(len(descriptors))], len(run.counts))
+        for client in generator.permutation(list(descriptors)).tolist():
+            run.remove(client)
+            run.insert(client)
+    return Matching({client: run.units[client] for client in descriptors}, len(run.counts))
 
 
 class _Run:
     """A matching in progress: member sums (L, D), member counts (L,) and assignments."""
 
-    def __init__(self, descriptors: Sequence[Floats], gamma: float, grow: bool) -> None:
-        self.descriptors = descriptors
-        self.gamma = gamma
-        self.grow = grow
-        self.sums: Floats = np.zeros((0, descriptors[0].shape[1]))
+    def __init__(self, descriptors: Mapping[int, Floats], gamma: float, grow: bool) -> None:
+        self.descriptors, self.gamma, self.grow = descriptors, gamma, grow
+        self.sums: Floats = np.zeros((0, next(iter(descriptors.values())).shape[1]))
         self.counts: Units = np.zeros(0, dtype=np.int64)
         self.units: dict[int, Units] = {}
 
-    def insert(self, j: int) -> None:
-        rows = self.descriptors[j]
-        width = len(self.counts)
+    def insert(self, client: int) -> None:
+        rows, width = self.descriptors[client], len(self.counts)
+        units = np.arange(len(rows))
         if width:
             slots = new_slots(len(rows), width) if self.grow else 0
             gains = assignment_gains(
@@ -121,8 +118,6 @@ class _Run:
             from scipy.optimize import linear_sum_assignment
 
             _, units = linear_sum_assignment(gains, maximize=True)
-        else:
-            units = np.arange(len(rows))
         # The slots of new units are alike: number those units in the client's own order.
         fresh = units >= width
         units[fresh] = width + np.arange(fresh.sum())
@@ -130,11 +125,11 @@ class _Run:
         self.counts = np.pad(self.counts, (0, fresh.sum()))
         self.sums[units] += rows
         self.counts[units] += 1
-        self.units[j] = units
+        self.units[client] = units
 
-    def remove(self, j: int) -> None:
-        units = self.units.pop(j)
-        self.sums[units] -= self.descriptors[j]
+    def remove(self, client: int) -> None:
+        units = self.units.pop(client)
+        self.sums[units] -= self.descriptors[client]
         self.counts[units] -= 1
         kept = self.counts > 0
         number = np.cumsum(kept) - 1
@@ -191,9 +186,8 @@ def merge_units(
         L, number of global units, each with a member.
     weights : Tensor or None
         Weight of each network in each global unit, (J, L); every column sums to more than 0
-        over the unit's members. None is the plain mean over the members. (The authors' code takes
-        the MAP estimate s_i / p_i, which shrinks a unit of c members by c / (c + 1), layer after
-        layer; the mean keeps equal networks as they are.)
+        over the unit's members. None is the plain mean over the members. (The authors' MAP estimate
+        s_i / p_i would shrink equal networks, layer after layer.)
 
     Returns
     -------

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from typing import Any, get_args
 
 import numpy as np
 from hypothesis import HealthCheck, settings
 
-from fedfusion_flwr.data.partition import Partition, PartitionKind, PartitionSpec, make_partition
+from fedfusion_flwr.config import PartitionKind
+from fedfusion_flwr.data.partition import Partition, PartitionSpec, make_partition
 
 LABELS = np.arange(10).repeat(40)
 USERS = np.arange(400) % 100
@@ -34,6 +38,19 @@ def sizes(result: Partition) -> list[int]:
 
 def same(a: Partition, b: Partition) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a.indices, b.indices, strict=True))
+
+
+def fresh_process(*arguments: str) -> str:
+    """What Python prints in a process with other hashes; nothing on its error stream."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout
 
 
 def digest(kind: str) -> str:

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfusion_flwr.data import partition
-from fedfusion_flwr.data.partition import Partition, PartitionError, local_split
-from tests.data.partition.small import FAST, KINDS, LABELS, digest, made, same, sizes
+from fedfusion_flwr.data.partition import Partition, PartitionError, local_split, make_partition
+from tests.data.partition.small import (
+    FAST,
+    KINDS,
+    LABELS,
+    digest,
+    fresh_process,
+    made,
+    same,
+    sizes,
+    spec_of,
+)
 
 GOLDEN = {
     "iid": "a52932a636baaa64",
@@ -73,19 +80,12 @@ def test_partitions_never_change(kind: str) -> None:
 
 def test_partitions_are_the_same_in_a_fresh_process() -> None:
     script = "from tests.data.partition.small import *; print(*map(digest, KINDS))"
-    output = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert output.split() == [digest(kind) for kind in KINDS]
+    assert fresh_process("-c", script).split() == [digest(kind) for kind in KINDS]
 
 
 def test_imports_point_down() -> None:
     """The spec at the bottom, the kinds above it, and nothing from the rest of `data`."""
-    ranks = {"spec": 0, "components": 1, "flower": 1, "users": 1, "make": 2, "__init__": 3}
+    ranks = {"spec": 0, "components": 1, "flower": 1, "make": 2, "__init__": 3}
     folder = Path(partition.__file__).parent
     for name, rank in ranks.items():
         text = (folder / f"{name}.py").read_text(encoding="utf-8")
@@ -140,6 +140,76 @@ def test_redraws_are_silent(recwarn: pytest.WarningsRecorder) -> None:
     warned = " ".join(str(warning.message) for warning in recwarn)
     assert "min_partition_size" not in warned
     assert "NOT be used" not in warned
+
+
+# --- whole users, clients of about equal size
+
+
+def dealt(users: np.ndarray, num_clients: int, seed: int = 0) -> Partition:
+    labels = np.zeros(len(users), dtype=np.int64)
+    return make_partition(labels, 1, spec_of("user", num_clients, seed), users)
+
+
+@FAST
+@given(
+    users=st.lists(st.integers(0, 30), min_size=8, max_size=200),
+    num_clients=st.integers(1, 8),
+    seed=st.integers(0, 9),
+)
+def test_users_stay_whole_and_clients_balanced(
+    users: list[int], num_clients: int, seed: int
+) -> None:
+    names = np.array([f"user{n}" for n in users])
+    num_clients = min(num_clients, len(set(users)))
+    result = dealt(names, num_clients, seed)
+    held = [set(names[part].tolist()) for part in result.indices]
+    assert sum(len(part) for part in held) == len(set(users))
+    assert sum(sizes(result)) == len(users)
+    # Whoever got the last of its users had the fewest, and that user's examples are no more than
+    # the largest of any user.
+    largest = max(np.unique(names, return_counts=True)[1])
+    assert max(sizes(result)) - min(sizes(result)) <= largest
+    assert same(result, dealt(names, num_clients, seed))
+
+
+def test_users_by_hand() -> None:
+    # Of sizes 5, 3, 3, 2, 1: a | b, then c to the 3, d to the 5 (6 has more), e to the 6 (not 7).
+    users = np.array(list("a" * 5 + "b" * 3 + "c" * 3 + "d" * 2 + "e"))
+    held = ["".join(sorted(set(users[part].tolist()))) for part in dealt(users, 2).indices]
+    assert sorted(held) == ["ad", "bce"]
+
+
+def test_the_seed_deals_equal_users() -> None:
+    results = [dealt(np.arange(40).repeat(3), 4, seed) for seed in range(3)]
+    assert sizes(results[0]) == [30] * 4
+    # Not the clients are shuffled but who is together.
+    groups = [{tuple(part.tolist()) for part in result.indices} for result in results]
+    assert groups[0] != groups[1] != groups[2]
+
+
+def test_order_of_users_does_not_show_in_clients() -> None:
+    # Names by falling size: without a tie break the first client would always get the largest.
+    users = np.repeat(np.arange(10), np.arange(10, 0, -1))
+    firsts = {
+        next(k for k, part in enumerate(dealt(users, 4, seed).indices) if 0 in users[part])
+        for seed in range(12)
+    }
+    assert len(firsts) > 1
+
+
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        (None, "this data set does not say who made its examples; choose another `partition`"),
+        ([""] * 20, "`num-clients` 3, .* names just one user, perhaps a placeholder, and every"),
+        (["a", "b"] * 10, "`num-clients` 3, .* names 2 users and .* lower `num-clients`"),
+    ],
+)
+def test_users_that_cannot_be_dealt(users: list[str] | None, message: str) -> None:
+    labels = np.zeros(20, dtype=np.int64)
+    named = None if users is None else np.array(users)
+    with pytest.raises(PartitionError, match=message):
+        make_partition(labels, 1, spec_of("user", 3), named)
 
 
 # --- local split

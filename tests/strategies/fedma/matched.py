@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FedMA over the tiny model, whose two layers make a pass two rounds."""
+"""FedMA over the tiny model, whose pass is two rounds; and small networks with random values."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
+from torch import Tensor, nn
 
-from fedfusion_flwr import protocol
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.models.resize import fit_to_state
 from fedfusion_flwr.randomness import torch_generator
 from fedfusion_flwr.strategies import FedMA
+from fedfusion_flwr.strategies.fedma.layers import PlainNetwork
 from fedfusion_flwr.strategies.fedma.network import plain_network
 from tests.support import (
-    FakeClient,
     Outcome,
     Recorder,
     State,
@@ -29,6 +31,8 @@ from tests.support import (
 HONEST = 5
 NETWORK = plain_network(tiny_model(), "tiny", (2,))
 OUT = "out.weight"
+IMAGE = (2, 8, 8)
+BUILDS = ("batchnorm", "bias", "instances", "one group")
 
 
 def other_state(number: int) -> State:
@@ -63,20 +67,44 @@ def trained(received: State, partition: int, times: int = 1) -> State:
     return received
 
 
-@dataclass
-class Listener(FakeClient):
-    """Keeps each train message by round and partition, and every message's type."""
+def small_cnn(kind: str, seed: int = 0) -> nn.Sequential:
+    """Two convolutions, a flattened image and two fully connected layers; in eval mode."""
 
-    settings: dict[tuple[int, int], ConfigRecord] = field(default_factory=dict)
-    received: dict[tuple[int, int], State] = field(default_factory=dict)
-    types: list[tuple[str, int]] = field(default_factory=list)
+    def block(inputs: int, units: int) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, units, 3, padding=1, bias=kind == "bias")
+        norms: dict[str, list[nn.Module]] = {
+            "batchnorm": [nn.BatchNorm2d(units)],
+            "instances": [nn.GroupNorm(units, units)],
+            "one group": [nn.GroupNorm(1, units)],
+        }
+        return [conv, *norms.get(kind, []), nn.ReLU(), nn.MaxPool2d(2)]
 
-    def __call__(self, message: Message, context: Context) -> Message:
-        config = message.content.config_records["config"]
-        where = int(config["server-round"]), int(context.node_config["partition-id"])  # type: ignore[arg-type]
-        self.types.append((message.metadata.message_type, where[0]))
-        if message.metadata.message_type == "train":
-            self.settings[where] = config
-            arrays = message.content.array_records["arrays"]
-            self.received[where] = protocol.state_from_record(arrays)
-        return super().__call__(message, context)
+    head = [nn.Flatten(), nn.Linear(6 * 4, 7), nn.ReLU(), nn.Linear(7, 3)]
+    model = nn.Sequential(*block(2, 5), *block(5, 6), *head)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator)
+                value.copy_(noise.abs() + 0.5 if key.endswith("running_var") else 0.5 * noise)
+    return model.eval()
+
+
+def layers_of(model: nn.Module) -> PlainNetwork:
+    return plain_network(model, "small", IMAGE)
+
+
+def permuted(network: PlainNetwork, state: State, seed: int) -> tuple[State, list[np.ndarray]]:
+    """The same function with its hidden units in a random order, and that order."""
+    generator = np.random.default_rng(seed)
+    order = [generator.permutation(layer.units) for layer in network.layers[:-1]]
+    return network.take(state, order), order
+
+
+def outputs(model: nn.Module, state: State, seed: int = 7) -> Tensor:
+    """What the network of that state computes of random images."""
+    fitted = copy.deepcopy(fit_to_state(model, state))
+    fitted.load_state_dict(state)
+    x = torch.randn((16, *IMAGE), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return fitted.eval()(x)

@@ -9,7 +9,8 @@ import torch
 
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.strategies import FedMA
-from tests.strategies.fedma.matched import NETWORK, OUT, Listener, other_state, run_fedma, trained
+from tests.strategies.fedma.matched import NETWORK, OUT, other_state, run_fedma, trained
+from tests.strategies.planted import Listener
 from tests.support import (
     COUNTER,
     WEIGHT,
@@ -34,18 +35,15 @@ def test_one_pass_by_hand() -> None:
     moved = (2 * offsets[:, None] * counts).sum(0) / counts.sum(0)
     torch.testing.assert_close(outcome.state[OUT], start[OUT] + moved[:, None])
     torch.testing.assert_close(outcome.state["out.bias"], start["out.bias"] + moved)
-    for partition in range(3):
-        assert "frozen" not in client.settings[1, partition]
-        assert "class-counts" not in client.settings[1, partition]
-        last = client.settings[2, partition]
-        assert last["class-counts"] is True
-        frozen = [key for key in start if not key.startswith("out.")]
-        assert sorted(last["frozen"]) == sorted(frozen)  # type: ignore[type-var]
+    for _, _, settings in client.sent_for("train", 1):
+        assert not settings.keys() & {"frozen", "class-counts"}
+    frozen = [key for key in start if not key.startswith("out.")]
+    for partition, received, settings in client.sent_for("train", 2):
+        assert settings["class-counts"] is True
+        assert sorted(settings["frozen"]) == sorted(frozen)
         # Every client gets the matched layer, and its own one above it.
-        received = client.received[2, partition]
-        assert_identical(
-            {key: received[key] for key in frozen}, {key: outcome.state[key] for key in frozen}
-        )
+        matched = {key: received[key] for key in frozen}
+        assert_identical(matched, {key: outcome.state[key] for key in frozen})
         assert_identical({OUT: received[OUT]}, {OUT: trained(start, partition)[OUT]})
 
 
@@ -65,14 +63,14 @@ def test_the_model_changes_at_the_end_of_a_pass_only() -> None:
 def test_clients_evaluate_at_the_end_of_passes(every: int, rounds: list[int]) -> None:
     client = Listener()
     run_fedma(client, 2, rounds=5, fraction_evaluate=1.0, evaluate_every=every)
-    assert sorted({r for kind, r in client.types if kind == "evaluate"}) == rounds
+    assert client.rounds_of("evaluate") == rounds
 
 
 def test_every_client_starts_from_its_own_network() -> None:
     client = Listener()
     outcome = run_fedma(client, 3, rounds=3, initial_state=other_state, matching_gamma=1e30)
-    for partition in range(3):
-        assert_identical(client.received[1, partition], other_state(partition + 1))
+    for partition, received in client.states_for("train", 1).items():
+        assert_identical(received, other_state(partition + 1))
     # The units all differ: none is shared, and layer 2 has 6 inputs.
     assert outcome.train_metrics(1)["layer-width"] == 6
     assert {k: tuple(v.shape) for k, v in outcome.state.items()} == {
@@ -83,7 +81,7 @@ def test_every_client_starts_from_its_own_network() -> None:
         "out.bias": (2,),
     }
     # In the second layer's round a client's inputs are where its units went; the others are zero.
-    wide = client.received[2, 1]
+    wide = client.states_for("train", 2)[1]
     own = trained(other_state(2), 1)
     columns = [j for j in range(6) if bool((wide[OUT][:, j] != 0).any())]
     assert len(columns) == 2
@@ -91,7 +89,7 @@ def test_every_client_starts_from_its_own_network() -> None:
     assert sorted(first) == columns
     assert torch.equal(wide[OUT][:, first], own[OUT])
     # The next pass begins with the client's own units of the global network, in their old order.
-    again = client.received[3, 1]
+    again = client.states_for("train", 3)[1]
     assert torch.equal(again[WEIGHT], own[WEIGHT])
     assert torch.equal(again[OUT], outcome.state[OUT][:, first])
 
@@ -100,33 +98,27 @@ def test_newcomers_get_the_units_of_most_members() -> None:
     """Two clients of three train in a pass; the third comes with the second pass."""
     client = Listener()
     grid = TamperingGrid(client, 3)
-    outcome = run_fedma(client, 3, rounds=6, grid=grid, fraction_train=0.67, seed=1)
-    strategy = outcome.strategy
-    assert isinstance(strategy, FedMA)
-    cohorts = [{p for r, p in client.received if r == number} for number in range(1, 7)]
+    run_fedma(client, 3, rounds=6, grid=grid, fraction_train=0.67, seed=1)
+    received = [client.states_for("train", number) for number in range(1, 7)]
+    cohorts = [frozenset(states) for states in received]
     assert all(len(cohort) == 2 for cohort in cohorts)
     assert cohorts[0] == cohorts[1]
     assert cohorts[2] == cohorts[3]
-    assert len({frozenset(cohort) for cohort in cohorts}) > 1
+    assert len(set(cohorts)) > 1
     shapes = {key: value.shape for key, value in tiny_model().state_dict().items()}
-    for number in (3, 5):
-        for partition in cohorts[number - 1]:
-            received = client.received[number, partition]
-            assert {key: value.shape for key, value in received.items()} == shapes
+    for state in [*received[2].values(), *received[4].values()]:
+        assert {key: value.shape for key, value in state.items()} == shapes
 
 
 def test_common_units_are_those_of_most_members() -> None:
     """Clients 0 and 1 share two units, client 2 has two of its own: newcomers get the shared."""
 
     def start(number: int) -> State:
-        state = tiny_model().state_dict()
         signs = 50 * torch.eye(2) * (-1 if number == 1 else 1)
-        return {**state, WEIGHT: signs, **{f"norm.{k}": torch.zeros(2) for k in ("bias", "weight")}}
+        norm = {"norm.bias": torch.zeros(2), "norm.weight": torch.ones(2)}
+        return {**tiny_model().state_dict(), WEIGHT: signs, **norm}
 
-    def with_scale(number: int) -> State:
-        return {**start(number), "norm.weight": torch.ones(2)}
-
-    outcome = run_fedma(FakeClient(), 3, initial_state=with_scale)
+    outcome = run_fedma(FakeClient(), 3, initial_state=start)
     strategy = outcome.strategy
     assert isinstance(strategy, FedMA)
     assert outcome.train_metrics(1)["layer-width"] == 4

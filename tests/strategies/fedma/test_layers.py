@@ -11,24 +11,25 @@ from torch import nn
 from fedfusion_flwr.fusion import fuse_state_dicts
 from fedfusion_flwr.strategies.fedma.layers import Layer, PlainNetwork
 from fedfusion_flwr.strategies.fedma.matching import Matching, match_units
-from tests.strategies.fedma.networks import BUILDS, State, layers_of, outputs, permuted, small_cnn
-from tests.support import assert_identical
+from tests.strategies.fedma.matched import BUILDS, layers_of, outputs, permuted, small_cnn
+from tests.support import State, assert_identical
 
 
 def merged_network(network: PlainNetwork, states: list[State], **settings: object) -> State:
     """All layers matched, without training in between."""
     arguments: dict = {"gamma": 1e-6, "sweeps": 2, "generator": np.random.default_rng(0)}
     arguments |= settings
+    nets = dict(enumerate(states))
     for n, layer in enumerate(network.layers[:-1]):
-        matching: Matching = match_units([layer.descriptors(s) for s in states], **arguments)
-        merged = layer.merge(states, matching.units, matching.width)
-        states = [
-            network.widen_inputs({**state, **merged}, n + 1, units, matching.width)
-            for state, units in zip(states, matching.units, strict=True)
-        ]
+        matching = match_units({j: layer.descriptors(net) for j, net in nets.items()}, **arguments)
+        merged = layer.merge(nets, matching)
+        nets = {
+            j: network.widen_inputs({**net, **merged}, n + 1, matching.units[j], matching.width)
+            for j, net in nets.items()
+        }
     last = network.layers[-1]
-    classes = [np.arange(last.units)] * len(states)
-    return {**states[0], **last.merge(states, classes, last.units)}
+    classes = Matching(dict.fromkeys(nets, np.arange(last.units)), last.units)
+    return {**nets[0], **last.merge(nets, classes)}
 
 
 @pytest.mark.parametrize("kind", BUILDS)
@@ -58,12 +59,10 @@ def test_identical_networks_merge_to_their_mean() -> None:
     model = small_cnn("batchnorm")
     states = []
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
+        noise = torch.rand(1000, generator=torch.Generator().manual_seed(seed))
         states.append(
             {
-                key: value + 0.01 * torch.rand(value.shape, generator=generator)
-                if value.is_floating_point()
-                else value + seed
+                key: value + (0.01 * noise[: value.numel()].view_as(value) if value.dim() else seed)
                 for key, value in model.state_dict().items()
             }
         )
@@ -91,13 +90,10 @@ def test_scattered_inputs_keep_the_function(n: int) -> None:
     layer, width = network.layers[n], network.layers[n].units + 3
     units = np.random.default_rng(0).permutation(width)[: layer.units]
     index = torch.from_numpy(units)
-    wide: State = {}
-    for key, value in layer.entries(state).items():
+    wide = layer.entries(state)
+    for key, value in wide.items():
         if value.dim():
-            wide[key] = torch.ones(width, *value.shape[1:])
-            wide[key][index] = value
-        else:
-            wide[key] = value
+            wide[key] = torch.ones(width, *value.shape[1:]).index_copy(0, index, value)
     scattered = network.widen_inputs({**state, **wide}, n + 1, units, width)
     torch.testing.assert_close(
         outputs(model, scattered), outputs(model, state), rtol=1e-5, atol=1e-5
@@ -119,12 +115,12 @@ def test_running_variances_are_those_of_the_members_mixture() -> None:
         }
         for mean, count in ((-2.0, 3), (2.0, 5))
     ]
-    units = [np.array([0])] * 2
-    pooled = layer.merge(states, units, 1)
+    both = dict(enumerate(states)), Matching(dict.fromkeys(range(2), np.array([0])), 1)
+    pooled = layer.merge(*both)
     assert pooled["norm.running_mean"].tolist() == [0.0]
     assert pooled["norm.running_var"].tolist() == [5.0]
     assert pooled["norm.num_batches_tracked"].tolist() == 5
-    averaged = layer.merge(states, units, 1, pool_moments=False)
+    averaged = layer.merge(*both, pool_moments=False)
     assert averaged["norm.running_var"].tolist() == [1.0]
 
 

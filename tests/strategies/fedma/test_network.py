@@ -10,27 +10,20 @@ from torch import Tensor, nn
 
 from fedfusion_flwr.models import ModelError, build_model
 from fedfusion_flwr.models.resize import fit_to_state
+from fedfusion_flwr.strategies.fedma.layers import Layer
 from fedfusion_flwr.strategies.fedma.network import plain_network
-from tests.strategies.fedma.networks import BUILDS, IMAGE, layers_of, small_cnn
+from tests.strategies.fedma.matched import BUILDS, IMAGE, layers_of, small_cnn
 
 
 def test_lenet() -> None:
     model = build_model("lenet", (1, 28, 28), 10, seed=0)
     network = plain_network(model, "lenet", (1, 28, 28))
-    assert [(layer.weight, layer.units, layer.inputs) for layer in network.layers] == [
-        ("features.0.0.weight", 16, 1),
-        ("features.1.0.weight", 32, 16),
-        ("head.0.weight", 60, 32),
-        ("head.2.weight", 10, 60),
-    ]
-    assert [layer.normalization for layer in network.layers] == [
-        "features.0.1.",
-        "features.1.1.",
-        None,
-        None,
-    ]
-    assert [layer.bias for layer in network.layers] == [None, None, "head.0.bias", "head.2.bias"]
-    assert network.layers[0].eps == 1e-5
+    assert network.layers == (
+        Layer("features.0.0.weight", 16, 1, normalization="features.0.1.", eps=1e-5),
+        Layer("features.1.0.weight", 32, 16, normalization="features.1.1.", eps=1e-5),
+        Layer("head.0.weight", 60, 32, bias="head.0.bias"),
+        Layer("head.2.weight", 10, 60, bias="head.2.bias"),
+    )
     state = model.state_dict()
     assert sorted(network.keys_below(4, state)) == sorted(state)
     assert network.keys_below(1, state) == [key for key in state if key.startswith("features.0.")]

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,8 @@ from PIL import Image
 
 from fedfusion_flwr import RunConfig
 from fedfusion_flwr.data import data_for, partition_for
-from fedfusion_flwr.data.overview import PartitionOverview
-from fedfusion_flwr.data.partition.__main__ import main
+from fedfusion_flwr.data.partition.__main__ import PartitionOverview, main
+from tests.data.partition.small import fresh_process
 
 OVERRIDES = 'partition="dirichlet" num-clients=20 dirichlet-alpha=0.3 seed=4'
 CONFIG = RunConfig(partition="dirichlet", num_clients=20, dirichlet_alpha=0.3, seed=4)
@@ -115,13 +112,6 @@ def test_what_is_wrong_is_one_sentence(
 
 
 def test_in_another_process_it_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fedfusion_flwr.data.partition", OVERRIDES],
-        env={**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr == ""
+    printed = fresh_process("-m", "fedfusion_flwr.data.partition", OVERRIDES)
     main([OVERRIDES])
-    assert done.stdout == capsys.readouterr().out
+    assert printed == capsys.readouterr().out
