@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,12 +44,15 @@ class FusionPosterior:
         Decoded statistics of every virtual component, shape (M, D), in the units of the input.
     elbo : float
         Evidence lower bound of the last step, nats per client; 0 if there was nothing to infer.
+    clear_groups : bool
+        Whether clients form clear groups (mean silhouette 0.5 or more) and are no mixtures.
     """
 
     assignments: Tensor
     mixture: Tensor
     components: Tensor
     elbo: float
+    clear_groups: bool = False
 
 
 class _Observed(NamedTuple):
@@ -184,8 +187,8 @@ class DistributionInference:
         found = signals(features, seen.double(), noise, most)
         if not found.directions.shape[1]:
             return self._posterior(x, n, torch.ones(len(x), 1).double(), 0.0)
-        assignments, elbo = self._fit_vae(found)
-        return self._posterior(x, n, assignments, elbo)
+        assignments, elbo, clear = self._fit_vae(found)
+        return replace(self._posterior(x, n, assignments, elbo), clear_groups=clear)
 
     def _posterior(self, x: Tensor, n: Tensor, assignments: Tensor, elbo: float) -> FusionPosterior:
         """With spare components, and the components in the units of the input."""
@@ -204,7 +207,7 @@ class DistributionInference:
         b = nn.functional.pad(b, spare)
         return FusionPosterior(b, n @ b / n.sum(), components, elbo)
 
-    def _fit_vae(self, found: Signals) -> tuple[Tensor, float]:
+    def _fit_vae(self, found: Signals) -> tuple[Tensor, float, bool]:
         generator = Generator().manual_seed(self._seeds(self.num_fits)[0])
         vae, optimizer, steps = self._vae, self._optimizer, self.refit_steps
         before = 0 if vae is None else vae.num_components
@@ -229,7 +232,8 @@ class DistributionInference:
         self._vae, self._optimizer, self._directions = vae, optimizer, found.directions
         with torch.no_grad():
             noise = torch.randn((_DRAWS, 1, vae.num_components), generator=generator)
-            return vae.memberships(seen.x, seen.variance, noise).double(), elbo
+            b = vae.memberships(seen.x, seen.variance, noise).double()
+        return b, elbo, labels is not None
 
     def _new_vae(self, num_features: int, num_components: int) -> tuple[FusionVAE, Adam]:
         with torch.random.fork_rng(devices=[]):

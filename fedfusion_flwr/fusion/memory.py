@@ -107,9 +107,12 @@ class StatisticsMemory:
             memory.rounds = min(seen + 1, MOST_ROUNDS)
             memory.num_examples = num_examples[client]
             memory.last_round = server_round
-        if residuals:
+        if len(residuals) > 1:
+            # An error of the level is common to the cohort, and no noise of its clients.
+            new = torch.stack(residuals)
+            new = (new - new.mean(0)) * (len(new) / (len(new) - 1)) ** 0.5
             kept = [] if self.residuals is None else [self.residuals]
-            self.residuals = torch.cat([*kept, torch.stack(residuals)])[-MOST_RESIDUALS:]
+            self.residuals = torch.cat([*kept, new])[-MOST_RESIDUALS:]
 
     def vectors(self) -> Tensor:
         """Centred statistics of all known clients, (K, D), float32."""

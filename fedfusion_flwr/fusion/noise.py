@@ -15,6 +15,8 @@ from torch import Tensor
 
 FEWEST_RESIDUALS = 8
 """With fewer, noise is unknown."""
+_LEAST_NOISE = 1e-3
+"""Of the clients' spread: noise is never taken to be less."""
 _FLOOR = 1e-6
 
 
@@ -31,12 +33,11 @@ def whitening(residuals: Tensor) -> Tensor:
     """
     from sklearn.covariance import ledoit_wolf
 
-    unit = residuals.square().mean(0).sqrt()
-    # A feature that never varied within a client would divide by 0.
-    unit = unit.clamp_min(max(_FLOOR * float(unit.max()), 1e-30))
+    # The features come standardized over clients; one without noise must not outweigh all others.
+    unit = residuals.square().mean(0).sqrt().clamp_min(_LEAST_NOISE)
     covariance = torch.as_tensor(ledoit_wolf((residuals / unit).numpy(), assume_centered=True)[0])
     values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp_min(_FLOOR * float(values.max()))
+    values = values.clamp_min(_LEAST_NOISE)
     root: Tensor = (vectors / values.sqrt()) @ vectors.T
     return root / unit.unsqueeze(1)
 

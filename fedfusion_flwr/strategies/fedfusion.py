@@ -114,7 +114,7 @@ class FedFusion(FederatedStrategy):
         share)^balance_exponent; or as the shares of this round's examples, which is FedAvg and
         exists as a control.
     balance_exponent : float
-        rho in [0, 1] of the balanced mixture.
+        rho in [0, 1] of the balanced mixture; 1 where clients form no clear groups.
     sampling : {"random", "stratified"}
         ``stratified`` draws cohorts in which components appear in proportion to pi.
     absent : {"drop", "remember"}
@@ -251,13 +251,13 @@ class FedFusion(FederatedStrategy):
         self._at_evaluation = self._beliefs()
 
     def personal_model(self, client: int) -> State:
-        """sum_m b_km w_m: the client's mixture of component models.
+        """sum_m b_km w_m, the client's mixture of component models, where clients form groups.
 
-        The served global model for clients unknown to the inference, and for clients whose
-        components have no model yet.
+        The served global model where they do not, for clients unknown to the inference, and for
+        clients whose components have no model yet.
         """
         row = self._at_evaluation.row.get(client)
-        if row is None:
+        if row is None or not self._groups_are_clear():
             return self.served
         models = self.state.component_models
         shares = enumerate(self._at_evaluation.assignments[row].tolist())
@@ -327,7 +327,13 @@ class FedFusion(FederatedStrategy):
             mass = examples @ here
             return mass / mass.sum()
         population = self.state.memory.num_examples() @ beliefs.assignments
-        return balanced_mixture(population, self.balance_exponent)
+        # Without groups there is nothing to balance: the clients' own shares.
+        exponent = self.balance_exponent if self._groups_are_clear() else 1.0
+        return balanced_mixture(population, exponent)
+
+    def _groups_are_clear(self) -> bool:
+        posterior = self.state.posterior
+        return posterior is not None and posterior.clear_groups
 
     def _fuse_components(self, states: list[State], here: Tensor, examples: Tensor) -> None:
         """w_m = sum_k (n_k b_km / B_m) w_k; a component absent from the round keeps its last."""
