@@ -12,12 +12,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from logging import INFO, WARNING
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from flwr.common.logger import log
 from torch import Tensor
 
+from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.config_rules import FRACTION, ZERO_OR_RATIO, at_least, checked
 from fedfusion_flwr.federation.bounds import squared_distance
 from fedfusion_flwr.federation.options import Options
@@ -64,6 +65,11 @@ class Defence(Options):
     outlier_threshold: float = checked(20.0, at_least(0))
     clip_quantile: float = checked(0.5, FRACTION)
     max_examples_ratio: float = checked(3.0, ZERO_OR_RATIO)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """The preset with a run config's limits."""
+        return cls(**{item.name: getattr(config, item.name) for item in dataclasses.fields(cls)})
 
     def __str__(self) -> str:
         return (

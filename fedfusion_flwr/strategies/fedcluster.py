@@ -19,9 +19,8 @@ from fedfusion_flwr import protocol
 from fedfusion_flwr.config import Linkage, RunConfig, cohort_size
 from fedfusion_flwr.config_rules import at_least, checked, choice
 from fedfusion_flwr.federation.bounds import squared_distance
-from fedfusion_flwr.federation.conversation import Exchange
 from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import State, Update
+from fedfusion_flwr.federation.round import Exchange, State, Update
 from fedfusion_flwr.federation.sampling import random_cohort
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.randomness import numpy_generator

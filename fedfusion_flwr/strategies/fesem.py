@@ -22,9 +22,8 @@ from fedfusion_flwr.config import CentreUpdate, RunConfig
 from fedfusion_flwr.config_rules import at_least, checked, choice
 from fedfusion_flwr.federation.bookkeeping import Timer
 from fedfusion_flwr.federation.bounds import squared_distance
-from fedfusion_flwr.federation.conversation import Exchange
 from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import State, Update
+from fedfusion_flwr.federation.round import Exchange, State, Update
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.strategies.clusters import Clusters, InitialState, distinct_models
 from fedfusion_flwr.strategies.geometry import gram_matrix, k_means, principal_coordinates

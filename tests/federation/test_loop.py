@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Message
 
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
-from fedfusion_flwr.federation.loop import MODELS_IN_FLIGHT
+from fedfusion_flwr.federation.strategy import MODELS_IN_FLIGHT
 from tests.support import FakeClient, run_federation
 
 CLIENTS = 2 * MODELS_IN_FLIGHT + 3
