@@ -60,8 +60,8 @@ class TakenApart(FedFusion):
         self.parts["rest"] = perf_counter() - started - sum(self.parts.values())
         return result
 
-    def _judge_replies(self, *arguments: Any) -> Any:
-        return self._timed("checks", super()._judge_replies, *arguments)
+    def _judge_replies(self, *arguments: Any, **options: Any) -> Any:
+        return self._timed("checks", super()._judge_replies, *arguments, **options)
 
     def advance(self, replies: list[ClientReply]) -> Update:
         update = super().advance(replies)

@@ -79,7 +79,7 @@ class Conversation(Algorithm):
             messages = self._ask(connected, clients, lambda _: state, config, lambda _: settings)
             replies = grid.send_and_receive(messages, timeout=self.timeout)
             phase = str(settings.get(protocol.PHASE, protocol.TRAINING))
-            good = self._good_replies(replies, lambda *_: state, phase=phase)
+            good, _ = self._judge_replies(replies, lambda *_: state, phase=phase)
             report.lap("exchange")
             return good
 
@@ -100,7 +100,7 @@ class Conversation(Algorithm):
         report.lap("train")
         if self.fraction_train == 0.0:
             return None, None
-        good = self._good_replies(replies, self.expected_from, self.check_reply)
+        good, _ = self._judge_replies(replies, self.expected_from, self.check_reply)
         report.lap("aggregate")
         try:
             if len(good) < self.min_valid_replies:
@@ -230,19 +230,6 @@ class Conversation(Algorithm):
             content[self.configrecord_key] = sent
             yield Message(content, node, kind)
 
-    def _good_replies(
-        self,
-        replies: Iterable[Message],
-        expected: Expected,
-        check: Callable[[ClientReply], None] = lambda _: None,
-        phase: str = protocol.TRAINING,
-    ) -> list[ClientReply]:
-        """The good replies; all are booked."""
-        replies = list(replies)
-        good, bad = self._judge_replies(replies, expected, check, phase)
-        book_replies(self.round.report, replies, good, bad)
-        return good
-
     def _judge_replies(
         self,
         replies: Iterable[Message],
@@ -251,6 +238,7 @@ class Conversation(Algorithm):
         phase: str = protocol.TRAINING,
     ) -> tuple[list[ClientReply], list[ClientRow]]:
         """Split into good and bad; ``expected`` gives the model a client trained from, if any."""
+        report, replies = self.round.report, list(replies)
         judge = ReplyJudge(
             self.server_round,
             self.round.sampled,
@@ -263,7 +251,9 @@ class Conversation(Algorithm):
         )
         good, bad = judge.judge(replies)
         if self.defence is not None:
-            bounds, report = self.progress.clip_bounds, self.round.report
+            bounds = self.progress.clip_bounds
             good, outliers = self.defence.screen(good, expected, report, phase, bounds)
             bad += outliers
+        if expected is not None:
+            book_replies(report, replies, good, bad)
         return good, bad
