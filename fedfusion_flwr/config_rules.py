@@ -83,4 +83,7 @@ A_NAME = Rule(bool, "a name, or your own as 'module:Class'")
 FRACTION = Rule(lambda v: 0 < v <= 1, "greater than 0 and at most 1")
 RATE = Rule(lambda v: 0 < v <= 1e6, "greater than 0 and at most 1000000")
 DECAY = Rule(lambda v: 0 <= v < 1, "at least 0 and less than 1")
+DECAY_OR_OWN = Rule(
+    lambda v: v == -1 or 0 <= v < 1, "at least 0 and less than 1, or -1 for the strategy's own"
+)
 ZERO_OR_RATIO = Rule(lambda v: v == 0 or v >= 1, "0, or at least 1")

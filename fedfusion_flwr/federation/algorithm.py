@@ -54,7 +54,7 @@ class Algorithm(Serving, ServerUpdate, Plausibility, Participation):
     single_model: ClassVar[bool] = True
     """Whether `ServerUpdate` and a moving average have a model to act on."""
     server_step: ClassVar[bool] = False
-    """Whether a run config's server step and average apply; published forms have neither."""
+    """Whether it steps with momentum and serves an average unless the run config says otherwise."""
 
     seed: int = 0
     statistics_layers: LayerChoice = choice(LayerChoice, "all")

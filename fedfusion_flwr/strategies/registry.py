@@ -30,8 +30,9 @@ from fedfusion_flwr.strategies.clusters import InitialState
 from fedfusion_flwr.strategies.fedma.layers import PlainNetwork
 from fedfusion_flwr.user_code import load_function
 
-_STEP = ("server_learning_rate", "server_momentum", "average_decay")
-_WEIGHT = "max_client_weight"
+_OF_ONE_MODEL = ("server_learning_rate", "server_momentum", "average_decay", "max_client_weight")
+_OWN_STEP = {"server_momentum": 0.5, "average_decay": 0.8}
+"""What -1 in the run config means for strategies that have a ``server_step``; for others, 0."""
 _KEYS = {field.name: field for field in dataclasses.fields(RunConfig)}
 _DEFENCE = tuple(field.name for field in dataclasses.fields(Defence))
 
@@ -78,9 +79,8 @@ def keys_of(strategy: type[FederatedStrategy]) -> tuple[str, ...]:
     """The fields of `RunConfig` that this strategy reads, but not every strategy."""
     shared = {field.name for field in dataclasses.fields(FederatedStrategy)}
     own = [field.name for field in dataclasses.fields(strategy) if field.name not in shared]
-    step = _STEP if strategy.server_step else ()
-    weight = (_WEIGHT,) if strategy.single_model else ()
-    return (*(key for key in own if key in _KEYS), *step, *weight)
+    of_one_model = _OF_ONE_MODEL if strategy.single_model else ()
+    return (*(key for key in own if key in _KEYS), *of_one_model)
 
 
 def build_strategy(
@@ -111,17 +111,19 @@ def build_strategy(
     keys = keys_of(strategy)
     _warn_of_idle_keys(config, keys)
     fields = {field.name for field in dataclasses.fields(strategy) if field.init}
-    particular = {*_STEP, _WEIGHT}
     arguments: dict[str, Any] = {
         key: getattr(config, key)
         for key in _KEYS
-        if key in fields and (key in keys or key not in particular)
+        if key in fields and (key in keys or key not in _OF_ONE_MODEL)
     }
+    for key, value in _OWN_STEP.items():
+        if arguments.get(key) == -1:
+            arguments[key] = value if strategy.server_step else 0.0
     arguments.pop("defence")
     if config.defence == "robust":
         arguments["defence"] = Defence.of(config)
-        if arguments.get(_WEIGHT) == 1:
-            arguments[_WEIGHT] = MAX_CLIENT_WEIGHT
+        if arguments.get("max_client_weight") == 1:
+            arguments["max_client_weight"] = MAX_CLIENT_WEIGHT
     if "initial_state" in fields:
         arguments["initial_state"] = initial_state
     if "network" in fields and network is not None:
