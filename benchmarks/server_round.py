@@ -60,11 +60,8 @@ class TakenApart(FedFusion):
         self.parts["rest"] = perf_counter() - started - sum(self.parts.values())
         return result
 
-    def configure_train(self, *arguments: Any) -> Iterable[Message]:
-        messages = super().configure_train(*arguments)
-        judge = self.round._judge
-        self.round._judge = functools.partial(self._timed, "checks", judge)  # type: ignore[method-assign]
-        return messages
+    def _judge_replies(self, *arguments: Any, **options: Any) -> Any:
+        return self._timed("checks", super()._judge_replies, *arguments, **options)
 
     def advance(self, replies: list[ClientReply]) -> Update:
         update = super().advance(replies)

@@ -14,6 +14,7 @@ from fedfusion_flwr.config_rules import (
     A_NAME,
     ANY,
     DECAY,
+    DECAY_OR_OWN,
     FRACTION,
     OWN_OR_AT_LEAST_0,
     RATE,
@@ -158,8 +159,8 @@ class RunConfig:
 
     pool_moments: bool = checked(True, ANY)
     server_learning_rate: float = checked(1.0, RATE)
-    server_momentum: float = checked(0.5, DECAY)
-    average_decay: float = checked(0.8, DECAY)
+    server_momentum: float = checked(-1.0, DECAY_OR_OWN)
+    average_decay: float = checked(-1.0, DECAY_OR_OWN)
     max_client_weight: float = checked(1.0, FRACTION)
 
     min_valid_replies: int = checked(1, at_least(1))

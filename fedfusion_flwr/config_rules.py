@@ -84,4 +84,7 @@ FRACTION = Rule(lambda v: 0 < v <= 1, "greater than 0 and at most 1")
 RATE = Rule(lambda v: 0 < v <= 1e6, "greater than 0 and at most 1000000")
 DECAY = Rule(lambda v: 0 <= v < 1, "at least 0 and less than 1")
 OWN_OR_AT_LEAST_0 = Rule(lambda v: v == -1 or v >= 0, "at least 0, or -1 for the strategy's own")
+DECAY_OR_OWN = Rule(
+    lambda v: v == -1 or 0 <= v < 1, "at least 0 and less than 1, or -1 for the strategy's own"
+)
 ZERO_OR_RATIO = Rule(lambda v: v == 0 or v >= 1, "0, or at least 1")

@@ -28,9 +28,8 @@ from fedfusion_flwr.data.roots import CLASSES_FILE, MOMENTS_FILE, moments_lines
 from fedfusion_flwr.data.text import VOCABULARY_FILE
 from fedfusion_flwr.federation.careful_grid import CarefulGrid
 from fedfusion_flwr.federation.in_process_grid import InProcessGrid
-from fedfusion_flwr.federation.loop import EvaluateFn
 from fedfusion_flwr.federation.round import RoundCallback, State
-from fedfusion_flwr.federation.strategy import FederatedStrategy
+from fedfusion_flwr.federation.strategy import EvaluateFn, FederatedStrategy
 from fedfusion_flwr.models import model_for, shape_of
 from fedfusion_flwr.models.resize import fit_to_state
 from fedfusion_flwr.strategies import build_strategy, check_fits, strategy_class

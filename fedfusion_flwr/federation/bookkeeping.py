@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from logging import WARNING
 from typing import Self
 
@@ -25,24 +25,6 @@ COSTS = {
 MetricsMean = Callable[[list[RecordDict], str], MetricRecord]
 
 
-class Stopwatch:
-    """Writes the seconds since the last lap into a report; laps of one name add up."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-
-    def restart(self) -> None:
-        """Start a new lap without booking the time since the last one."""
-        self._since = time.monotonic()
-
-    def lap(self, report: RoundReport, name: str, parts: Mapping[str, float] = {}) -> None:
-        """Add the time since the last lap to ``name``; its ``parts`` go to their own names."""
-        now = time.monotonic()
-        for part, seconds in {name: now - self._since - sum(parts.values()), **parts}.items():
-            report.seconds[part] = report.seconds.get(part, 0.0) + seconds
-        self._since = now
-
-
 class Timer:
     """A context manager; ``seconds`` is how long it was open."""
 
@@ -56,28 +38,24 @@ class Timer:
         self.seconds = time.monotonic() - self._since
 
 
-def add_costs_down(report: RoundReport, messages: Iterable[Message]) -> None:
-    """Count the bytes of the models on their way to clients."""
-    report.add("bytes-down", sum(_num_bytes(message) for message in messages))
+def count_bytes(messages: Iterable[Message]) -> int:
+    """Bytes of the arrays in all messages."""
+    return sum(
+        len(array.data)
+        for message in messages
+        if message.has_content()
+        for record in message.content.array_records.values()
+        for array in record.values()
+    )
 
 
-def add_costs_up(
-    report: RoundReport, replies: Iterable[Message], good: Iterable[ClientReply]
+def book_replies(
+    report: RoundReport, replies: Iterable[Message], good: list[ClientReply], bad: list[ClientRow]
 ) -> None:
-    """Count the bytes of all replies, and the work that the good ones report."""
-    report.add("bytes-up", sum(_num_bytes(reply) for reply in replies if reply.has_content()))
-    for reply in good:
-        for key, name in COSTS.items():
-            report.add(name, reply.metrics.get(key, 0.0))
-
-
-def _num_bytes(message: Message) -> int:
-    records = message.content.array_records.values()
-    return sum(len(array.data) for record in records for array in record.values())
-
-
-def book_replies(report: RoundReport, good: list[ClientReply], bad: list[ClientRow]) -> None:
-    """Count good and bad replies and log why each bad one was dropped."""
+    """Count replies, their bytes and the good ones' work; log why each bad one was dropped."""
+    report.add("bytes-up", count_bytes(replies))
+    for key, name in COSTS.items():
+        report.add(name, sum(reply.metrics.get(key, 0.0) for reply in good))
     report.clients = report.clients + bad
     report.add("replies-valid", len(good))
     report.add("replies-dropped", len(bad))

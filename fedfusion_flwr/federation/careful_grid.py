@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from logging import WARNING
+from typing import Any
 
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
@@ -113,16 +114,9 @@ class CarefulGrid(Grid):
         """The run."""
         return self._grid.run
 
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
+    def create_message(self, *arguments: Any, **options: Any) -> Message:
         """Flower's older way to make a message."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+        return self._grid.create_message(*arguments, **options)
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the connected nodes."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A round in progress: who is asked, what each client is sent, and which replies count."""
+"""One round: who is asked, what each client is sent, and which replies count."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from logging import WARNING
-from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
@@ -15,27 +15,28 @@ from flwr.serverapp.exception import AggregationError
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import cohort_size
 from fedfusion_flwr.errors import FedFusionError
+from fedfusion_flwr.federation.algorithm import Algorithm
 from fedfusion_flwr.federation.bookkeeping import (
-    Stopwatch,
-    add_costs_down,
-    add_costs_up,
+    MetricsMean,
     book_replies,
+    count_bytes,
     log_dropped,
     mean_metrics,
     split_train_time,
 )
-from fedfusion_flwr.federation.options import Plausibility
+from fedfusion_flwr.federation.defence import Defence
 from fedfusion_flwr.federation.replies import ClientReply, Expected, ReplyJudge
-from fedfusion_flwr.federation.round import ClientRow, KeepOldModel, RoundReport, State
+from fedfusion_flwr.federation.round import (
+    ClientRow,
+    KeepOldModel,
+    RoundCallback,
+    RoundInProgress,
+    RoundReport,
+    Setting,
+    State,
+)
 from fedfusion_flwr.federation.sampling import random_cohort
 from fedfusion_flwr.randomness import numpy_generator
-
-if TYPE_CHECKING:
-    from fedfusion_flwr.federation.strategy import FederatedStrategy
-
-Setting = str | int | float | bool | list[str]
-Exchange = Callable[[Sequence[int], State, Mapping[str, Setting]], list[ClientReply]]
-"""Have clients train a model in addition to the round's training; returns the good replies."""
 
 WHERE = "the reason of every dropped reply is in the log and in clients.jsonl"
 
@@ -44,164 +45,149 @@ class RunStopped(FedFusionError, AggregationError):
     """Several rounds in a row had too few usable replies; what was written so far stays."""
 
 
-class RoundInProgress:
-    """One round of a strategy.
+@dataclass(kw_only=True, eq=False, repr=False)
+class Conversation(Algorithm):
+    """Flower's interface for one round, in terms of the algorithm's hooks."""
 
-    Parameters
-    ----------
-    strategy : FederatedStrategy
-        Its settings and hooks are used.
-    server_round : int
-        Number of the round.
-    model, record : State, ArrayRecord
-        The global model at the start of the round, in both forms.
-    """
+    weighted_by_key: str = "num-examples"
+    arrayrecord_key: str = "arrays"
+    configrecord_key: str = "config"
+    train_metrics_aggr_fn: MetricsMean | None = None
+    evaluate_metrics_aggr_fn: MetricsMean | None = None
+    defence: Defence | None = None
+    callbacks: Sequence[RoundCallback] = ()
+    timeout: float = field(init=False, default=3600.0)
 
-    def __init__(
-        self, strategy: FederatedStrategy, server_round: int, model: State, record: ArrayRecord
-    ) -> None:
-        self.strategy = strategy
-        self.server_round = server_round
-        self.model = model
-        self.record = record
-        self.report = RoundReport(server_round)
-        self.stopwatch = Stopwatch()
-        self.sampled: dict[int, int] = {}
-        """Client id by node id, of the clients that were asked last."""
-        self.sent: dict[int, State] = {}
-        """The model that each of them was sent, by client id."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.callbacks = list(self.callbacks)
 
-    # --- training -------------------------------------------------------------------------------
-
-    def configure_train(self, config: ConfigRecord, grid: Grid) -> list[Message]:
-        """Draw the cohort and make its train messages."""
-        strategy = self.strategy
-        if strategy.fraction_train == 0.0:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients and make their train messages."""
+        report = RoundReport(server_round)
+        self.round = RoundInProgress(report, protocol.state_from_record(arrays), arrays)
+        if self.fraction_train == 0.0:
             return []
-        connected = self._connected(grid)
+        connected = self._connected_clients(grid)
 
         def exchange(
             clients: Sequence[int], state: State, settings: Mapping[str, Setting]
         ) -> list[ClientReply]:
-            self.stopwatch.lap(self.report, "sample")
+            report.lap("sample")
             messages = self._ask(connected, clients, lambda _: state, config, lambda _: settings)
-            replies = list(grid.send_and_receive(messages, timeout=strategy.timeout))
+            replies = grid.send_and_receive(messages, timeout=self.timeout)
             phase = str(settings.get(protocol.PHASE, protocol.TRAINING))
-            good, bad = self._judge(replies, lambda *_: state, phase=phase)
-            book_replies(self.report, good, bad)
-            self.stopwatch.lap(self.report, "exchange")
+            good, _ = self._judge_replies(replies, lambda *_: state, phase=phase)
+            report.lap("exchange")
             return good
 
-        strategy.prepare_round(sorted(connected), exchange)
-        size = max(cohort_size(len(connected), strategy.fraction_train), strategy.min_train_nodes)
-        cohort = strategy.sample_clients(self.server_round, sorted(connected), size)
-        strategy.prepare_cohort(cohort, exchange)
-        messages = self._ask(connected, cohort, strategy.sent_to, config, strategy.train_settings)
-        self.report.num_sampled = len(cohort)
-        self.stopwatch.lap(self.report, "sample")
+        self.prepare_round(sorted(connected), exchange)
+        size = max(cohort_size(len(connected), self.fraction_train), self.min_train_nodes)
+        cohort = self.sample_clients(server_round, sorted(connected), size)
+        self.prepare_cohort(cohort, exchange)
+        messages = self._ask(connected, cohort, self.sent_to, config, self.train_settings)
+        report.num_sampled = len(cohort)
+        report.lap("sample")
         return messages
 
     def aggregate_train(
-        self, replies: Iterable[Message]
+        self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies, let the algorithm advance, and record the result."""
-        strategy, report = self.strategy, self.report
-        replies = list(replies)
-        self.stopwatch.lap(report, "train")
-        if strategy.fraction_train == 0.0:
+        """Check the replies and let the algorithm make the next model from the good ones."""
+        report, replies = self.round.report, list(replies)
+        report.lap("train")
+        if self.fraction_train == 0.0:
             return None, None
-        good, bad = self._judge(replies, strategy.expected_from, strategy.check_reply)
-        book_replies(report, good, bad)
-        self.stopwatch.lap(report, "aggregate")
-        if len(good) < strategy.min_valid_replies:
-            why = f"{len(good)} valid replies, min-valid-replies is {strategy.min_valid_replies}"
-            return self._keep_old_model(why, good)
+        good, _ = self._judge_replies(replies, self.expected_from, self.check_reply)
+        report.lap("aggregate")
         try:
-            update = strategy.advance(good)
+            if len(good) < self.min_valid_replies:
+                raise KeepOldModel(
+                    f"{len(good)} valid replies, min-valid-replies is {self.min_valid_replies}"
+                )
+            update = self.advance(good)
         except KeepOldModel as why:
-            return self._keep_old_model(str(why), good)
-        strategy.progress.failed_rounds = 0
-        strategy.progress.average.update(update.model)
-        report.book(update)
-        report.metrics["server-aggregations"] = 1.0
+            self._count_failure(str(why), good)
+            return self.round.record, MetricRecord(dict(report.metrics))
+        self.progress.failed_rounds = 0
+        self.progress.average.update(update.model)
+        report.clients = update.rows + report.clients
+        report.metrics |= {**update.metrics, "server-aggregations": 1.0}
+        report.clusters, report.fusion = update.clusters, update.fusion
         split_train_time(report, good)
-        self.stopwatch.lap(report, "aggregate", update.seconds)
+        report.lap("aggregate", update.seconds)
         # A client's metric never replaces what the server counted itself.
-        means = mean_metrics(good, strategy.train_metrics_aggr_fn)
+        means = mean_metrics(good, self.train_metrics_aggr_fn)
         report.metrics = {**means, **report.metrics}
         return protocol.record_from_state(update.model), MetricRecord(dict(report.metrics))
 
-    def _keep_old_model(
-        self, why: str, good: list[ClientReply]
-    ) -> tuple[ArrayRecord, MetricRecord]:
-        strategy, report, progress = self.strategy, self.report, self.strategy.progress
+    def _count_failure(self, why: str, good: list[ClientReply]) -> None:
+        """Record a round that keeps the old model; too many in a row end the run."""
+        report, progress = self.round.report, self.progress
         progress.failed_rounds += 1
         report.clients = [reply.row() for reply in good] + report.clients
         report.metrics["round-failed"] = 1.0
         log(WARNING, "round %d keeps the old model: %s", self.server_round, why)
-        if progress.failed_rounds >= strategy.max_failed_rounds:
+        if progress.failed_rounds >= self.max_failed_rounds:
             # The run ends here, so the loop will not call the callbacks for this round.
-            self.end()
+            self._call_back()
             raise RunStopped(
                 f"stopped after {progress.failed_rounds} failed rounds in a row, the last because "
                 f"of: {why}; {WHERE}"
             )
-        return self.record, MetricRecord(dict(report.metrics))
+
+    def _call_back(self) -> None:
+        for callback in self.callbacks:
+            callback.on_round_end(self.round.report)
 
     # --- evaluation -----------------------------------------------------------------------------
 
-    def configure_evaluate(self, config: ConfigRecord, grid: Grid) -> Iterator[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
         """Yield evaluate messages to a seeded sample of clients, each with the model it gets."""
-        strategy = self.strategy
-        self.sampled, self.sent = {}, {}
-        if not strategy.evaluates(self.server_round):
+        self.round.sampled, self.round.sent = {}, {}
+        if not self.evaluates(server_round):
             return
-        connected = self._connected(grid)
-        wanted = cohort_size(len(connected), strategy.fraction_evaluate)
-        generator = numpy_generator(strategy.seed, "evaluation-sampling", self.server_round)
-        size = max(wanted, strategy.min_evaluate_nodes)
+        connected = self._connected_clients(grid)
+        wanted = cohort_size(len(connected), self.fraction_evaluate)
+        generator = numpy_generator(self.seed, "evaluation-sampling", server_round)
+        size = max(wanted, self.min_evaluate_nodes)
         cohort = random_cohort(sorted(connected), size, generator)
-        self.sampled = {connected[client]: client for client in cohort}
-        strategy.prepare_evaluation()
+        self.round.sampled = {connected[client]: client for client in cohort}
+        self.prepare_evaluation()
         # A model that serves several clients is encoded once; others are held one at a time.
-        shared = [strategy.served, *strategy.models().values()]
-        encoded: list[tuple[State, ArrayRecord]] = []
-        for node, client in self.sampled.items():
-            state = strategy.personal_model(client)
-            record = next((record for known, record in encoded if known is state), None)
-            if record is None:
-                record = protocol.record_from_state(state)
-                encoded = [pair for pair in encoded if any(pair[0] is kept for kept in shared)]
-                encoded.append((state, record))
-            settings = strategy.evaluate_settings(client)
-            yield self._message(MessageType.EVALUATE, node, record, config, settings)
+        shared = {id(state) for state in (self.served, *self.models().values())}
+        yield from self._encoded_messages(
+            MessageType.EVALUATE, self.personal_model, config, self.evaluate_settings, shared
+        )
 
-    def aggregate_evaluate(self, replies: Iterable[Message]) -> MetricRecord | None:
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
         """Example-weighted means of the clients' finite evaluation metrics."""
-        if not self.sampled:
+        if not self.round.sampled:
             return None
-        good, bad = self._judge(replies, None)
-        self.report.metrics["evaluate-replies-valid"] = float(len(good))
-        self.report.metrics["evaluate-replies-dropped"] = float(len(bad))
-        log_dropped(self.server_round, "evaluation", bad)
-        means = mean_metrics(good, self.strategy.evaluate_metrics_aggr_fn)
-        self.report.metrics = {**means, **self.report.metrics}
-        self.stopwatch.lap(self.report, "evaluate")
+        report = self.round.report
+        good, bad = self._judge_replies(replies, None)
+        report.metrics["evaluate-replies-valid"] = float(len(good))
+        report.metrics["evaluate-replies-dropped"] = float(len(bad))
+        log_dropped(server_round, "evaluation", bad)
+        means = mean_metrics(good, self.evaluate_metrics_aggr_fn)
+        report.metrics = {**means, **report.metrics}
+        report.lap("evaluate")
         return MetricRecord(dict(means)) if means else None
 
-    def end(self) -> None:
-        """Hand the round's report to the callbacks."""
-        for callback in self.strategy.callbacks:
-            callback.on_round_end(self.report)
+    # --- who is asked, and which replies count --------------------------------------------------
 
-    # --- plumbing -------------------------------------------------------------------------------
-
-    def _connected(self, grid: Grid) -> dict[int, int]:
-        strategy, roster = self.strategy, self.strategy.progress.roster
+    def _connected_clients(self, grid: Grid) -> dict[int, int]:
+        """Node id by client id; the first round waits for clients."""
         if self.server_round == 1:
-            expected = max(strategy.min_available_nodes, strategy.min_train_nodes)
-            return roster.wait_for(grid, expected, strategy.node_timeout)
-        return roster.connected(grid)
+            expected = max(self.min_available_nodes, self.min_train_nodes)
+            return self.progress.roster.wait_for(grid, expected, self.node_timeout)
+        return self.progress.roster.connected(grid)
 
     def _ask(
         self,
@@ -211,34 +197,40 @@ class RoundInProgress:
         config: ConfigRecord,
         settings_of: Callable[[int], Mapping[str, Setting]],
     ) -> list[Message]:
-        """Make each client's train message; models that are one object are encoded once."""
-        self.sampled = {connected[client]: client for client in clients}
-        self.sent = {client: state_of(client) for client in clients}
-        records = {id(self.model): self.record}
-        messages = []
-        for node, client in self.sampled.items():
-            state = self.sent[client]
-            if id(state) not in records:
-                records[id(state)] = protocol.record_from_state(state)
-            record, settings = records[id(state)], settings_of(client)
-            messages.append(self._message(MessageType.TRAIN, node, record, config, settings))
-        add_costs_down(self.report, messages)
+        """Make each client's train message, and note what it is sent."""
+        self.round.sampled = {connected[client]: client for client in clients}
+        self.round.sent = {client: state_of(client) for client in clients}
+        sent = self.round.sent.__getitem__
+        messages = [*self._encoded_messages(MessageType.TRAIN, sent, config, settings_of)]
+        self.round.report.add("bytes-down", count_bytes(messages))
         return messages
 
-    def _message(
+    def _encoded_messages(
         self,
-        message_type: str,
-        node: int,
-        record: ArrayRecord,
+        kind: str,
+        state_of: Callable[[int], State],
         config: ConfigRecord,
-        settings: Mapping[str, Setting],
-    ) -> Message:
-        sent = ConfigRecord({**config, protocol.SERVER_ROUND: self.server_round})
-        sent.update(settings)
-        keys = self.strategy.arrayrecord_key, self.strategy.configrecord_key
-        return Message(RecordDict(dict(zip(keys, (record, sent), strict=True))), node, message_type)
+        settings_of: Callable[[int], Mapping[str, Setting]],
+        shared: set[int] | None = None,
+    ) -> Iterator[Message]:
+        """A message to each sampled client; models that are one object are encoded once.
 
-    def _judge(
+        With ``shared``, the encoded models of other ids are forgotten at the next one.
+        """
+        encoded = {id(self.round.model): (self.round.model, self.round.record)}
+        for node, client in self.round.sampled.items():
+            state = state_of(client)
+            if id(state) not in encoded:
+                if shared is not None:
+                    encoded = {key: pair for key, pair in encoded.items() if key in shared}
+                encoded[id(state)] = state, protocol.record_from_state(state)
+            sent = ConfigRecord({**config, protocol.SERVER_ROUND: self.server_round})
+            sent.update(settings_of(client))
+            content = RecordDict({self.arrayrecord_key: encoded[id(state)][1]})
+            content[self.configrecord_key] = sent
+            yield Message(content, node, kind)
+
+    def _judge_replies(
         self,
         replies: Iterable[Message],
         expected: Expected | None,
@@ -246,22 +238,22 @@ class RoundInProgress:
         phase: str = protocol.TRAINING,
     ) -> tuple[list[ClientReply], list[ClientRow]]:
         """Split into good and bad; ``expected`` gives the model a client trained from, if any."""
-        replies, strategy = list(replies), self.strategy
+        report, replies = self.round.report, list(replies)
         judge = ReplyJudge(
             self.server_round,
-            self.sampled,
+            self.round.sampled,
             expected,
             check,
-            num_channels=strategy.num_channels(),
-            arrays_key=strategy.arrayrecord_key,
-            examples_key=strategy.weighted_by_key,
-            plausibility=Plausibility.of(strategy),
+            num_channels=self.num_channels(),
+            arrays_key=self.arrayrecord_key,
+            examples_key=self.weighted_by_key,
+            plausibility=self,
         )
         good, bad = judge.judge(replies)
-        if strategy.defence is not None:
-            bounds = strategy.progress.clip_bounds
-            good, outliers = strategy.defence.screen(good, expected, self.report, phase, bounds)
+        if self.defence is not None:
+            bounds = self.progress.clip_bounds
+            good, outliers = self.defence.screen(good, expected, report, phase, bounds)
             bad += outliers
         if expected is not None:
-            add_costs_up(self.report, replies, good)
+            book_replies(report, replies, good, bad)
         return good, bad

@@ -8,16 +8,16 @@ round's metrics and noted in the client's row.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from logging import INFO, WARNING
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from flwr.common.logger import log
 from torch import Tensor
 
+from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.config_rules import FRACTION, ZERO_OR_RATIO, at_least, checked
 from fedfusion_flwr.federation.bounds import squared_distance
 from fedfusion_flwr.federation.options import Options
@@ -42,7 +42,8 @@ FEWEST_TO_JUDGE = 4
 MAX_CLIENT_WEIGHT = 0.2
 """The preset's ``max-client-weight``, where the run config sets no limit."""
 
-SentTo = Callable[[ClientReply], Mapping[str, Tensor]]
+Sent = Mapping[int, Mapping[str, Tensor]]
+"""What each client trained from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,11 @@ class Defence(Options):
     outlier_threshold: float = checked(20.0, at_least(0))
     clip_quantile: float = checked(0.5, FRACTION)
     max_examples_ratio: float = checked(3.0, ZERO_OR_RATIO)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """The preset with a run config's limits."""
+        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)})
 
     def __str__(self) -> str:
         return (
@@ -97,13 +103,10 @@ class Defence(Options):
         """
         if expected is None:
             return self._cap_examples(replies, report), []
-
-        def sent_to(reply: ClientReply) -> Mapping[str, Tensor]:
-            return expected(reply.client, reply.metrics)
-
-        replies, dropped = self._drop_outliers(replies, sent_to, report)
-        replies = self._clip(self._cap_examples(replies, report), sent_to, report, phase, bounds)
-        return replies, dropped
+        sent = {reply.client: expected(reply.client, reply.metrics) for reply in replies}
+        replies, dropped = self._drop_outliers(replies, sent, report)
+        replies = self._cap_examples(replies, report)
+        return self._clip(replies, sent, report, phase, bounds), dropped
 
     def _cap_examples(self, replies: list[ClientReply], report: RoundReport) -> list[ClientReply]:
         if not replies or not self.max_examples_ratio:
@@ -113,20 +116,19 @@ class Defence(Options):
         for reply, count in zip(replies, cap_counts(counts, self.max_examples_ratio), strict=True):
             if count < reply.num_examples:
                 note = f"{reply.num_examples} examples count as {count}"
-                _log(WARNING, report, reply, note)
-                reply = _noted(reply, note, num_examples=count)
+                reply = _noted(reply, report, note, num_examples=count)
                 report.add("examples-capped", 1)
             capped.append(reply)
         return capped
 
     def _drop_outliers(
-        self, replies: list[ClientReply], sent_to: SentTo, report: RoundReport
+        self, replies: list[ClientReply], sent: Sent, report: RoundReport
     ) -> tuple[list[ClientReply], list[ClientRow]]:
         if not self.outlier_threshold:
             return replies, []
         kept: list[ClientReply] = []
         dropped: list[ClientRow] = []
-        scores = _worst_scores(replies, sent_to)
+        scores = _worst_scores(replies, sent)
         for reply in replies:
             judged, score = scores.get(reply.client, (False, 0.0))
             note = (
@@ -134,13 +136,12 @@ class Defence(Options):
                 f"{self.outlier_threshold:g}"
             )
             if judged and score > self.outlier_threshold:
-                dropped.append(dataclasses.replace(reply.row(), dropped=OUTLIER, detail=note))
+                dropped.append(replace(reply.row(), dropped=OUTLIER, detail=note))
                 continue
-            reply = _with_metric(reply, OUTLIER_SCORE, score)
+            reply = _measured(reply, OUTLIER_SCORE, score)
             if score > self.outlier_threshold:
                 note = f"kept, because fewer than {FEWEST_TO_JUDGE} can be compared, but {note}"
-                _log(WARNING, report, reply, note)
-                reply = _noted(reply, note)
+                reply = _noted(reply, report, note)
                 report.add("outliers-kept", 1)
             kept.append(reply)
         return kept, dropped
@@ -148,14 +149,14 @@ class Defence(Options):
     def _clip(
         self,
         replies: list[ClientReply],
-        sent_to: SentTo,
+        sent: Sent,
         report: RoundReport,
         phase: str,
         bounds: dict[str, float],
     ) -> list[ClientReply]:
         if not replies or self.clip_quantile == 1:
             return replies
-        norms = [squared_distance(reply.state, sent_to(reply)) ** 0.5 for reply in replies]
+        norms = [squared_distance(reply.state, sent[reply.client]) ** 0.5 for reply in replies]
         bound = bounds.get(phase) or float(np.quantile(norms, self.clip_quantile))
         if not bound:
             return replies
@@ -163,61 +164,52 @@ class Defence(Options):
         report.metrics[CLIP_BOUND] = bound
         clipped: list[ClientReply] = []
         for reply, norm in zip(replies, norms, strict=True):
-            reply = _with_metric(reply, UPDATE_NORM, norm)
+            reply = _measured(reply, UPDATE_NORM, norm)
             if norm > bound:
                 note = f"update of norm {norm:.3g} clipped to {bound:.3g}"
-                _log(INFO, report, reply, note)
-                shorter = clip_update(reply.state, sent_to(reply), norm, bound)
-                reply = _noted(reply, note, state=shorter)
+                shorter = clip_update(reply.state, sent[reply.client], norm, bound)
+                reply = _noted(reply, report, note, INFO, state=shorter)
             clipped.append(reply)
         report.add("updates-clipped", sum(norm > bound for norm in norms))
         return clipped
 
 
-def _worst_scores(replies: list[ClientReply], sent_to: SentTo) -> dict[int, tuple[bool, float]]:
+def _worst_scores(replies: list[ClientReply], sent: Sent) -> dict[int, tuple[bool, float]]:
     """By client: whether enough clients were compared to judge it, and its highest score.
 
     Scores the running statistics, which are fused, and the record, which inference reads: a client
     may lie in only one of them.
     """
-    worst: dict[int, tuple[bool, float]] = {}
-    for read in (_running_statistics, _record):
-        groups: dict[tuple[int, int], list[tuple[int, Moments]]] = {}
-        for reply in replies:
-            moments = read(reply)
+    groups: dict[tuple[str, int, int], list[tuple[int, Moments]]] = {}
+    for reply in replies:
+        record = reply.statistics
+        sources = {
+            "model": moments_of(reply.state),
+            "record": [] if record is None else [(record.mean, record.std.square())],
+        }
+        for source, moments in sources.items():
             if moments:
-                comparable = id(sent_to(reply)), len(moments[0][0])
+                comparable = source, id(sent[reply.client]), len(moments[0][0])
                 groups.setdefault(comparable, []).append((reply.client, moments))
-        for group in groups.values():
-            scores = outlier_scores([moments for _, moments in group]).max(1).values.tolist()
-            judged = len(group) >= FEWEST_TO_JUDGE
-            for (client, _), score in zip(group, scores, strict=True):
-                worst[client] = max(worst.get(client, (False, 0.0)), (judged, score))
+    worst: dict[int, tuple[bool, float]] = {}
+    for group in groups.values():
+        scores = outlier_scores([moments for _, moments in group]).max(1).values.tolist()
+        judged = len(group) >= FEWEST_TO_JUDGE
+        for (client, _), score in zip(group, scores, strict=True):
+            worst[client] = max(worst.get(client, (False, 0.0)), (judged, score))
     return worst
 
 
-def _running_statistics(reply: ClientReply) -> Moments:
-    return moments_of(reply.state)
-
-
-def _record(reply: ClientReply) -> Moments:
-    record = reply.statistics
-    return [] if record is None else [(record.mean, record.std.square())]
-
-
-def _with_metric(reply: ClientReply, name: str, value: float) -> ClientReply:
+def _measured(reply: ClientReply, name: str, value: float) -> ClientReply:
     """Set a metric that the server measured, replacing any that the client sent under that name."""
-    return dataclasses.replace(reply, metrics={**reply.metrics, name: value})
+    return replace(reply, metrics={**reply.metrics, name: value})
 
 
-def _noted(reply: ClientReply, note: str, **changes: Any) -> ClientReply:
+def _noted(
+    reply: ClientReply, report: RoundReport, note: str, level: int = WARNING, **changes: Any
+) -> ClientReply:
+    """The changed reply; why is logged and noted in it."""
+    place = report.server_round, reply.client, reply.node
+    log(level, "round %d: client %d (node %d): %s", *place, note)
     detail = f"{reply.detail}; {note}" if reply.detail else note
-    return dataclasses.replace(reply, detail=detail, **changes)
-
-
-def _log(level: int, report: RoundReport, reply: ClientReply, note: str) -> None:
-    log(
-        level,
-        "round %d: client %d (node %d): %s",
-        *(report.server_round, reply.client, reply.node, note),
-    )
+    return replace(reply, detail=detail, **changes)

@@ -41,6 +41,8 @@ class InProcessGrid(Grid):
         Deliver replies in a random order.
     """
 
+    run = Run.create_empty(run_id=1)
+
     def __init__(
         self,
         client_app: ClientApp | ClientFn,
@@ -53,7 +55,6 @@ class InProcessGrid(Grid):
         self._client_app = client_app
         self._generator = np.random.default_rng(seed)
         self._shuffle = shuffle_replies
-        self._run = Run.create_empty(run_id=1)
         # A Message takes its sender from here; Flower's engine would have set it.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._inbox: dict[str, Message] = {}
@@ -84,23 +85,11 @@ class InProcessGrid(Grid):
 
     def set_run(self, run: Run) -> None:
         """Set the run, which this grid does not use."""
-        self._run = run
+        self.run = run
 
-    @property
-    def run(self) -> Run:
-        """The run that was set."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
+    def create_message(self, *_: object, **__: object) -> Message:
         """Flower's older way to make a message."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+        raise NotImplementedError("make a flwr.app.Message instead")
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the connected nodes, in arbitrary order."""

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings that all strategies share, in four frozen values."""
+"""The settings that all strategies share, in four groups; a strategy inherits them all."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
 
 from fedfusion_flwr.config_rules import (
     DECAY,
@@ -19,24 +17,14 @@ from fedfusion_flwr.config_rules import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options:
     """Checked on creation: a value that is not allowed raises `ArgumentError`."""
 
     def __post_init__(self) -> None:
         check_arguments(type(self).__name__, self)
 
-    @classmethod
-    def of(cls, settings: Any) -> Self:
-        """Read the options from an object that has attributes of the same names."""
-        values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(cls)}
-        options = object.__new__(cls)
-        options.__dict__.update(values)
-        check_arguments(type(settings).__name__, options)
-        return options
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Participation(Options):
     """Who takes part in a round, and how often models are evaluated.
 
@@ -66,7 +54,7 @@ class Participation(Options):
     central_evaluate_every: int = checked(1, at_least(1))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Plausibility(Options):
     """Which replies and models are accepted, and when a run gives up.
 
@@ -88,7 +76,7 @@ class Plausibility(Options):
     max_update_ratio: float = checked(10.0, above(0))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class ServerUpdate(Options):
     """How the server moves a single global model towards the clients' aggregate.
 
@@ -105,7 +93,7 @@ class ServerUpdate(Options):
     max_client_weight: float = checked(1.0, FRACTION)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Serving(Options):
     """Which model is evaluated, saved and returned.
 

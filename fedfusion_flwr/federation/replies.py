@@ -85,6 +85,7 @@ def weights_by_examples(replies: Sequence[ClientReply]) -> Tensor:
     return example_weights(torch.tensor([reply.num_examples for reply in replies]))
 
 
+@dataclass
 class ReplyJudge:
     """Checks the replies of one phase of one round.
 
@@ -108,28 +109,15 @@ class ReplyJudge:
         Bounds on the example count and on the step away from the model that was sent.
     """
 
-    def __init__(
-        self,
-        server_round: int,
-        sampled: Mapping[int, int],
-        expected: Expected | None,
-        check: Callable[[ClientReply], None] = lambda _: None,
-        *,
-        num_channels: int | None = None,
-        arrays_key: str = protocol.ARRAYS,
-        examples_key: str = protocol.NUM_EXAMPLES,
-        plausibility: Plausibility = Plausibility(),
-    ) -> None:
-        self.server_round = server_round
-        self.sampled = sampled
-        self.expected = expected
-        self.check = check
-        self.num_channels = num_channels
-        self.arrays_key = arrays_key
-        self.examples_key = examples_key
-        self.max_examples = plausibility.max_examples
-        self.max_update_ratio = plausibility.max_update_ratio
-        self._bounds: dict[int, UpdateBound] = {}
+    server_round: int
+    sampled: Mapping[int, int]
+    expected: Expected | None
+    check: Callable[[ClientReply], None] = lambda _: None
+    num_channels: int | None = None
+    arrays_key: str = protocol.ARRAYS
+    examples_key: str = protocol.NUM_EXAMPLES
+    plausibility: Plausibility = field(default_factory=Plausibility)
+    _bounds: dict[int, UpdateBound] = field(default_factory=dict, init=False)
 
     def judge(self, replies: Iterable[Message]) -> tuple[list[ClientReply], list[ClientRow]]:
         """Split replies into good ones, sorted by client id, and rows of the dropped ones.
@@ -211,9 +199,10 @@ class ReplyJudge:
         if not isinstance(value, int | float) or isinstance(value, bool) or value != int(value):
             raise BadReply("examples", f"{self.examples_key} = {value!r} is not a whole number")
         count = int(value)
-        if not 1 <= count <= self.max_examples:
+        if not 1 <= count <= self.plausibility.max_examples:
             raise BadReply(
-                "examples", f"{self.examples_key} = {count} is not from 1 to {self.max_examples}"
+                "examples",
+                f"{self.examples_key} = {count} is not from 1 to {self.plausibility.max_examples}",
             )
         return count
 
@@ -252,7 +241,9 @@ class ReplyJudge:
         """The bound around a model that was sent, made once for all its receivers."""
         bound = self._bounds.get(id(expected))
         if bound is None or bound.current is not expected:
-            bound = self._bounds[id(expected)] = UpdateBound(expected, self.max_update_ratio)
+            bound = self._bounds[id(expected)] = UpdateBound(
+                expected, self.plausibility.max_update_ratio
+            )
         return bound
 
     def _check_normalization(

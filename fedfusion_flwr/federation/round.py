@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The outcome of a round: the algorithm's update, and the report that callbacks see."""
+"""A round as values: what is in progress, the algorithm's update, the report, what is kept."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from flwr.app import ArrayRecord
 from torch import Tensor
 
-from fedfusion_flwr.fusion import FusionPosterior
+from fedfusion_flwr.federation.roster import Roster
+from fedfusion_flwr.fusion import FusionPosterior, ServedAverage, ServerStep
+
+if TYPE_CHECKING:
+    from fedfusion_flwr.federation.replies import ClientReply
 
 State = dict[str, Tensor]
+Setting = str | int | float | bool | list[str]
+Exchange = Callable[[Sequence[int], State, Mapping[str, Setting]], "list[ClientReply]"]
+"""Have clients train a model in addition to the round's training; returns the good replies."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +82,6 @@ class Update:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class KeepOldModel(Exception):
-    """A round's replies must not change the model; says why."""
-
-
 @dataclass
 class RoundReport:
     """Everything that is recorded of a round; filled in as the round goes on.
@@ -94,6 +100,7 @@ class RoundReport:
     clusters: dict[int, int] = field(default_factory=dict)
     planted: dict[int, int] = field(default_factory=dict)
     model: State = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic, init=False, repr=False, compare=False)
 
     @property
     def dropped(self) -> list[ClientRow]:
@@ -104,11 +111,48 @@ class RoundReport:
         """Add to one of the round's metrics."""
         self.metrics[name] = self.metrics.get(name, 0.0) + amount
 
-    def book(self, update: Update) -> None:
-        """Add the algorithm's update."""
-        self.clients = update.rows + self.clients
-        self.metrics |= update.metrics
-        self.clusters, self.fusion = update.clusters, update.fusion
+    def lap(self, name: str, parts: Mapping[str, float] = {}) -> None:
+        """Add the time since the last lap to ``name``; its ``parts`` go to their own names."""
+        now = time.monotonic()
+        for part, seconds in {name: now - self._since - sum(parts.values()), **parts}.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        self._since = now
+
+
+@dataclass
+class RoundInProgress:
+    """One round while it lasts: the global model at its start in both forms, and who was asked.
+
+    ``sampled`` has the client id by node id of those asked last, ``sent`` the model that each of
+    them was sent, by client id.
+    """
+
+    report: RoundReport
+    model: State = field(default_factory=dict)
+    record: ArrayRecord = field(default_factory=ArrayRecord)
+    sampled: dict[int, int] = field(default_factory=dict)
+    sent: dict[int, State] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """What every strategy carries from round to round; stored in checkpoints.
+
+    ``newest`` is the global model after ``rounds_done`` rounds; ``clip_bounds`` holds the defence's
+    bound by phase.
+    """
+
+    average: ServedAverage
+    step: ServerStep
+    roster: Roster = field(default_factory=Roster)
+    rounds_done: int = 0
+    newest: State = field(default_factory=dict)
+    failed_rounds: int = 0
+    clip_bounds: dict[str, float] = field(default_factory=dict)
+
+
+class KeepOldModel(Exception):
+    """A round's replies must not change the model; says why."""
 
 
 class StopRun(Exception):

@@ -52,10 +52,11 @@ class ServerStep:
 
 @dataclass
 class ServedAverage:
-    """Exponential moving average of the global models, corrected for its start.
+    """Exponential moving average of the global models, whose decay rises with their number.
 
-    After t models the weight of model i is d^(t-i) (1 - d) / (1 - d^t). Normalization statistics
-    are averaged as moments.
+    a_0 = w_0;  a_t = d_t a_{t-1} + (1 - d_t) w_t with d_t = min(d, (1 + t) / (10 + t)), t being the
+    number of models before (the warm-up of TensorFlow's ``ExponentialMovingAverage``): a short run
+    is not served its own beginning. Normalization statistics are averaged as moments.
 
     Parameters
     ----------
@@ -70,6 +71,7 @@ class ServedAverage:
 
     def update(self, model: State) -> State:
         """Add a new global model and return the one to serve."""
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
         self.count += 1
         if self.decay == 0.0:
             self.state = {key: value.clone() for key, value in model.items()}
@@ -79,8 +81,7 @@ class ServedAverage:
         if self.count == 1:
             self.exact = {key: value.clone() for key, value in exact.items()}
         else:
-            newest = (1 - self.decay) / (1 - self.decay**self.count)
-            weights = torch.tensor([1 - newest, newest], dtype=torch.float64)
+            weights = torch.tensor([decay, 1 - decay], dtype=torch.float64)
             self.exact = fuse_state_dicts([self.exact, exact], weights)
         self.state = {key: self.exact[key].to(value.dtype) for key, value in model.items()}
         return self.state

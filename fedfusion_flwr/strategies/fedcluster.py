@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config import Linkage, RunConfig, cohort_size
 from fedfusion_flwr.config_rules import at_least, checked, choice
-from fedfusion_flwr.federation.conversation import Exchange
-from fedfusion_flwr.federation.round import State
+from fedfusion_flwr.federation.round import Exchange, State
 from fedfusion_flwr.federation.sampling import random_cohort
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.strategies.clusters import ClusteredState, ClusteredStrategy, mean_of

@@ -25,9 +25,8 @@ from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.config_rules import at_least, checked
 from fedfusion_flwr.federation.bookkeeping import Timer
 from fedfusion_flwr.federation.bounds import difference, inner_product, squared_distance
-from fedfusion_flwr.federation.conversation import Exchange
 from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import State, Update
+from fedfusion_flwr.federation.round import Exchange, State, Update
 from fedfusion_flwr.federation.sampling import random_cohort
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config_rules import at_least, checked
-from fedfusion_flwr.federation.conversation import Setting
 from fedfusion_flwr.federation.replies import ClientReply, weights_by_examples
-from fedfusion_flwr.federation.round import Update
+from fedfusion_flwr.federation.round import Setting, Update
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 
 

@@ -21,9 +21,8 @@ from fedfusion_flwr import protocol
 from fedfusion_flwr.config import CentreUpdate, RunConfig
 from fedfusion_flwr.config_rules import choice
 from fedfusion_flwr.federation.bookkeeping import Timer
-from fedfusion_flwr.federation.conversation import Exchange
 from fedfusion_flwr.federation.replies import ClientReply
-from fedfusion_flwr.federation.round import Update
+from fedfusion_flwr.federation.round import Exchange, Update
 from fedfusion_flwr.strategies.clusters import (
     ClusteredState,
     ClusteredStrategy,

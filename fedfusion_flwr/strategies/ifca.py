@@ -19,9 +19,8 @@ from dataclasses import dataclass
 
 from fedfusion_flwr import protocol
 from fedfusion_flwr.config_rules import at_least, checked
-from fedfusion_flwr.federation.conversation import Exchange, Setting
 from fedfusion_flwr.federation.replies import BadReply, ClientReply
-from fedfusion_flwr.federation.round import State, Update
+from fedfusion_flwr.federation.round import Exchange, Setting, State, Update
 from fedfusion_flwr.randomness import numpy_generator
 from fedfusion_flwr.strategies.clusters import ClusteredStrategy, InitialState, distinct_models
 

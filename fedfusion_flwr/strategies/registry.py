@@ -30,8 +30,9 @@ from fedfusion_flwr.strategies.clusters import InitialState
 from fedfusion_flwr.strategies.fedma.layers import PlainNetwork
 from fedfusion_flwr.user_code import load_function
 
-_STEP = ("server_learning_rate", "server_momentum", "average_decay")
-_WEIGHT = "max_client_weight"
+_OF_ONE_MODEL = ("server_learning_rate", "server_momentum", "average_decay", "max_client_weight")
+_OWN_STEP = {"server_momentum": 0.5, "average_decay": 0.8}
+"""What -1 in the run config means for strategies that have a ``server_step``; for others, 0."""
 _KEYS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 
 
@@ -40,7 +41,7 @@ def _names(cls: Any) -> list[str]:
 
 
 _ENGINE = _names(FederatedStrategy)
-_SHARED = sorted(_KEYS.keys() & {*_ENGINE} - {*_STEP, _WEIGHT, "defence"})
+_SHARED = sorted(_KEYS.keys() & {*_ENGINE} - {*_OF_ONE_MODEL, "defence"})
 
 
 @functools.cache
@@ -84,9 +85,7 @@ def strategy_class(name: str) -> type[FederatedStrategy]:
 def keys_of(strategy: type[FederatedStrategy]) -> tuple[str, ...]:
     """The fields of `RunConfig` that this strategy reads, but not every strategy."""
     own = [name for name in _names(strategy) if name in _KEYS and name not in _ENGINE]
-    step = _STEP if strategy.server_step else ()
-    weight = (_WEIGHT,) if strategy.single_model else ()
-    return (*own, *step, *weight)
+    return (*own, *(_OF_ONE_MODEL if strategy.single_model else ()))
 
 
 def build_strategy(
@@ -117,10 +116,13 @@ def build_strategy(
     keys = keys_of(strategy)
     _warn_of_idle_keys(config, keys)
     arguments: dict[str, Any] = {key: getattr(config, key) for key in (*_SHARED, *keys)}
+    for key, value in _OWN_STEP.items():
+        if arguments.get(key) == -1:
+            arguments[key] = value if strategy.server_step else 0.0
     if config.defence == "robust":
         arguments["defence"] = Defence.of(config)
-        if arguments.get(_WEIGHT) == 1:
-            arguments[_WEIGHT] = MAX_CLIENT_WEIGHT
+        if arguments.get("max_client_weight") == 1:
+            arguments["max_client_weight"] = MAX_CLIENT_WEIGHT
     if "initial_state" in _names(strategy):
         arguments["initial_state"] = initial_state
     if "network" in _names(strategy) and network is not None:

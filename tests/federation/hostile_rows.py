@@ -36,30 +36,23 @@ def one(value: float, key: str = WEIGHT, record: str = "arrays") -> Spoil:
     return edit_value(key, edit, record)
 
 
-def drop_record(name: str) -> Spoil:
+def drop(record: str, key: str | None = None) -> Spoil:
+    """Leave out a record, or one entry of it."""
+
     def spoil(reply: Message) -> None:
-        del reply.content[name]
+        if key is None:
+            del reply.content[record]
+        else:
+            del reply.content[record][key]
 
     return spoil
 
 
-def drop_array(key: str, record: str = "arrays") -> Spoil:
+def second(record: MetricRecord | ArrayRecord) -> Spoil:
     def spoil(reply: Message) -> None:
-        del reply.content.array_records[record][key]
+        reply.content["more"] = record
 
     return spoil
-
-
-def drop_examples(reply: Message) -> None:
-    del reply.content.metric_records["metrics"]["num-examples"]
-
-
-def second_metric_record(reply: Message) -> None:
-    reply.content["more"] = MetricRecord({"num-examples": 3})
-
-
-def second_model(reply: Message) -> None:
-    reply.content["more"] = ArrayRecord({"x": Array(np.zeros(1))})
 
 
 def header(shape: str, data: bytes = b"") -> Spoil:
@@ -100,7 +93,7 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "examples 10**18": (replace_metric("num-examples", 10**18), "examples"),
     "examples NaN": (replace_metric("num-examples", math.nan), "nonfinite"),
     "examples inf": (replace_metric("num-examples", math.inf), "nonfinite"),
-    "examples missing": (drop_examples, "examples"),
+    "examples missing": (drop("metrics", "num-examples"), "examples"),
     "shape (2,) into (2, 2)": (replace_value(WEIGHT, [1, 2], "float32"), "shape"),
     "shape (2, 2) into (2,)": (replace_value(MEAN, [[1, 2], [3, 4]], "float32"), "shape"),
     "shape (1, 2, 2)": (edit_value(WEIGHT, lambda a: a[None]), "shape"),
@@ -111,12 +104,12 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "int weights": (edit_value(WEIGHT, lambda a: a.astype("i4")), "dtype"),
     "big-endian weights": (edit_value(WEIGHT, lambda a: a.astype(">f4")), "dtype"),
     "a leap": (edit_value(WEIGHT, lambda a: a + np.float32(1e30)), "update"),
-    "key missing": (drop_array(WEIGHT), "structure"),
+    "key missing": (drop("arrays", WEIGHT), "structure"),
     "key extra": (replace_value("backdoor", [1.0]), "structure"),
-    "no model": (drop_record("arrays"), "structure"),
-    "two models": (second_model, "structure"),
-    "no metric record": (drop_record("metrics"), "structure"),
-    "two metric records": (second_metric_record, "structure"),
+    "no model": (drop("arrays"), "structure"),
+    "two models": (second(ArrayRecord({"x": Array(np.zeros(1))})), "structure"),
+    "no metric record": (drop("metrics"), "structure"),
+    "two metric records": (second(MetricRecord({"num-examples": 3})), "structure"),
     "false labels": (replace_payload(WEIGHT, saved(np.zeros(2))), "shape"),
     "NaN metric": (replace_metric("train-loss", math.nan), "nonfinite"),
     "inf in a metric list": (replace_metric("losses", [1.0, math.inf]), "nonfinite"),
@@ -137,15 +130,7 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "a million metrics in a list": (replace_metric("losses", [0.5] * 10**6), "size"),
     "a metric of an endless name": (replace_metric("x" * 10**6, 0.5), "size"),
     "negative variance": (one(-1e-3, VARIANCE), "statistics"),
-    **{
-        f"huge {key}": (one(value, key), "statistics")
-        for key, value in {
-            MEAN: -1e7,
-            VARIANCE: 1e30,
-            "norm.weight": 1e7,
-            "norm.bias": -1e7,
-        }.items()
-    },
+    **{f"huge {key}": (one(value, key), "statistics") for key, value in HUGE.items()},
     "counter backwards": (edit_value(COUNTER, lambda a: a - 2), "statistics"),
     "counter near overflow": (replace_value(COUNTER, 2**63 - 1, "int64"), "statistics"),
     "normalization length": (normalization("mean", [0.0]), "statistics"),
@@ -154,7 +139,7 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "normalization huge": (normalization("shift", [1e9, 0.0]), "statistics"),
     "normalization float64": (normalization("mean", [0.0, 1.0], "float64"), "statistics"),
     "normalization matrix": (normalization("mean", [[0.0, 1.0]]), "statistics"),  # type: ignore[list-item]
-    "normalization key missing": (drop_array("scale", "normalization"), "statistics"),
+    "normalization key missing": (drop("normalization", "scale"), "statistics"),
     "normalization key extra": (normalization("more", [0.0, 0.0]), "statistics"),
     "normalization oversize": (normalization("mean", [0.0] * 10_000), "size"),
     "round of before": (oldest, "stale"),

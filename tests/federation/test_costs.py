@@ -26,7 +26,7 @@ from fedfusion_flwr.tracking import RunSummary
 from fedfusion_flwr.tracking.summary import COSTS
 from tests.strategies.planted import QUIET, PlantedClients, run_planted, start_state
 from tests.strategies.small import small_config, train_for_real
-from tests.support import FakeClient, initial_arrays, run_federation
+from tests.support import FakeClient, initial_arrays, replace_metric, run_federation
 
 CLIENTS = 6
 # Every model is 24 + 16 float32 in two arrays with a header of 128 bytes each; every training
@@ -121,10 +121,7 @@ def test_a_bad_reply_costs_its_bytes_and_no_work() -> None:
 
 
 def test_a_round_that_keeps_the_old_model_costs_but_does_not_aggregate() -> None:
-    def spoil(reply: Message) -> None:
-        reply.content.metric_records["metrics"]["num-examples"] = 0
-
-    hostile = FakeClient(spoil, hostile=(0, 1), spoil_rounds=(1,))
+    hostile = FakeClient(replace_metric("num-examples", 0), hostile=(0, 1), spoil_rounds=(1,))
     outcome = run_federation("fedavg", hostile, 2, rounds=2)
     kept, good = outcome.reports[1].metrics, outcome.reports[2].metrics
     assert "server-aggregations" not in kept

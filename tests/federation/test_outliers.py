@@ -31,18 +31,20 @@ def layer(mean: list[float], variance: list[float]) -> tuple[torch.Tensor, torch
     return torch.tensor(mean), torch.tensor(variance)
 
 
-def test_scores_of_means_by_hand() -> None:
-    """One channel, means 0 1 2 3 10: median 2, deviations 2 1 0 1 8, their median 1."""
-    clients = [[layer([m], [ONE])] for m in (0.0, 1.0, 2.0, 3.0, 10.0)]
-    expected = [d / MAD_TO_STD for d in (2, 1, 0, 1, 8)]
-    assert outlier_scores(clients).squeeze(1).tolist() == pytest.approx(expected)
-
-
-def test_scores_of_variances_are_those_of_their_logarithms() -> None:
-    """log variances -2 -1 0 1 5: deviations 2 1 0 1 5, whose median is 1."""
-    variances = [math.exp(x) - BATCHNORM_EPS for x in (-2, -1, 0, 1, 5)]
-    scores = outlier_scores([[layer([0.0], [v])] for v in variances]).squeeze(1).tolist()
-    assert scores == pytest.approx([d / MAD_TO_STD for d in (2, 1, 0, 1, 5)], rel=1e-5)
+@pytest.mark.parametrize(
+    ("clients", "deviations"),
+    [
+        # Means with median 2; the deviations' median is 1.
+        ([layer([m], [ONE]) for m in (0.0, 1.0, 2.0, 3.0, 10.0)], (2, 1, 0, 1, 8)),
+        # Variances are scored by their logarithms, here -2 -1 0 1 5.
+        ([layer([0.0], [math.exp(x) - BATCHNORM_EPS]) for x in (-2, -1, 0, 1, 5)], (2, 1, 0, 1, 5)),
+    ],
+)
+def test_scores_of_one_channel_by_hand(
+    clients: list[tuple[torch.Tensor, torch.Tensor]], deviations: tuple[int, ...]
+) -> None:
+    scores = outlier_scores([[client] for client in clients]).squeeze(1).tolist()
+    assert scores == pytest.approx([d / MAD_TO_STD for d in deviations], rel=1e-5)
 
 
 def test_a_layer_scores_the_root_mean_square_of_its_channels_and_layers_stand_alone() -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that join late, vanish or fail, alone or as a whole cluster, with every strategy."""
+"""Clients that join late, vanish or fail, alone or as a whole cluster, or are very many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 from flwr.app import Context, Message
 
 from fedfusion_flwr.federation.conversation import RunStopped
+from fedfusion_flwr.federation.in_process_grid import InProcessGrid
+from fedfusion_flwr.federation.strategy import MODELS_IN_FLIGHT
 from tests.strategies.planted import QUIET, PlantedClients, flat, run_planted, start_state
 from tests.support import (
     COUNTER,
@@ -23,10 +25,13 @@ from tests.support import (
     assert_identical,
     initial_arrays,
     make_strategy,
+    replace_metric,
     run_federation,
 )
 
 STRATEGIES = ("fedfusion", *TINY)
+MANY = 2 * MODELS_IN_FLIGHT + 3
+BAD = replace_metric("num-examples", -1)
 SEVERAL_MODELS = ("fesem", "ifca", "fedcluster", "fedgroup")
 
 
@@ -98,10 +103,7 @@ def test_cohorts_of_a_fraction_are_seeded(name: str) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_bad_replies_for_three_rounds_stop_the_run(name: str) -> None:
-    def spoil(reply: Message) -> None:
-        reply.content.metric_records["metrics"]["num-examples"] = -1
-
-    hostile = FakeClient(spoil, hostile=tuple(range(4)), spoil_rounds=(3, 4, 5))
+    hostile = FakeClient(BAD, hostile=tuple(range(4)), spoil_rounds=(3, 4, 5))
     recorder = Recorder()
     strategy = make_strategy(name, recorder)
     stopped = r"stopped after 3 failed rounds in a row.*0 valid replies"
@@ -123,10 +125,7 @@ def test_bad_replies_for_three_rounds_stop_the_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_run_goes_on_after_failed_rounds(name: str) -> None:
-    def spoil(reply: Message) -> None:
-        reply.content.metric_records["metrics"]["num-examples"] = -1
-
-    hostile = FakeClient(spoil, hostile=tuple(range(4)), spoil_rounds=(1, 2, 4, 5))
+    hostile = FakeClient(BAD, hostile=tuple(range(4)), spoil_rounds=(1, 2, 4, 5))
     outcome = run_federation(name, hostile, 4, rounds=6, max_failed_rounds=3)
     failed = [r.server_round for r in outcome.reports if "round-failed" in r.metrics]
     assert failed == [1, 2, 4, 5]
@@ -226,3 +225,38 @@ def test_an_implausible_cluster_is_held_back_alone() -> None:
     weights = {row.client: row.weight for row in recorder.reports[1].clients}
     assert weights[1] == weights[3] == 0
     assert weights[0] + weights[2] == pytest.approx(1)
+
+
+class CountingGrid(InProcessGrid):
+    """Notes of every exchange its kind, its messages and its different models."""
+
+    def __init__(self) -> None:
+        super().__init__(FakeClient(), MANY)
+        self.exchanges: list[tuple[str, int, int]] = []
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        messages = list(messages)
+        models = {id(message.content["arrays"]) for message in messages}
+        kind = messages[0].metadata.message_type
+        self.exchanges.append((kind, len(messages), len(models)))
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations"),
+    [
+        ("fedavg", [(MANY, 1)]),
+        ("ifca", [(MANY, 1)]),
+        ("fesem", [(MANY, 2)]),
+        ("fedbn", [(MODELS_IN_FLIGHT, MODELS_IN_FLIGHT)] * 2 + [(3, 3)]),
+    ],
+)
+def test_few_models_are_out_at_a_time(name: str, evaluations: list[tuple[int, int]]) -> None:
+    """Clients with models of their own are evaluated in parts; equal models are encoded once."""
+    grid = CountingGrid()
+    outcome = run_federation(name, FakeClient(), MANY, rounds=1, grid=grid, fraction_evaluate=1)
+    seen = [(messages, models) for kind, messages, models in grid.exchanges if kind == "evaluate"]
+    assert seen == evaluations
+    assert outcome.reports[1].metrics["evaluate-replies-valid"] == MANY

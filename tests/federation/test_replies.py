@@ -188,10 +188,15 @@ def good_content(**metrics: Any) -> RecordDict:
 
 
 def test_good_reply() -> None:
-    good, bad = judged(good_content(losses=[1.0, 2.0]))
-    (reply,) = good
-    assert (reply.client, reply.node, reply.num_examples) == (0, 11, 5)
+    content = good_content(losses=[1.0, 2.0])
+    two = {key: torch.tensor([1.0, 2.0]) for key in protocol.STATISTICS_KEYS}
+    content["normalization"] = protocol.record_from_state(two)
+    content["client"] = ConfigRecord({"server-round": 4, "partition-id": 8})
+    (reply,), bad = judged(content)
+    assert (reply.client, reply.node, reply.partition, reply.num_examples) == (0, 11, 8, 5)
     assert reply.metrics == {"loss": 0.5}
+    assert reply.lists == {"losses": [1.0, 2.0]}
+    assert reply.statistics.std.tolist() == [1.0, 2.0]
     assert_identical(reply.state, honest_state(tiny_model().state_dict(), 0))
     assert bad[12].dropped == "missing"
     assert bad[12].client == 1
@@ -240,13 +245,3 @@ def test_only_model_under_another_name_is_taken() -> None:
     content["model"] = content.array_records["arrays"]
     del content["arrays"]
     assert judged(content)[0]
-
-
-def test_statistics_of_the_reply() -> None:
-    content = good_content()
-    two = {key: torch.tensor([1.0, 2.0]) for key in protocol.STATISTICS_KEYS}
-    content["normalization"] = protocol.record_from_state(two)
-    content["client"] = ConfigRecord({"server-round": 4, "partition-id": 8})
-    (reply,), _ = judged(content)
-    assert reply.statistics.std.tolist() == [1.0, 2.0]
-    assert reply.partition == 8

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from fedfusion_flwr.fusion import ServedAverage, ServerStep
+from fedfusion_flwr.tracking.snapshot import capture, rebuild
 from tests.fusion.tensors import f64, layer, values
 
 # --- ServerStep -----------------------------------------------------------------------------------
@@ -54,27 +54,56 @@ def test_step_leaves_both_models_alone_and_keeps_the_type() -> None:
 # --- ServedAverage --------------------------------------------------------------------------------
 
 
-def test_average_of_two_models_weighs_them_one_to_two() -> None:
-    """d = 1/2: weights d (1 - d) / (1 - d^2) = 1/3 and 2/3; 3 and 9 give 7.
+def test_average_of_two_models_weighs_them_two_to_nine() -> None:
+    """The second model's decay is 2/11, less than d: 0 and 11 give 9.
 
-    Means 0 and 3 with variances 1 and 4: mean 2; E[x^2] = (1 + 0) / 3 + 2 (4 + 9) / 3 = 9; var 5.
+    Means 0 and 11 with variances 1 and 4: mean 9; E[x^2] = (2 (1 + 0) + 9 (4 + 121)) / 11 =
+    1127/11; variance 1127/11 - 81 = 236/11.
     """
     average = ServedAverage(0.5)
-    assert values(average.update(layer(3.0, 0.0, 1.0, 5))) == values(layer(3.0, 0.0, 1.0, 5))
-    served = values(average.update(layer(9.0, 3.0, 4.0, 6)))
-    assert served == pytest.approx(values(layer(7.0, 2.0, 5.0, 6)))
+    assert values(average.update(layer(0.0, 0.0, 1.0, 5))) == values(layer(0.0, 0.0, 1.0, 5))
+    served = values(average.update(layer(11.0, 11.0, 4.0, 6)))
+    assert served == pytest.approx(values(layer(9.0, 9.0, 236 / 11, 6)))
 
 
-def test_average_follows_its_weights_over_many_models() -> None:
-    """After t models, model i counts d^(t-i) (1 - d) / (1 - d^t)."""
-    decay, models = 0.8, [1.0, -2.0, 5.0, 0.0, 7.0]
+@pytest.mark.parametrize(
+    ("decay", "models", "path"),
+    [
+        # Decays 2/11 and 3/12: weights 2/11 9/11, then 1/22 9/44 3/4.
+        (0.8, [22.0, 44.0, 4.0], [22, 40, 13]),
+        # From the third model on d is the smaller: weights 2/55 9/55 4/5.
+        (0.2, [55.0, 55.0, 5.0], [55, 55, 15]),
+        (0.2, [55.0, 110.0, 5.0], [55, 100, 24]),
+    ],
+)
+def test_warm_up_weights_by_hand(decay: float, models: list[float], path: list[float]) -> None:
     average = ServedAverage(decay)
-    for value in models:
-        served = average.update({"w": f64(value)})
-    t = len(models)
-    shares = [decay ** (t - i) * (1 - decay) / (1 - decay**t) for i in range(1, t + 1)]
-    assert sum(shares) == pytest.approx(1)
-    assert served["w"].item() == pytest.approx(np.dot(shares, models), rel=1e-12)
+    served = [average.update({"w": f64(value)})["w"].item() for value in models]
+    assert served == pytest.approx(path, rel=1e-12)
+
+
+def test_decay_is_whole_from_the_36th_model_on() -> None:
+    """(1 + 35) / (10 + 35) = 0.8: before, a unit step counts for more than 1 - d; then for 1 - d.
+
+    Impulse: all models are 0 but the newest.
+    """
+    for before, expected in ((1, 9 / 11), (8, 0.5), (35, 0.2), (99, 0.2)):
+        average = ServedAverage(0.8)
+        for _ in range(before):
+            average.update({"w": f64(0.0)})
+        assert average.update({"w": f64(1.0)})["w"].item() == pytest.approx(expected)
+
+
+def test_an_average_goes_on_where_it_was_interrupted() -> None:
+    """Its count is part of its state: without it the decay would warm up again."""
+    whole, first = ServedAverage(0.8), ServedAverage(0.8)
+    models = [{"w": f64(value)} for value in (1.0, -2.0, 5.0, 0.0, 7.0)]
+    for model in models[:3]:
+        whole.update(model)
+        first.update(model)
+    second = rebuild(capture(first), ServedAverage(0.8))
+    for model in models[3:]:
+        assert values(whole.update(model)) == values(second.update(model))
 
 
 def test_no_decay_serves_the_newest_model() -> None:

@@ -207,10 +207,10 @@ def test_model_without_normalization_is_refused_with_the_remedy() -> None:
 
 
 def test_served_model_is_the_average_and_training_goes_on_from_the_newest() -> None:
-    """Decay 1/2 after two rounds serves (w_1 + 2 w_2) / 3; the third round starts from w_2."""
+    """After two rounds (2 w_1 + 9 w_2) / 11 is served; the second round started from w_1."""
     plain = [run_federation("fedavg", FakeClient(), 4, rounds=n).state for n in (1, 2)]
     served = run_federation("fedavg", FakeClient(), 4, rounds=2, average_decay=0.5)
-    expected = fuse_state_dicts(plain, torch.tensor([1 / 3, 2 / 3]))
+    expected = fuse_state_dicts(plain, torch.tensor([2 / 11, 9 / 11]))
     for key, value in expected.items():
         torch.testing.assert_close(served.state[key], value)
     assert_identical(served.strategy.current, plain[0])

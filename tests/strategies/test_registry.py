@@ -169,10 +169,17 @@ def test_settings_are_logged_at_the_start(name: str, caplog: pytest.LogCaptureFi
     assert own.get(name, "Served model: average decay") in caplog.text
 
 
-def test_published_forms_take_no_server_momentum() -> None:
-    """Only FedFusion and its control FedAvgM step with momentum and serve an average."""
-    with_step = {name for name, cls in registry().items() if "server_momentum" in keys_of(cls)}
-    assert with_step == {"fedfusion", "fedavgm"}
-    cycled = built("fedcluster-cycling").progress
-    assert cycled.step.is_identity
-    assert cycled.average.decay == 0
+@pytest.mark.parametrize("name", registry())
+def test_published_forms_have_no_server_momentum_unless_it_is_set(name: str) -> None:
+    """By default only FedFusion and its control FedAvgM step with momentum and serve an average."""
+    progress = built(name).progress
+    stepped = name in ("fedfusion", "fedavgm")
+    assert (progress.step.momentum, progress.average.decay) == ((0.5, 0.8) if stepped else (0, 0))
+    assert progress.step.is_identity is not stepped
+    cls = registry()[name]
+    assert ("average_decay" in keys_of(cls)) is cls.single_model
+    if cls.single_model:
+        progress = built(name, server_momentum=0.5, average_decay=0.8).progress
+        assert (progress.step.momentum, progress.average.decay) == (0.5, 0.8)
+        progress = built(name, server_momentum=0.0, average_decay=0.0).progress
+        assert (progress.step.momentum, progress.average.decay) == (0, 0)

@@ -33,9 +33,8 @@ from fedfusion_flwr.config import MatchingWidth
 from fedfusion_flwr.config_rules import above, at_least, checked, choice
 from fedfusion_flwr.errors import FedFusionError
 from fedfusion_flwr.federation.bookkeeping import Timer
-from fedfusion_flwr.federation.conversation import Exchange, Setting
 from fedfusion_flwr.federation.replies import BadReply, ClientReply
-from fedfusion_flwr.federation.round import KeepOldModel, State, Update
+from fedfusion_flwr.federation.round import Exchange, KeepOldModel, Setting, State, Update
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion.threads import one_thread
 from fedfusion_flwr.randomness import numpy_generator
