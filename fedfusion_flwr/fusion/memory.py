@@ -3,9 +3,9 @@
 
 Raw statistics of different rounds cannot be compared, because the global model drifts: a client's
 statistics are the round's level plus the client's own deviation and noise,
-d_kt = level_t + v_k + e_kt. The level is
-the example-weighted mean of the cohort. Where one component happens to be frequent in a cohort that
-mean is shifted, so the known deviations of its clients are subtracted first.
+d_kt = level_t + v_k + e_kt. The level is the example-weighted mean of the cohort. Where one component
+happens to be frequent in a cohort that mean is shifted, so the known deviations of its clients are
+subtracted first.
 """
 
 from __future__ import annotations
@@ -107,8 +107,9 @@ class StatisticsMemory:
             memory.rounds = min(seen + 1, MOST_ROUNDS)
             memory.num_examples = num_examples[client]
             memory.last_round = server_round
-        if len(residuals) > 1:
-            # An error of the level is common to the cohort, and no noise of its clients.
+        if len(residuals) >= FULL_COHORT:
+            # An error of the level is common to the cohort, and no noise of its clients; that of a
+            # small cohort is too large to be told from noise.
             new = torch.stack(residuals)
             new = (new - new.mean(0)) * (len(new) / (len(new) - 1)) ** 0.5
             kept = [] if self.residuals is None else [self.residuals]
