@@ -2,10 +2,9 @@
 """What the server remembers of every client ever seen.
 
 Raw statistics of different rounds cannot be compared, because the global model drifts: a client's
-statistics are the round's level plus the client's own deviation and noise,
-d_kt = level_t + v_k + e_kt. The level is the example-weighted mean of the cohort. Where one component
-happens to be frequent in a cohort that mean is shifted, so the known deviations of its clients are
-subtracted first.
+statistics are the round's level plus its own deviation and noise, d_kt = level_t + v_k + e_kt. The
+level is the example-weighted mean of the cohort. Where one component happens to be frequent in a
+cohort that mean is shifted, so the known deviations of its clients are subtracted first.
 """
 
 from __future__ import annotations
