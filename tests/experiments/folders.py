@@ -17,7 +17,7 @@ from fedfusion_flwr.experiments.centralized import train_centralized
 from fedfusion_flwr.experiments.compare import Comparison
 from fedfusion_flwr.experiments.federated import run_cell
 from fedfusion_flwr.experiments.jobs import Job
-from fedfusion_flwr.experiments.suite_file import parse_suite
+from fedfusion_flwr.experiments.suite import parse_suite
 from fedfusion_flwr.experiments.work import Machine
 
 Row = dict[str, Any]

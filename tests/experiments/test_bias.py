@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from fedfusion_flwr.experiments.bias import MOST_VALUES, measure_bias, read_bias, thinned
-from fedfusion_flwr.experiments.figures.feature_bias import bias_section, layers_picture
+from fedfusion_flwr.experiments.bias import MOST_VALUES, measure_bias, thinned
+from fedfusion_flwr.experiments.figures.feature_bias import bias_section, layers_picture, read_bias
 from fedfusion_flwr.experiments.results import CENTRALIZED, read_results
 from tests.experiments.folders import (
     REAL_STRATEGIES,

@@ -12,7 +12,7 @@ import pytest
 
 from fedfusion_flwr.cli import main
 from fedfusion_flwr.experiments.rows import Row, files_of, read_rows, write_rows
-from fedfusion_flwr.experiments.suite_file import load_suite
+from fedfusion_flwr.experiments.suite import load_suite
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"

@@ -15,8 +15,7 @@ from fedfusion_flwr.experiments import compare
 from fedfusion_flwr.experiments.compare import Comparison
 from fedfusion_flwr.experiments.jobs import Job, locked
 from fedfusion_flwr.experiments.rows import Row, append_row, read_rows
-from fedfusion_flwr.experiments.suite import SuiteError
-from fedfusion_flwr.experiments.suite_file import parse_suite
+from fedfusion_flwr.experiments.suite import SuiteError, parse_suite
 from fedfusion_flwr.experiments.work import Machine
 
 SUITE = """

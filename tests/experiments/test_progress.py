@@ -6,9 +6,8 @@ from __future__ import annotations
 import pytest
 
 from fedfusion_flwr.experiments.progress import Clock, Timed, shown
-from fedfusion_flwr.experiments.suite import Grid, Tuning
 from fedfusion_flwr.experiments.tuning import candidates, score, winners
-from fedfusion_flwr.experiments.work import Overrides
+from fedfusion_flwr.experiments.work import Grid, Overrides, Tuning
 from tests.experiments.folders import row
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.experiments.results import slug
-from fedfusion_flwr.experiments.suite import SuiteError, with_equal_steps
-from fedfusion_flwr.experiments.suite_file import load_suite, parse_suite
+from fedfusion_flwr.experiments.suite import SuiteError, load_suite, parse_suite, with_equal_steps
 from fedfusion_flwr.strategies import registry
 
 SMALL = """

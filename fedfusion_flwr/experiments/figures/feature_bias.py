@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature bias in pictures: distributions of running statistics, and three measures."""
+"""Feature bias in pictures: read from the rows, three measures and what they are made of."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
-from fedfusion_flwr.experiments.bias import SettingBias, read_bias
+from fedfusion_flwr.experiments.bias import MOST_VALUES
 from fedfusion_flwr.experiments.figures.style import (
     Part,
     Picture,
@@ -22,8 +25,8 @@ from fedfusion_flwr.experiments.figures.style import (
     name_rows,
     plain_log,
 )
-from fedfusion_flwr.experiments.results import CENTRALIZED, Results
-from fedfusion_flwr.experiments.rows import ResultsError
+from fedfusion_flwr.experiments.results import CENTRALIZED, Results, Setting, first_of
+from fedfusion_flwr.experiments.rows import ResultsError, Row
 
 PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
     ("fashion-mnist", "lenet"): {
@@ -41,6 +44,141 @@ _PANELS = {
     "feature-distance": "1 - CKA of features, mean over layers",
     "statistics-gap": "gap of carried statistics to measured ones",
 }
+
+
+# --- from the rows --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SettingBias:
+    """Feature bias in one setting.
+
+    Attributes
+    ----------
+    setting : Setting
+        The setting.
+    strategies : list[str]
+        Those that were measured, in the order of the rows; without the floor.
+    measures : DataFrame
+        ``strategy``, ``run``, ``measure`` and ``value``. ``centralized`` is the floor: pairs of
+        references of one seed that differ in the order of their batches, compared both ways.
+    layers : DataFrame
+        ``strategy``, ``layer`` (from 1) and ``feature-distance``, mean over runs.
+    running : DataFrame
+        ``strategy``, ``statistic``, ``value`` and ``share`` (of the channels below or at it), of
+        the first model of each strategy that has running statistics.
+    """
+
+    setting: Setting
+    strategies: list[str]
+    measures: DataFrame
+    layers: DataFrame
+    running: DataFrame
+
+    def of(self, measure: str, strategy: str) -> list[float]:
+        """A measure of a strategy, a value a run."""
+        found = self.measures
+        wanted = (found["measure"] == measure) & (found["strategy"] == strategy)
+        return [float(value) for value in found.loc[wanted, "value"]]
+
+
+def read_bias(results: Results, setting: Setting, runs: DataFrame) -> tuple[SettingBias, list[str]]:
+    """What the rows of a setting hold of feature bias, and sentences on what cannot be used.
+
+    Runs whose seed has no reference are left out, unless that is so of all runs.
+
+    Raises
+    ------
+    ResultsError
+        If there is nothing to show; the sentence says why.
+    """
+    pooled = results.references_for(setting).assign(strategy=CENTRALIZED, cell="a reference")
+    if pooled.empty:
+        raise ResultsError("no centralized model of this data and model")
+    complaints: list[str] = []
+    floor = [tables for _, tables in _read_all(pooled, complaints)]
+    known, found, foreign = set(pooled["digest"]), [], []
+    for run, tables in _read_all(runs, complaints):
+        if run["references"] and known.issuperset(run["references"]):
+            found.append((run["seed"], tables))
+        else:
+            foreign.append(run["cell"])
+    if foreign:
+        complaints.append(
+            f"{len(foreign)} runs were measured on other centralized models than those of this "
+            f"folder ({first_of(foreign)})"
+        )
+    if not found:
+        raise ResultsError("; ".join(complaints) or "no run was compared with a centralized model")
+    of_seeds = [one for one in found if one[0] in set(pooled["seed"])] or found
+    all_tables = zip(*floor, *(tables for _, tables in of_seeds), strict=True)
+    measures, layers, running = (pd.concat(parts, ignore_index=True) for parts in all_tables)
+    strategies = [name for name in measures["strategy"].unique() if name != CENTRALIZED]
+    measures = measures.dropna(subset="value")
+    measures = measures.assign(run=measures.groupby(["strategy", "measure"]).cumcount())
+    layers = layers.groupby(["strategy", "layer"], sort=False, as_index=False).mean()
+    first = running.groupby("strategy")["model"].transform("min")
+    running = running[running["model"] == first]
+    return SettingBias(setting, strategies, measures, layers, running), complaints
+
+
+def _read_all(frame: DataFrame, complaints: list[str]) -> Iterator[tuple[Row, list[DataFrame]]]:
+    """Each run with tables of its bias; sentences on those that have none that is usable."""
+    for number, run in enumerate(frame.to_dict("records")):
+        bias = run.get("bias")
+        if not isinstance(bias, dict):
+            continue
+        if "missing" in bias:
+            if bias["missing"] not in complaints:
+                complaints.append(bias["missing"])
+            continue
+        try:
+            distances = DataFrame(bias["feature-distances"], dtype=float)
+            tables = [
+                _measures(bias, distances, each=run["strategy"] == CENTRALIZED),
+                distances.set_axis(range(1, distances.shape[1] + 1), axis=1).melt(
+                    var_name="layer", value_name="feature-distance"
+                ),
+                _running(bias).assign(model=number),
+            ]
+            yield (
+                {**run, "references": bias["references"]},
+                [table.assign(strategy=run["strategy"]) for table in tables],
+            )
+        except (KeyError, TypeError, ValueError) as problem:
+            complaints.append(f"the feature bias of {run['cell']} is damaged ({problem})")
+
+
+def _measures(bias: Row, distances: DataFrame, each: bool) -> DataFrame:
+    """``measure`` and ``value``: means over the references, or each pair of models both ways."""
+    forward, backward = (np.array(bias[f"divergence{of}"], dtype=float) for of in ("", "-reversed"))
+    pairs = np.stack([forward, backward], axis=1)
+    values: dict[str, Any] = {
+        "divergence": pairs.ravel() if each else [Series(forward).mean()],
+        "feature-distance": distances.mean(axis=1)
+        if each
+        else [distances.mean(skipna=False).mean()],
+        "statistics-gap": [bias.get("statistics-gap")],
+        "divergence-reversed": pairs[:, ::-1].ravel() if each else [Series(backward).mean()],
+        "share-outside": [bias.get("share-outside")],
+    }
+    lines = [(name, value) for name, of in values.items() for value in of]
+    return DataFrame(lines, columns=["measure", "value"]).astype({"value": float})
+
+
+def _running(bias: Row) -> DataFrame:
+    """``statistic``, ``value`` and ``share``, that of the channels below or at the value."""
+    parts = [DataFrame(columns=["statistic", "value", "share"])]
+    for kind in ("mean", "deviation") if bias.get("running-means") else ():
+        values = np.array(bias[f"running-{kind}s"], dtype=float)
+        shares = np.arange(1, len(values) + 1) / bias["channels"]
+        if bias["channels"] > MOST_VALUES:
+            shares = np.linspace(0, 1, MOST_VALUES)
+        parts.append(DataFrame({"statistic": f"running {kind}", "value": values, "share": shares}))
+    return pd.concat(parts[1:] or parts)
+
+
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def bias_section(results: Results) -> Section:
@@ -66,7 +204,7 @@ def bias_section(results: Results) -> Section:
             section.missing.append(f"{setting}: {problem}.")
             continue
         section.missing += [f"{setting}: {complaint}." for complaint in complaints]
-        part = Part(str(setting), [_measures(found)])
+        part = Part(str(setting), [_measures_picture(found)])
         if not found.running.empty:
             part.pictures.append(_distributions(found))
         if found.layers["layer"].max() > 2:
@@ -102,7 +240,7 @@ def _distributions(found: SettingBias) -> Picture:
     )
 
 
-def _measures(found: SettingBias) -> Picture:
+def _measures_picture(found: SettingBias) -> Picture:
     names, setting = found.strategies, found.setting
     published = PUBLISHED.get((setting.dataset, setting.model), {})
     figure, axes = canvas(3 * (0.65 + 0.24 * len(names)), 3)

@@ -66,7 +66,7 @@ def hyper_parameters_section(results: Results) -> Section:
         "Hyper-parameters",
         "Accuracy in the last round when one key of the config is varied and all others stay.",
     )
-    runs = results.group("hyper-parameters")
+    runs = results.runs[results.runs["group"] == "hyper-parameters"]
     if runs.empty:
         section.missing.append("No cells of a group hyper-parameters.")
         return section
@@ -156,7 +156,7 @@ def ablation_section(results: Results) -> Section:
         "Ablation",
         "What each part earns: runs that differ from one config by what stands at their side.",
     )
-    runs = results.group("ablation")
+    runs = results.runs[results.runs["group"] == "ablation"]
     if runs.empty:
         section.missing.append("No cells of a group ablation.")
         return section
