@@ -67,8 +67,7 @@ def train_centralized(
     x_test, y_test = (part.to(device) for part in central_test_data(parsed))
     everything = np.arange(len(data.y_train))
     kept, _ = local_split(everything, parsed.validation_fraction, parsed.seed, 0)
-    x = data.inputs(data.x_train[everything[kept]]).to(device)
-    y = data.y_train[everything[kept]].to(device)
+    x, y = data.inputs(data.x_train[kept]).to(device), data.y_train[kept].to(device)
     model = place_model(model_for(parsed, data), device)
     epoch = math.ceil(len(y) / parsed.batch_size)
     total = federated_steps(parsed) if steps is None else steps

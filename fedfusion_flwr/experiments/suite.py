@@ -250,7 +250,11 @@ def _grid(group: dict[str, Any], where: str, allowed: set[str] = _GROUP) -> Grid
             raise SuiteError(f"{where}: {axis} must be a list of one or more")
     return Grid(
         str(group.get("name", TUNE)),
-        *(group.get(axis, []) for axis in (*AXES, "seeds")),
+        group.get("strategies", []),
+        group["datasets"],
+        group["models"],
+        group["partitions"],
+        group["seeds"],
         dict(group.get("config", {})),
         float(group.get("seconds", 0)),
         bool(group.get("tuned", True)),

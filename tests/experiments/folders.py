@@ -13,10 +13,8 @@ from unittest import mock
 
 import numpy as np
 
-from fedfusion_flwr.experiments.centralized import train_centralized
 from fedfusion_flwr.experiments.compare import Comparison
-from fedfusion_flwr.experiments.federated import run_cell
-from fedfusion_flwr.experiments.jobs import Job
+from fedfusion_flwr.experiments.jobs import Job, work
 from fedfusion_flwr.experiments.suite import parse_suite
 from fedfusion_flwr.experiments.work import Machine
 
@@ -201,11 +199,9 @@ def write_small_images(path: Path) -> None:
 
 def jobs_here(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Row]]:
     """In place of `run_jobs`: the same work, one after the other in this process."""
-    kinds = {"cell": run_cell, "centralized": train_centralized}
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
-        arguments = dict(job.arguments)
-        yield job, json.loads(json.dumps({"row": kinds[arguments.pop("kind")](**arguments)}))
+        yield job, json.loads(json.dumps({"row": work(**job.arguments)}))
 
 
 def run_suite(folder: Path, images: Path, suite: str = REAL_SUITE) -> Path:

@@ -29,7 +29,7 @@ _MEANING = {
 
 
 def accuracy_section(results: Results) -> Section:
-    """Two tables, and a picture of every setting."""
+    """Two tables of every group, and a picture of every setting."""
     section = Section(
         "accuracy",
         "Accuracy in the last round",
@@ -59,48 +59,41 @@ def accuracy_section(results: Results) -> Section:
 
 def _values(results: Results, setting: Setting, runs: DataFrame) -> DataFrame:
     """``strategy``, ``measure``, ``seed`` and ``accuracy``, in the order of the rows."""
-    pooled = results.references_for(setting).assign(strategy=CENTRALIZED)
+    pooled = results.references_for(setting).assign(strategy=CENTRALIZED, measure="global")
     parts = [
-        part.assign(measure=name, accuracy=part[metric])
-        for part, name, metric in (
-            *((runs, name, metric) for name, metric in MEASURES.items()),
-            (pooled, "global", "accuracy"),
-        )
-        if not part.empty
-    ]
+        runs.assign(measure=name, accuracy=runs[metric]) for name, metric in MEASURES.items()
+    ] + ([] if pooled.empty else [pooled])
     found = pd.concat([part[["strategy", "measure", "seed", "accuracy"]] for part in parts])
     return found.dropna(subset="accuracy").reset_index(drop=True)
 
 
 def _table(values: dict[Setting, DataFrame], name: str) -> Table | None:
-    of = {setting: table[table["measure"] == name] for setting, table in values.items()}
-    everything = pd.concat(
-        [table.assign(**setting._asdict()) for setting, table in of.items()], ignore_index=True
+    together = pd.concat(
+        [
+            table[table["measure"] == name].assign(**setting._asdict())
+            for setting, table in values.items()
+        ],
+        ignore_index=True,
     )
-    if everything.empty:
+    if together.empty:
         return None
-    strategies = dict.fromkeys(s for t in values.values() for s in t["strategy"])
-    # Centralized training, which is global only, stands below the strategies.
-    rows = [s for s in strategies if s != CENTRALIZED]
-    rows += [CENTRALIZED] * (CENTRALIZED in set(everything["strategy"]))
     names = ["dataset", "model", "partition", "group", "strategy"]
-    numbers = (
-        everything.groupby(names, sort=False)["accuracy"]
-        .agg(["mean", "std", "size"])
-        .set_axis(["accuracy-mean", "accuracy-sd", "runs"], axis=1)
-        .reset_index()
-    )
-    cells = {
-        (strategy, Setting(group, *of)): mean_and_spread(mean, spread)
-        for *of, group, strategy, mean, spread, _ in numbers.itertuples(index=False)
-    }
-    shown = [[name, *(cells.get((name, setting), "–") for setting in of)] for name in rows]
+    by = together.groupby(names, sort=False)["accuracy"]
+    numbers = by.agg(**{"accuracy-mean": "mean", "accuracy-sd": "std", "runs": "size"})
+    text = numbers.apply(lambda of: mean_and_spread(of["accuracy-mean"], of["accuracy-sd"]), axis=1)
+    # A column a setting; centralized training, which is global only, stands below the strategies.
+    strategies = pd.concat(values.values())["strategy"].unique()
+    order = [s for s in strategies if s != CENTRALIZED]
+    order += [CENTRALIZED] * (CENTRALIZED in set(together["strategy"]))
+    columns = [(*setting[1:], setting.group) for setting in values]
+    shown = text.unstack(names[:4]).reindex(index=order, columns=columns)
+    shown = shown.astype(object).fillna("–")
     return Table(
-        slug(f"accuracy-table {name} {next(iter(of)).group}"),
+        slug(f"accuracy-table {name} {next(iter(values)).group}"),
         f"{name.capitalize()} accuracy. {_MEANING[name]}.",
-        ["strategy", *(f"{s.dataset}, {s.model}, {s.partition}" for s in of)],
-        shown,
-        numbers,
+        ["strategy", *(f"{s.dataset}, {s.model}, {s.partition}" for s in values)],
+        shown.reset_index().to_numpy().tolist(),
+        numbers.reset_index(),
     )
 
 
@@ -108,14 +101,14 @@ def _picture(setting: Setting, values: DataFrame) -> Picture | None:
     of_runs = values[values["strategy"] != CENTRALIZED]
     if of_runs.empty:
         return None
-    strategies = list(of_runs["strategy"].unique())
-    figure, axes = canvas(0.9 + 0.27 * len(strategies))
-    ax, styles = axes[0, 0], looks(strategies)
+    styles = looks(of_runs["strategy"])
+    figure, axes = canvas(0.9 + 0.27 * len(styles))
+    ax = axes[0, 0]
     for name, hollow, offset in (("global", False, -0.14), ("personalized", True, 0.14)):
         of = of_runs[of_runs["measure"] == name]
-        for row, strategy in enumerate(strategies):
+        for row, (strategy, style) in enumerate(styles.items()):
             accuracies = list(of.loc[of["strategy"] == strategy, "accuracy"])
-            dots(ax, row + offset, accuracies, styles[strategy], hollow=hollow)
+            dots(ax, row + offset, accuracies, style, hollow=hollow)
         if not of.empty:
             # A grey example for the legend: a colour is a strategy, a shape is a measure.
             shape, face = ("D", "white") if hollow else ("o", "0.4")
@@ -125,7 +118,7 @@ def _picture(setting: Setting, values: DataFrame) -> Picture | None:
     if not pooled.empty:
         ax.axvline(pooled.mean(), color="black", linestyle="--", linewidth=1.2, label=CENTRALIZED)
         beside = f" Centralized training reaches {pooled.mean():.3f}."
-    name_rows(ax, strategies)
+    name_rows(ax, list(styles))
     ax.set_xlabel("accuracy in the last round")
     legend_above(figure, ax)
     of_global = of_runs[of_runs["measure"] == "global"]

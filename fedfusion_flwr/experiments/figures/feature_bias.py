@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas import DataFrame, Series
+from pandas import DataFrame
 
 from fedfusion_flwr.experiments.bias import MOST_VALUES
 from fedfusion_flwr.experiments.figures.style import (
@@ -19,6 +20,7 @@ from fedfusion_flwr.experiments.figures.style import (
     bars,
     canvas,
     dots,
+    draw_lines,
     in_words,
     legend_above,
     looks,
@@ -29,15 +31,11 @@ from fedfusion_flwr.experiments.results import CENTRALIZED, Results, Setting, fi
 from fedfusion_flwr.experiments.rows import ResultsError, Row
 
 PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
-    ("fashion-mnist", "lenet"): {
-        "fedfusion": 0.034,
-        "fedma": 0.081,
-        "fedprox": 0.11,
-        "fedavg": 0.13,
-    },
+    ("fashion-mnist", "lenet"): {"fedfusion": 0.034, "fedma": 0.081, "fedprox": 0.11,
+                                 "fedavg": 0.13},
     ("mnist", "lenet"): {"fedfusion": 0.021, "fedma": 0.043, "fedprox": 0.08, "fedavg": 0.09},
     ("cifar10", "resnet18"): {"fedfusion": 0.052, "fedma": 0.26, "fedprox": 0.53, "fedavg": 0.62},
-}
+}  # fmt: skip
 """Divergences that the authors of FedFusion give; their conventions are not known."""
 _PANELS = {
     "divergence": "KL divergence of histograms (nats)",
@@ -152,14 +150,12 @@ def _read_all(frame: DataFrame, complaints: list[str]) -> Iterator[tuple[Row, li
 def _measures(bias: Row, distances: DataFrame, each: bool) -> DataFrame:
     """``measure`` and ``value``: means over the references, or each pair of models both ways."""
     forward, backward = (np.array(bias[f"divergence{of}"], dtype=float) for of in ("", "-reversed"))
-    pairs = np.stack([forward, backward], axis=1)
+    pairs = DataFrame(np.stack([forward, backward], axis=1))
     values: dict[str, Any] = {
-        "divergence": pairs.ravel() if each else [Series(forward).mean()],
-        "feature-distance": distances.mean(axis=1)
-        if each
-        else [distances.mean(skipna=False).mean()],
+        "divergence": pairs.to_numpy().ravel() if each else [pairs[0].mean()],
+        "feature-distance": distances.mean(1) if each else [distances.mean(skipna=False).mean()],
         "statistics-gap": [bias.get("statistics-gap")],
-        "divergence-reversed": pairs[:, ::-1].ravel() if each else [Series(backward).mean()],
+        "divergence-reversed": pairs[[1, 0]].to_numpy().ravel() if each else [pairs[1].mean()],
         "share-outside": [bias.get("share-outside")],
     }
     lines = [(name, value) for name, of in values.items() for value in of]
@@ -216,16 +212,10 @@ def bias_section(results: Results) -> Section:
 def _distributions(found: SettingBias) -> Picture:
     figure, axes = canvas(5.8, 2)
     styles = looks(found.running["strategy"])
-    for ax, (statistic, of) in zip(
-        axes[:, 0], found.running.groupby("statistic", sort=False), strict=True
-    ):
-        for strategy, curve in of.groupby("strategy", sort=False):
-            pooled = strategy == CENTRALIZED
-            look = styles[strategy].curve(len(curve), 5) | {"linewidth": 2.4 if pooled else 1.3}
-            look |= {"linestyle": "-", "marker": None} if pooled else {}
-            ax.step(curve["value"], curve["share"], where="post", label=strategy, **look)
-        ax.set_xlabel(f"{statistic} of a channel")
-        ax.set_ylabel("share of channels below")
+    kinds = found.running.groupby("statistic", sort=False)
+    for ax, (statistic, of) in zip(axes[:, 0], kinds, strict=True):
+        draw_lines(ax, of, "strategy", "value", "share", styles, 5, drawstyle="steps-post")
+        ax.set(xlabel=f"{statistic} of a channel", ylabel="share of channels below")
     legend_above(figure, axes[0, 0])
     return Picture(
         f"bias-distributions-{found.setting.slug}",
@@ -244,38 +234,37 @@ def _measures_picture(found: SettingBias) -> Picture:
     names, setting = found.strategies, found.setting
     published = PUBLISHED.get((setting.dataset, setting.model), {})
     figure, axes = canvas(3 * (0.65 + 0.24 * len(names)), 3)
-    styles = looks(names)
     for ax, (measure, label) in zip(axes[:, 0], _PANELS.items(), strict=True):
         values = [found.of(measure, name) for name in names]
         if measure == "statistics-gap":
             # From a floor of thousandths to one half: no bars, which would have to start at 0.
-            for y, (name, of) in enumerate(zip(names, values, strict=True)):
-                dots(ax, y, of, styles[name])
+            for y, (style, of) in enumerate(zip(looks(names).values(), values, strict=True)):
+                dots(ax, y, of, style)
             name_rows(ax, names)
         else:
             bars(ax, names, values)
-        for y, of in enumerate(values):
-            if not of:
-                _say_that_there_is_none(ax, y)
+        for y in (y for y, of in enumerate(values) if not of):
+            text: Any = {"fontsize": "small", "color": "0.3", "va": "center"}
+            text["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+            ax.text(0.01, y, "no running statistics", transform=ax.get_yaxis_transform(), **text)
         ax.set_xlabel(label)
-        _draw_floor(ax, found.of(measure, CENTRALIZED))
+        if floor := found.of(measure, CENTRALIZED):
+            ax.axvspan(min(floor), max(floor), color="0.6", alpha=0.5, label="floor", zorder=0)
+            ax.axvline(fmean(floor), color="0.3", linestyle=":")
         if measure == "statistics-gap":
             plain_log(ax, "x")
         if measure == "divergence" and published:
             shown = [(published[name], y) for y, name in enumerate(names) if name in published]
-            ax.plot(*zip(*shown, strict=True), "D", color="black", markerfacecolor="white",
-                    markersize=5, label="published")  # fmt: skip
+            diamond = {"color": "black", "markerfacecolor": "white", "markersize": 5}
+            ax.plot(*zip(*shown, strict=True), "D", label="published", **diamond)
     known = DataFrame({"strategy": published.keys(), "value": published.values()})
     known = known.assign(measure="divergence-published", run=0)
     legend_above(figure, axes[0, 0])
-    distances = found.measures[found.measures["measure"] == "feature-distance"]
-    distances = distances[distances["strategy"] != CENTRALIZED]
-    means = in_words(distances.groupby("strategy", sort=False)["value"].mean().items())
+    distances = {name: found.of("feature-distance", name) for name in names}
+    means = in_words((name, fmean(of)) for name, of in distances.items() if of)
     beside = (
         " Diamonds are the figures published by FedFusion's authors, who do not give their bins "
         "nor their smoothing of empty bins: compare orders, not sizes."
-        if published
-        else ""
     )
     return Picture(
         f"bias-{setting.slug}",
@@ -283,10 +272,10 @@ def _measures_picture(found: SettingBias) -> Picture:
         "Bars and marks: mean over runs; lines: least to greatest run; grey: the floor, least to "
         "greatest, of centralized runs. Top: divergence of the histogram of running means and "
         "deviations from the centralized model's, bins of 0.1 on [-2, 2), 0.01 added to each bin's "
-        f"count.{beside} Middle: how differently the two models see the same test examples, 0 "
-        "alike up to rotation. Bottom: how far the statistics that the model carries are from "
-        "those of its own features on the test examples, from 0 to 1 (logarithmic); here the floor "
-        "is that of a centralized model itself.",
+        f"count.{beside if published else ''} Middle: how differently the two models see the same "
+        "test examples, 0 alike up to rotation. Bottom: how far the statistics that the model "
+        "carries are from those of its own features on the test examples, from 0 to 1 "
+        "(logarithmic); here the floor is that of a centralized model itself.",
         f"Bar charts of three measures by strategy. Feature distance: {means}.",
         figure,
         pd.concat([found.measures, known])[["measure", "strategy", "run", "value"]],
@@ -295,15 +284,13 @@ def _measures_picture(found: SettingBias) -> Picture:
 
 def layers_picture(found: SettingBias) -> Picture:
     """The feature distance of every layer, mean over runs."""
+    floor, styles = f"{CENTRALIZED} (floor)", looks([CENTRALIZED, *found.strategies])
+    named = found.layers.replace({"strategy": {CENTRALIZED: floor}})
     figure, axes = canvas(3.2)
     ax = axes[0, 0]
-    styles = looks([CENTRALIZED, *found.strategies])
-    for name, layers in found.layers.groupby("strategy", sort=False):
-        look = styles[str(name)].curve(len(layers)) | {"linewidth": 1.4}
-        label = f"{CENTRALIZED} (floor)" if name == CENTRALIZED else name
-        ax.plot(layers["layer"], layers["feature-distance"], label=label, **look)
-    ax.set_xlabel("normalization layer, as the model lists them")
-    ax.set_ylabel("1 - CKA of its input")
+    styles[floor] = styles[CENTRALIZED]
+    draw_lines(ax, named, "strategy", "layer", "feature-distance", styles)
+    ax.set(xlabel="normalization layer, as the model lists them", ylabel="1 - CKA of its input")
     legend_above(figure, ax)
     return Picture(
         f"bias-layers-{found.setting.slug}",
@@ -314,15 +301,3 @@ def layers_picture(found: SettingBias) -> Picture:
         figure,
         found.layers,
     )
-
-
-def _say_that_there_is_none(ax: Any, y: int) -> None:
-    place = {"va": "center", "transform": ax.get_yaxis_transform()}
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-    ax.text(0.01, y, "no running statistics", fontsize="small", color="0.3", bbox=box, **place)
-
-
-def _draw_floor(ax: Any, values: list[float]) -> None:
-    if values:
-        ax.axvspan(min(values), max(values), color="0.6", alpha=0.5, label="floor", zorder=0)
-        ax.axvline(sum(values) / len(values), color="0.3", linestyle=":")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -37,11 +38,9 @@ def usual_config(configs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     If configs differ from one in one key each, and at least three keys are varied, this is it.
     """
-    columns: dict[str, Counter[Any]] = {}
-    for config in configs:
-        for key, value in config.items():
-            columns.setdefault(key, Counter())[value] += 1
-    return {key: counts.most_common(1)[0][0] for key, counts in columns.items()}
+    items = Counter(item for config in configs for item in config.items())
+    # Of one key the most frequent value comes last, and of equally frequent ones the first.
+    return dict(item for item, _ in reversed(items.most_common()))
 
 
 def differences(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,32 +108,31 @@ def _sweeps(runs: DataFrame) -> tuple[dict[str, DataFrame], list[str]]:
 
 
 def _sweep_picture(family: tuple[str, str, str], key: str, sweep: DataFrame) -> Picture:
-    sweep = sweep.dropna(subset="accuracy")
+    sweep = sweep.dropna(subset="accuracy").astype({"accuracy": float})
     values = sorted(set(sweep["value"]))
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     place = {v: float(v) if numeric else float(i) for i, v in enumerate(values)}
+    order = {strategy: i for i, strategy in enumerate(sweep["strategy"].unique())}
+    sweep = sweep.assign(x=sweep["value"].map(place), row=sweep["strategy"].map(order))
+    sweep = sweep.sort_values(["row", "x"], kind="stable")
     figure, axes = canvas(3.0)
     ax, styles = axes[0, 0], looks(sweep["strategy"])
-    ordered, changes = [], []
+    changes = []
     for strategy, of in sweep.groupby("strategy", sort=False):
-        of = of.sort_values("value", kind="stable", key=lambda column: column.map(place))
-        ordered.append(of)
-        by = of.astype({"accuracy": float}).groupby("value", sort=False)["accuracy"]
+        by, style = of.groupby("x")["accuracy"], styles[strategy]
         mean = by.mean()
-        style = styles[strategy]
         if len(mean) == 1:
             ax.axhline(mean.iat[0], color=style.color, linestyle=style.line, linewidth=1.2)
-        x, ends = [place[v] for v in mean.index], [mean - by.min(), by.max() - mean]
         look = style.curve(1) | {"markersize": 6, "capsize": 3}
-        ax.errorbar(x, mean, ends, label=strategy, **look)
+        ends = [mean - by.min(), by.max() - mean]
+        ax.errorbar(mean.index, mean, ends, label=strategy, **look)
         changes.append((strategy, mean.max() - mean.min()))
-    if numeric and min(place.values()) > 0:
-        if max(place.values()) >= _LOG_FROM * min(place.values()):
+    if numeric and min(values) > 0:
+        if max(values) >= _LOG_FROM * min(values):
             ax.set_xscale("log")
         ax.minorticks_off()
     ax.set_xticks(list(place.values()), [f"{v:g}" if numeric else str(v) for v in values])
-    ax.set_xlabel(key)
-    ax.set_ylabel("accuracy in the last round")
+    ax.set(xlabel=key, ylabel="accuracy in the last round")
     legend_above(figure, ax)
     named = ", ".join(family)
     return Picture(
@@ -145,7 +143,7 @@ def _sweep_picture(family: tuple[str, str, str], key: str, sweep: DataFrame) -> 
         f"changes by: {in_words(changes)}.",
         f"Line chart of accuracy by {key}. Range of the mean: {in_words(changes)}.",
         figure,
-        pd.concat(ordered).rename(columns={"value": key}),
+        sweep[["strategy", "value", "seed", "accuracy"]].rename(columns={"value": key}),
     )
 
 
@@ -177,31 +175,30 @@ def _ablation_picture(title: str, runs: DataFrame) -> Picture:
         for label, config in zip(runs["strategy"], runs["config"], strict=True)
     ]
     runs = runs.assign(variant=variants)
-    order = list(runs["variant"].unique())
     # What all others are compared with stands on top: the first strategy, nothing changed.
-    first = min(order, key=lambda name: name != runs["strategy"].iat[0])
-    order = [first, *(name for name in order if name != first)]
+    first = min(variants, key=lambda name: name != runs["strategy"].iat[0])
+    order = list(dict.fromkeys([first, *variants]))
     labels = [textwrap.fill(name, _LABEL, break_on_hyphens=False) for name in order]
     lines = 1 + max(label.count("\n") for label in labels)
     figure, axes = canvas(0.7 + (0.2 + 0.16 * lines) * len(order))
     ax, styles = axes[0, 0], looks(runs["algorithm"])
-    by = runs.groupby("variant", sort=False)
-    means = by[_ACCURACY].mean().loc[order].dropna()
-    for row, name in enumerate(order):
-        if name not in means:
-            continue
-        of, mean = by.get_group(name), means[name]
-        algorithm = of["algorithm"].iat[0]
+    above: Any = {"textcoords": "offset points", "ha": "center", "fontsize": "small"}
+    by = {name: runs[runs["variant"] == name] for name in order}
+    means = {}
+    for row, (name, of) in enumerate(by.items()):
         accuracies = list(of[_ACCURACY].dropna())
+        if not accuracies:
+            continue
+        algorithm, mean = of["algorithm"].iat[0], fmean(accuracies)
+        means[name] = mean
         dots(ax, row, accuracies, styles[algorithm], hollow=algorithm != "fedfusion")
-        above: Any = {"textcoords": "offset points", "ha": "center", "fontsize": "small"}
         ax.annotate(f"{mean:.3f}", (mean, row), (0, 6), **above)
         if name == first:
             ax.axvline(mean, color="black", linestyle=":", linewidth=1)
     name_rows(ax, labels)
     ax.margins(x=0.12)
     ax.set_xlabel("accuracy in the last round")
-    numbers = pd.concat([by.get_group(name) for name in order])
+    numbers = pd.concat(by.values())
     return Picture(
         f"ablation-{slug(title)}",
         f"Ablation: {title}",
