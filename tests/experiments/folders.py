@@ -31,19 +31,13 @@ ABOUT = {
 }
 
 
-def metrics(accuracies: list[float], personalized: float | None = None) -> list[Row]:
+def metrics(accuracies: Sequence[float | None], personalized: float | None = None) -> list[Row]:
     """Rounds 0, 1, ... of which each but the first sends 3 kB, receives 1 kB and takes 7 steps."""
-    rows: list[Row] = [{"round": 0, "global-accuracy": accuracies[0], "global-loss": 2.0}]
-    rows += [
-        {
-            "round": number,
-            "global-accuracy": accuracy,
-            "global-loss": 2.0 / (number + 1),
-            "bytes-down": 3000.0,
-            "bytes-up": 1000.0,
-            "client-steps": 7.0,
-        }
-        for number, accuracy in enumerate(accuracies[1:], 1)
+    costs = {"bytes-down": 3000.0, "bytes-up": 1000.0, "client-steps": 7.0}
+    rows: list[Row] = [
+        {"round": n, "global-accuracy": accuracy, "global-loss": 2.0 / (n + 1)}
+        | (costs if n else {})
+        for n, a in enumerate(accuracies)
     ]
     if personalized is not None:
         rows[-1]["personalized-accuracy"] = personalized
@@ -60,8 +54,8 @@ def cell(
     **config: Any,
 ) -> Row:
     """A line of ``cells.jsonl``; keys of the config with underscores."""
-    told = {key.replace("_", "-"): value for key, value in config.items()}
-    varied = "-".join(f"{key}-{value}" for key, value in told.items())
+    config = {key.replace("_", "-"): value for key, value in config.items()}
+    varied = "-".join(f"{key}-{value}" for key, value in config.items())
     return {
         "cell": f"{group}-{strategy}-{partition}-{varied}-{seed}",
         "strategy": strategy,
@@ -70,32 +64,10 @@ def cell(
         "partition": partition,
         "seed": seed,
         "group": group,
-        "config": {"strategy": strategy, "seed": seed, **told},
+        "config": {"strategy": strategy, "seed": seed, **config},
         "metrics": rows,
         **ABOUT,
     }
-
-
-def row(
-    strategy: str,
-    seed: int,
-    accuracies: Sequence[float | None],
-    *,
-    partition: str = "iid",
-    group: str = "main",
-    personalized: float | None = None,
-    **more: Any,
-) -> Row:
-    """A run whose rounds after 0 move 100 bytes down, 50 up, and take 10 gradient steps each."""
-    rounds: list[Row] = []
-    for number, accuracy in enumerate(accuracies):
-        rounds.append({"round": number, "global-accuracy": accuracy, "global-loss": 2.0 - number})
-        if number:
-            rounds[-1] |= {"bytes-down": 100.0, "bytes-up": 50.0, "client-steps": 10.0}
-    if personalized is not None:
-        rounds[-1]["personalized-accuracy"] = personalized
-    made = cell(strategy, seed, rounds, group=group, partition=partition)
-    return {**made, "dataset": "digits", "seconds": 4.0, **more}
 
 
 def reference(seed: int, batch_seed: int, accuracy: list[float], **config: Any) -> Row:
@@ -143,9 +115,6 @@ def read_csv(folder: Path, name: str) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
-
-LARGE = ("runs", "models")
-"""Folders of a suite that git ignores."""
 
 # --- a suite that was run -------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ tuned = false
 groups = ["main"]
 seeds = [0]
 """
+CHANGED = SUITE.replace("[[groups]]", "[strategies.fedbn]\nmomentum = 0.5\n\n[[groups]]", 1)
 
 
 class Pretended:
@@ -139,20 +140,15 @@ def test_everything_once_and_the_tuning_first(run: Any, tmp_path: Path) -> None:
     assert list(comparison.tuning_table()["chosen"]) == [False, True]
 
 
-def test_rows_say_where_they_stand(run: Any, tmp_path: Path) -> None:
+def test_rows_say_where_they_stand_and_little_stays_of_runs(run: Any, tmp_path: Path) -> None:
     run()
     row = read_rows(tmp_path / "cells.jsonl")[0]
-    assert list(row)[:8] == [
-        *("cell", "strategy", "dataset", "model", "partition", "seed", "group", "config")
-    ]
+    factors = ("cell", "strategy", "dataset", "model", "partition", "seed", "group", "config")
+    assert tuple(row)[:8] == factors
     # What belongs to this machine is in no row.
     assert {"output-dir", "data-root"}.isdisjoint(row["config"])
-
-
-def test_only_what_the_suite_keeps_stays_of_a_run(run: Any, tmp_path: Path) -> None:
-    run()
-    kept = [path.name for path in (tmp_path / "runs" / MAIN[0]).iterdir()]
-    assert kept == ["config.json"]
+    # Only what the suite keeps.
+    assert [path.name for path in (tmp_path / "runs" / MAIN[0]).iterdir()] == ["config.json"]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(MAIN + OTHER)
 
 
@@ -181,8 +177,7 @@ def test_only_changed_cells_run_again(
     run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run()
-    changed = SUITE.replace("[[groups]]", "[strategies.fedbn]\nmomentum = 0.5\n\n[[groups]]", 1)
-    _, again, _ = run(changed)
+    _, again, _ = run(CHANGED)
     assert again.done == MAIN[2:]
     assert "2 rows of cells.jsonl are not of this suite any more" in capsys.readouterr().out
     assert cells(tmp_path, "outdated.jsonl") == MAIN[2:]
@@ -300,8 +295,7 @@ def test_rows_may_lie_in_several_files(run: Any, tmp_path: Path) -> None:
     comparison, again, _ = run()
     assert again.done == []
     assert comparison.rows() == rows
-    changed = SUITE.replace("[[groups]]", "[strategies.fedbn]\nmomentum = 0.5\n\n[[groups]]", 1)
-    _, again, _ = run(changed)
+    _, again, _ = run(CHANGED)
     assert again.done == cells(tmp_path) == cells(tmp_path, "outdated.jsonl") == MAIN[2:]
 
 
@@ -314,14 +308,11 @@ def test_data_root_goes_to_the_job_and_not_into_the_row(tmp_path: Path) -> None:
 
 
 def test_one_comparison_in_a_folder(tmp_path: Path) -> None:
-    with (
-        locked(tmp_path),
-        pytest.raises(FedFusionError, match="another comparison"),
-        locked(tmp_path),
-    ):
-        pass
-    with locked(tmp_path):
-        pass
+    for _ in range(2):
+        with locked(tmp_path):
+            refused = pytest.raises(FedFusionError, match="another comparison")
+            with refused, locked(tmp_path):
+                pass
 
 
 def test_rows_are_read_back(tmp_path: Path) -> None:

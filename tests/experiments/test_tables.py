@@ -15,9 +15,22 @@ from pandas import DataFrame
 from fedfusion_flwr.experiments import tables
 from fedfusion_flwr.experiments.results import runs_table
 from fedfusion_flwr.experiments.tables import main_table, markdown, records, write_tables
-from tests.experiments.folders import row
+from tests.experiments.folders import cell, metrics
 
-SETTING = {"group": "main", "dataset": "digits", "model": "lenet", "partition": "iid"}
+
+def row(
+    strategy: str,
+    seed: int,
+    accuracies: list[float | None],
+    personalized: float | None = None,
+    partition: str = "iid",
+    group: str = "main",
+) -> dict[str, Any]:
+    rounds = metrics(accuracies, personalized)
+    return cell(strategy, seed, rounds, partition=partition, group=group)
+
+
+SETTING = {"group": "main", "dataset": "mnist-5k", "model": "lenet", "partition": "iid"}
 TWO_SETTINGS = [
     row("fedfusion", 0, [0.1, 0.5, 0.8], personalized=0.9),
     row("fedfusion", 1, [0.1, 0.7, 0.6], personalized=0.7),
@@ -47,7 +60,7 @@ def test_accuracy_is_the_last_rounds_with_its_spread() -> None:
     assert record["global-accuracy"] == pytest.approx(0.7)
     assert record["global-accuracy-spread"] == pytest.approx(0.2 / math.sqrt(2))
     assert record["personalized-accuracy"] == pytest.approx(0.8)
-    assert record["global-loss"] == 0.0
+    assert record["global-loss"] == pytest.approx(2 / 3)
 
 
 def test_one_seed_claims_no_spread() -> None:
@@ -124,15 +137,15 @@ def test_cost_of_reaching_the_target() -> None:
     assert record["target"] == pytest.approx(0.63)
     assert (record["reached"], record["seeds"]) == (2, 2)
     assert record["rounds"] == 1.5
-    assert record["bytes"] == 225.0
-    assert record["client-steps"] == 15.0
+    assert record["bytes"] == 6000.0
+    assert record["client-steps"] == 10.5
     never = only(found, strategy="fedavg", partition="iid")
     assert (never["reached"], never["rounds"], never["bytes"]) == (0, None, None)
 
 
 def test_costs_of_whole_runs() -> None:
     record = only(made("costs", TWO_SETTINGS), strategy="fedavg", partition="iid")
-    wanted = {"rounds": 2.0, "client-steps": 20.0, "bytes": 300.0, "seconds": 4.0}
+    wanted = {"rounds": 2.0, "client-steps": 14.0, "bytes": 8000.0, "seconds": 1.5}
     assert record == {
         **SETTING,
         "strategy": "fedavg",
