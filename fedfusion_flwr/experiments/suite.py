@@ -110,8 +110,10 @@ class Suite:
         for dataset, model, partition, strategy, seed in itertools.product(
             grid.datasets, grid.models, grid.partitions, grid.strategies, grid.seeds
         ):
-            names = {"dataset": dataset, "model": model, "partition": partition}
-            config = {**self._config(grid, names, strategy, tuned), "seed": seed}
+            config = {
+                **self._config(grid, dataset, model, partition, strategy, tuned),
+                "seed": seed,
+            }
             try:
                 config = with_equal_steps(config) if strategy else config
             except FedFusionError as problem:
@@ -133,14 +135,16 @@ class Suite:
     def _config(
         self,
         grid: Grid,
-        names: Mapping[str, str],
+        dataset: str,
+        model: str,
+        partition: str,
         strategy: str,
         tuned: Mapping[str, Overrides],
     ) -> Overrides:
         """What all these names stand for; of two that set a key the later counts."""
         layers = [self.common, grid.config]
-        for key, name in names.items():
-            layers.append({key: name, **self.tables[f"{key}s"].get(name, {})})
+        for key, name in {"dataset": dataset, "model": model, "partition": partition}.items():
+            layers += [{key: name}, self.tables[f"{key}s"].get(name, {})]
         if strategy:
             root, *variants = self._line(strategy)
             own = self.tables["strategies"]
@@ -248,17 +252,9 @@ def _grid(group: dict[str, Any], where: str, allowed: set[str] = _GROUP) -> Grid
     for axis in (*(set(AXES) & allowed), "seeds"):
         if not isinstance(group.get(axis), list) or not group[axis]:
             raise SuiteError(f"{where}: {axis} must be a list of one or more")
-    return Grid(
-        str(group.get("name", TUNE)),
-        group.get("strategies", []),
-        group["datasets"],
-        group["models"],
-        group["partitions"],
-        group["seeds"],
-        dict(group.get("config", {})),
-        float(group.get("seconds", 0)),
-        bool(group.get("tuned", True)),
-    )
+    own = {key: group[key] for key in group.keys() & Grid.__dataclass_fields__.keys()}
+    seconds = float(group.get("seconds", 0))
+    return Grid(**{"name": TUNE, "strategies": [], **own, "seconds": seconds})
 
 
 def _tuning(table: dict[str, Any], where: str) -> Tuning:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Grid:
     models: Sequence[str]
     partitions: Sequence[str]
     seeds: Sequence[int]
-    config: Overrides
+    config: Overrides = field(default_factory=dict)
     seconds: float = 0.0
     tuned: bool = True
 
