@@ -35,8 +35,7 @@ def metrics(accuracies: Sequence[float | None], personalized: float | None = Non
     """Rounds 0, 1, ... of which each but the first sends 3 kB, receives 1 kB and takes 7 steps."""
     costs = {"bytes-down": 3000.0, "bytes-up": 1000.0, "client-steps": 7.0}
     rows: list[Row] = [
-        {"round": n, "global-accuracy": accuracy, "global-loss": 2.0 / (n + 1)}
-        | (costs if n else {})
+        {"round": n, "global-accuracy": a, "global-loss": 2.0 / (n + 1)} | (costs if n else {})
         for n, a in enumerate(accuracies)
     ]
     if personalized is not None:

@@ -214,7 +214,7 @@ def _components(setting: Setting, title: str, run: Inferred, statistics: np.ndar
             label = f"planted {planted}"
             ax.plot(of["true"], of["reconstructed"], style.marker, label=label, **look)
         points = of_kind[["true", "reconstructed"]]
-        ends = [points.min(None), points.max(None)]
+        ends = [points.min(axis=None), points.max(axis=None)]
         ax.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
         ax.set_title(kind, fontsize="medium")
         if points.std().min() > 0:

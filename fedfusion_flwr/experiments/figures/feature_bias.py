@@ -153,7 +153,9 @@ def _measures(bias: Row, distances: DataFrame, each: bool) -> DataFrame:
     pairs = DataFrame(np.stack([forward, backward], axis=1))
     values: dict[str, Any] = {
         "divergence": pairs.to_numpy().ravel() if each else [pairs[0].mean()],
-        "feature-distance": distances.mean(1) if each else [distances.mean(skipna=False).mean()],
+        "feature-distance": distances.mean(axis=1)
+        if each
+        else [distances.mean(skipna=False).mean()],
         "statistics-gap": [bias.get("statistics-gap")],
         "divergence-reversed": pairs[[1, 0]].to_numpy().ravel() if each else [pairs[1].mean()],
         "share-outside": [bias.get("share-outside")],
