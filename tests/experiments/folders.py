@@ -115,6 +115,12 @@ def read_csv(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+PICTURES = {
+    *("accuracy", "loss", "accuracy-last", "recovery", "bias", "bias-distributions"),
+    *(f"inferred-{what}" for what in ("clients", "assignments", "mixture", "components")),
+}
+"""Beginnings of the names of a setting's pictures."""
+
 # --- a suite that was run -------------------------------------------------------------------------
 
 REAL_STRATEGIES = ("fedfusion", "fedavg", "fed-gn", "ifca")
