@@ -30,12 +30,7 @@ _MEANING = {
 
 def accuracy_section(results: Results) -> Section:
     """Two tables of every group, and a picture of every setting."""
-    section = Section(
-        "accuracy",
-        "Accuracy in the last round",
-        "The last round, not the best one: which round is best is not known without the test set. "
-        "Numbers are means and sample standard deviations over seeds.",
-    )
+    section = Section("accuracy")
     values = {setting: _values(results, setting, of) for setting, of in results.compared.items()}
     for group in dict.fromkeys(setting.group for setting in values):
         of = {setting: table for setting, table in values.items() if setting.group == group}

@@ -43,13 +43,7 @@ def curves(rounds: DataFrame, metric: str) -> DataFrame:
 
 def curves_section(results: Results) -> Section:
     """Two pictures of every setting."""
-    section = Section(
-        "curves",
-        "Loss and accuracy on the way",
-        "How fast each strategy gets better, against what it costs: rounds, bytes on the network, "
-        "gradient steps of all clients together. Measured on the server's test set with the served "
-        "model.",
-    )
+    section = Section("curves")
     for setting, runs in results.compared.items():
         part, rounds = Part(str(setting)), results.rounds_of(runs)
         for metric, name in (("global-accuracy", "accuracy"), ("global-loss", "loss")):

@@ -35,13 +35,7 @@ from fedfusion_flwr.experiments.results import Results, Setting
 
 def inferred_section(results: Results) -> Section:
     """The first seed's FedFusion run of every setting, and the recovery by all strategies."""
-    section = Section(
-        "inferred",
-        "The inferred distribution",
-        "What the server made of the clients from their normalization parameters alone, beside "
-        "what was planted, if the partition plants something. Components are numbered as the "
-        "run numbers them; planted ones have numbers of their own.",
-    )
+    section = Section("inferred")
     for setting, runs in results.compared.items():
         part = Part(str(setting))
         recovery = recovery_picture(results, setting, runs)

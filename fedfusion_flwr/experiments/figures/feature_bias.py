@@ -181,15 +181,7 @@ def _running(bias: Row) -> DataFrame:
 
 def bias_section(results: Results) -> Section:
     """Up to three pictures of every setting whose runs were compared with a reference."""
-    section = Section(
-        "feature-bias",
-        "Feature-distribution bias",
-        "How far each strategy's global model is from centralized training in what its "
-        "normalization layers see. Three measures, because the published one compares only which "
-        "values occur; all are zero for the same model, and each is shown with its floor: what two "
-        "centralized runs differ by that see the same batches in another order. Only runs of seeds "
-        "that have a centralized model are measured.",
-    )
+    section = Section("feature-bias")
     if results.is_run:
         section.missing.append(
             "A single run has no centralized model beside it; the report of a suite has."

@@ -171,11 +171,9 @@ class Part:
 
 @dataclass
 class Section:
-    """One question of the report: its text, its parts, and what could not be drawn."""
+    """One question of the report: its parts, and what could not be drawn; the page has its text."""
 
     anchor: str
-    title: str
-    text: str
     parts: list[Part] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 

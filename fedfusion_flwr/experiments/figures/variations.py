@@ -58,57 +58,49 @@ def differences(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str
     return changed
 
 
+def with_changes(runs: DataFrame, by: str) -> DataFrame:
+    """The runs with ``changed``: `differences` from the usual config of those alike in ``by``."""
+    usual = {name: usual_config(of["config"]) for name, of in runs.groupby(by)}
+    pairs = zip(runs[by], runs["config"], strict=True)
+    return runs.assign(changed=[differences(config, usual[name]) for name, config in pairs])
+
+
 def hyper_parameters_section(results: Results) -> Section:
     """A picture of every key that is varied, for each data set, model and kind of partition."""
-    section = Section(
-        "hyper-parameters",
-        "Hyper-parameters",
-        "Accuracy in the last round when one key of the config is varied and all others stay.",
-    )
-    runs = results.runs[results.runs["group"] == "hyper-parameters"]
-    if runs.empty:
-        section.missing.append("No cells of a group hyper-parameters.")
-        return section
+    section, runs = _section_of(results, "hyper-parameters")
     kinds = runs["config"].map(lambda config: config["partition"])
     for family, members in runs.groupby(["dataset", "model", kinds], sort=False):
-        sweeps, left_out = _sweeps(members)
-        section.missing += left_out
-        pictures = [_sweep_picture(family, key, of) for key, of in sweeps.items()]
+        members = with_changes(members, "algorithm")
+        for cell, changed in zip(members["cell"], members["changed"], strict=True):
+            if len(changed) > 1:
+                keys = ", ".join(changed)
+                section.missing.append(f"Cell {cell} varies {keys} at once and is in no picture.")
+        members = members[members["changed"].map(len) < 2]
+        keys = dict.fromkeys(key for changed in members["changed"] for key in changed)
+        pictures = [_sweep_picture(family, key, members) for key in keys]
         if pictures:
             section.parts.append(Part(", ".join(family), pictures))
     return section
 
 
-def _sweeps(runs: DataFrame) -> tuple[dict[str, DataFrame], list[str]]:
-    """The runs by key that they vary, and sentences on runs that vary several at once.
-
-    Tables have ``strategy`` (the app's), ``value``, ``seed`` and ``accuracy``. A strategy that
-    does not vary a key has its usual runs under the usual value.
-    """
-    usual: dict[str, dict[str, Any]] = {}
-    lines, left_out = [], []
-    for strategy, of in runs.groupby("algorithm", sort=False):
-        usual[strategy] = usual_config(of["config"])
-        for run in of.to_dict("records"):
-            changed = differences(run["config"], usual[strategy])
-            if len(changed) > 1:
-                keys = ", ".join(changed)
-                left_out.append(f"Cell {run['cell']} varies {keys} at once and is in no picture.")
-                continue
-            key, value = next(iter(changed.items()), (None, None))
-            lines.append((strategy, key, value, run["seed"], run[_ACCURACY]))
-    names = ["strategy", "key", "value", "seed", "accuracy"]
-    table = DataFrame(lines, columns=names, dtype=object)
-    unchanged = table[table["key"].isna()]
-    sweeps = {}
-    for key, varied in table.groupby("key", sort=False):
-        values = Series([usual[s][key] for s in unchanged["strategy"]], unchanged.index, object)
-        sweeps[str(key)] = pd.concat([varied, unchanged.assign(value=values)]).drop(columns="key")
-    return sweeps, left_out
+def _section_of(results: Results, group: str) -> tuple[Section, DataFrame]:
+    section, runs = Section(group), results.runs[results.runs["group"] == group]
+    if runs.empty:
+        section.missing.append(f"No cells of a group {group}.")
+    return section, runs
 
 
-def _sweep_picture(family: tuple[str, str, str], key: str, sweep: DataFrame) -> Picture:
-    sweep = sweep.dropna(subset="accuracy").astype({"accuracy": float})
+def _sweep_picture(family: tuple[str, str, str], key: str, runs: DataFrame) -> Picture:
+    # A strategy that does not vary the key has its usual runs under the usual value.
+    runs = runs[[not changed or key in changed for changed in runs["changed"]]]
+    sweep = DataFrame(
+        {
+            "strategy": runs["algorithm"],
+            "value": Series([config.get(key) for config in runs["config"]], runs.index, object),
+            "seed": runs["seed"],
+            "accuracy": runs[_ACCURACY],
+        }
+    ).dropna(subset="accuracy")
     values = sorted(set(sweep["value"]))
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     place = {v: float(v) if numeric else float(i) for i, v in enumerate(values)}
@@ -149,31 +141,20 @@ def _sweep_picture(family: tuple[str, str, str], key: str, sweep: DataFrame) -> 
 
 def ablation_section(results: Results) -> Section:
     """One picture for each setting and share of clients that take part."""
-    section = Section(
-        "ablation",
-        "Ablation",
-        "What each part earns: runs that differ from one config by what stands at their side.",
-    )
-    runs = results.runs[results.runs["group"] == "ablation"]
-    if runs.empty:
-        section.missing.append("No cells of a group ablation.")
-        return section
+    section, runs = _section_of(results, "ablation")
     shares = runs["config"].map(lambda config: f"{float(config['fraction-train']):.0%} take part")
     names = ["dataset", "model", "partition", shares]
     pictures = [
-        _ablation_picture(", ".join(family), members)
+        _ablation_picture(", ".join(family), with_changes(members, "strategy"))
         for family, members in runs.groupby(names, sort=False)
     ]
-    section.parts = [Part("What each part earns", pictures)]
+    if pictures:
+        section.parts = [Part("What each part earns", pictures)]
     return section
 
 
 def _ablation_picture(title: str, runs: DataFrame) -> Picture:
-    usual = {label: usual_config(of["config"]) for label, of in runs.groupby("strategy")}
-    variants = [
-        _variant_name(label, differences(config, usual[label]))
-        for label, config in zip(runs["strategy"], runs["config"], strict=True)
-    ]
+    variants = [*map(_variant_name, runs["strategy"], runs["changed"])]
     runs = runs.assign(variant=variants)
     # What all others are compared with stands on top: the first strategy, nothing changed.
     first = min(variants, key=lambda name: name != runs["strategy"].iat[0])
