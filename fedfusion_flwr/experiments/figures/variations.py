@@ -73,8 +73,10 @@ def hyper_parameters_section(results: Results) -> Section:
         members = with_changes(members, "algorithm")
         for cell, changed in zip(members["cell"], members["changed"], strict=True):
             if len(changed) > 1:
-                keys = ", ".join(changed)
-                section.missing.append(f"Cell {cell} varies {keys} at once and is in no picture.")
+                several = ", ".join(changed)
+                section.missing.append(
+                    f"Cell {cell} varies {several} at once and is in no picture."
+                )
         members = members[members["changed"].map(len) < 2]
         keys = dict.fromkeys(key for changed in members["changed"] for key in changed)
         pictures = [_sweep_picture(family, key, members) for key in keys]
