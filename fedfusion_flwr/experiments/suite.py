@@ -110,10 +110,8 @@ class Suite:
         for dataset, model, partition, strategy, seed in itertools.product(
             grid.datasets, grid.models, grid.partitions, grid.strategies, grid.seeds
         ):
-            config = {
-                **self._config(grid, dataset, model, partition, strategy, tuned),
-                "seed": seed,
-            }
+            names: Overrides = {"dataset": dataset, "model": model, "partition": partition}
+            config = {**self._config(grid, names, strategy, tuned), "seed": seed}
             try:
                 config = with_equal_steps(config) if strategy else config
             except FedFusionError as problem:
@@ -133,18 +131,12 @@ class Suite:
             )
 
     def _config(
-        self,
-        grid: Grid,
-        dataset: str,
-        model: str,
-        partition: str,
-        strategy: str,
-        tuned: Mapping[str, Overrides],
+        self, grid: Grid, names: Overrides, strategy: str, tuned: Mapping[str, Overrides]
     ) -> Overrides:
         """What all these names stand for; of two that set a key the later counts."""
         layers = [self.common, grid.config]
-        for key, name in {"dataset": dataset, "model": model, "partition": partition}.items():
-            layers += [{key: name}, self.tables[f"{key}s"].get(name, {})]
+        for key, name in names.items():
+            layers += [{key: name}, self.tables[f"{key}s"].get(str(name), {})]
         if strategy:
             root, *variants = self._line(strategy)
             own = self.tables["strategies"]
