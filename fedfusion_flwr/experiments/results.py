@@ -122,14 +122,18 @@ def rounds_table(runs: Sequence[Mapping[str, Any] | Sequence[Row]]) -> DataFrame
     runs : sequence of mappings or of sequences of rows
         As `compact` makes them, or the lines of ``metrics.jsonl``.
     """
-    frames = []
+    columns: dict[str, list[Any]] = {name: [] for name in ("run", "round", *_MEASURED, *COSTS)}
     for number, of in enumerate(runs):
-        columns: Any = of
         if isinstance(of, Mapping):
-            columns = {name: _spread_out(values, of["round"]) for name, values in of.items()}
-        frame = DataFrame(columns).reindex(columns=["round", *_MEASURED, *COSTS])
-        frames.append(frame.apply(pd.to_numeric, errors="coerce").astype(float).assign(run=number))
-    frame = pd.concat(frames, ignore_index=True).replace([np.inf, -np.inf], np.nan)
+            found = {name: _spread_out(values, of["round"]) for name, values in of.items()}
+        else:
+            found = {name: [row.get(name) for row in of] for name in columns}
+        nothing = [None] * len(found["round"])
+        found["run"] = [number] * len(nothing)
+        for name, column in columns.items():
+            column += found.get(name, nothing)
+    frame = DataFrame(columns).apply(pd.to_numeric, errors="coerce")
+    frame = frame.replace([np.inf, -np.inf], np.nan)
     spent = frame[[*COSTS]].fillna(0).groupby(frame["run"]).cumsum()
     return frame.assign(bytes=spent["bytes-down"] + spent["bytes-up"], steps=spent["client-steps"])
 
