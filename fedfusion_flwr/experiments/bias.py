@@ -17,14 +17,7 @@ from fedfusion_flwr.computation import choose_device
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.data import central_test_data, data_for
 from fedfusion_flwr.errors import FedFusionError
-from fedfusion_flwr.experiments.measures import (
-    feature_distance,
-    histogram_divergence,
-    layer_features,
-    running_values,
-    share_outside,
-    statistics_gap,
-)
+from fedfusion_flwr.experiments import measures
 from fedfusion_flwr.experiments.results import rounded
 from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.fusion import NormalizationStatistics, StatisticsError
@@ -87,7 +80,7 @@ def _measured(
     examples = x[torch.linspace(0, len(x) - 1, min(len(x), TEST_IMAGES)).long()]
     batches = torch.split(examples.to(choose_device("auto")), _BATCH)
     model = _loaded(config, state)
-    own, carries = layer_features(model, batches).values(), _carries_statistics(state)
+    own, carries = measures.layer_features(model, batches).values(), _carries_statistics(state)
     row: Row = {
         "references": [reference["digest"] for reference in references],
         "divergence": [],
@@ -96,24 +89,24 @@ def _measured(
         "statistics-gap": None,
     }
     if carries:
-        means, deviations = running_values(state)
+        means, deviations = measures.running_values(state)
         carried = NormalizationStatistics.from_state_dict(state)
-        gap = statistics_gap(carried, NormalizationStatistics.probe(model, batches))
+        gap = measures.statistics_gap(carried, NormalizationStatistics.probe(model, batches))
         row["statistics-gap"] = rounded(gap)
         row["channels"] = len(means)
-        row["share-outside"] = rounded(share_outside(np.concatenate([means, deviations])))
+        row["share-outside"] = rounded(measures.share_outside(np.concatenate([means, deviations])))
         if drawn:
             row["running-means"], row["running-deviations"] = thinned(means), thinned(deviations)
     for reference in references:
         other = _state_of(reference["model_file"])
         others = RunConfig.from_run_config({**reference["config"], "data-root": config.data_root})
-        features = layer_features(_loaded(others, other), batches).values()
-        distances = [feature_distance(a, b) for a, b in zip(own, features, strict=False)]
+        features = measures.layer_features(_loaded(others, other), batches).values()
+        distances = [measures.feature_distance(a, b) for a, b in zip(own, features, strict=False)]
         row["feature-distances"].append([rounded(distance) for distance in distances])
         if carries and _carries_statistics(other):
-            p, q = (np.concatenate(running_values(of)) for of in (state, other))
-            row["divergence"].append(rounded(histogram_divergence(p, q)))
-            row["divergence-reversed"].append(rounded(histogram_divergence(q, p)))
+            p, q = (np.concatenate(measures.running_values(of)) for of in (state, other))
+            row["divergence"].append(rounded(measures.histogram_divergence(p, q)))
+            row["divergence-reversed"].append(rounded(measures.histogram_divergence(q, p)))
     return row
 
 
@@ -126,7 +119,7 @@ def _loaded(config: RunConfig, state: Mapping[str, Tensor]) -> torch.nn.Module:
 
 def _carries_statistics(state: Mapping[str, Tensor]) -> bool:
     try:
-        running_values(state)
+        measures.running_values(state)
     except StatisticsError:
         return False
     return True

@@ -12,8 +12,8 @@ from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.experiments.figures.accuracy import accuracy_section
 from fedfusion_flwr.experiments.figures.curves import curves_section
 from fedfusion_flwr.experiments.figures.distribution import inferred_section
+from fedfusion_flwr.experiments.figures.draw import Section
 from fedfusion_flwr.experiments.figures.feature_bias import bias_section
-from fedfusion_flwr.experiments.figures.style import Section
 from fedfusion_flwr.experiments.figures.variations import ablation_section, hyper_parameters_section
 from fedfusion_flwr.experiments.results import Results, read_results
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from fedfusion_flwr.cli import main
-from fedfusion_flwr.experiments.figures.style import looks
+from fedfusion_flwr.experiments.figures.draw import looks
 from fedfusion_flwr.experiments.page import write_report
 from fedfusion_flwr.experiments.results import CENTRALIZED
 from fedfusion_flwr.experiments.rows import ResultsError

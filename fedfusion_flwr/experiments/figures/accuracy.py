@@ -6,18 +6,7 @@ from __future__ import annotations
 import pandas as pd
 from pandas import DataFrame
 
-from fedfusion_flwr.experiments.figures.style import (
-    Part,
-    Picture,
-    Section,
-    Table,
-    canvas,
-    dots,
-    in_words,
-    legend_above,
-    looks,
-    name_rows,
-)
+from fedfusion_flwr.experiments.figures import draw
 from fedfusion_flwr.experiments.results import CENTRALIZED, Results, Setting, mean_and_spread, slug
 
 MEASURES = {"global": "global-accuracy", "personalized": "personalized-accuracy"}
@@ -28,16 +17,16 @@ _MEANING = {
 }
 
 
-def accuracy_section(results: Results) -> Section:
+def accuracy_section(results: Results) -> draw.Section:
     """Two tables of every group, and a picture of every setting."""
-    section = Section("accuracy")
+    section = draw.Section("accuracy")
     values = {setting: _values(results, setting, of) for setting, of in results.compared.items()}
     for group in dict.fromkeys(setting.group for setting in values):
         of = {setting: table for setting, table in values.items() if setting.group == group}
         tables = [_table(of, name) for name in MEASURES]
         pictures = [] if results.is_run else [_picture(s, table) for s, table in of.items()]
         section.parts.append(
-            Part(
+            draw.Part(
                 group or "All settings",
                 [p for p in pictures if p is not None],
                 [t for t in tables if t is not None],
@@ -62,7 +51,7 @@ def _values(results: Results, setting: Setting, runs: DataFrame) -> DataFrame:
     return found.dropna(subset="accuracy").reset_index(drop=True)
 
 
-def _table(values: dict[Setting, DataFrame], name: str) -> Table | None:
+def _table(values: dict[Setting, DataFrame], name: str) -> draw.Table | None:
     together = pd.concat(
         [
             table[table["measure"] == name].assign(**setting._asdict())
@@ -83,7 +72,7 @@ def _table(values: dict[Setting, DataFrame], name: str) -> Table | None:
     columns = [(*setting[1:], setting.group) for setting in values]
     shown = text.unstack(names[:4]).reindex(index=order, columns=columns)
     shown = shown.astype(object).fillna("–")
-    return Table(
+    return draw.Table(
         slug(f"accuracy-table {name} {next(iter(values)).group}"),
         f"{name.capitalize()} accuracy. {_MEANING[name]}.",
         ["strategy", *(f"{s.dataset}, {s.model}, {s.partition}" for s in values)],
@@ -92,18 +81,18 @@ def _table(values: dict[Setting, DataFrame], name: str) -> Table | None:
     )
 
 
-def _picture(setting: Setting, values: DataFrame) -> Picture | None:
+def _picture(setting: Setting, values: DataFrame) -> draw.Picture | None:
     of_runs = values[values["strategy"] != CENTRALIZED]
     if of_runs.empty:
         return None
-    styles = looks(of_runs["strategy"])
-    figure, axes = canvas(0.9 + 0.27 * len(styles))
+    styles = draw.looks(of_runs["strategy"])
+    figure, axes = draw.canvas(0.9 + 0.27 * len(styles))
     ax = axes[0, 0]
     for name, hollow, offset in (("global", False, -0.14), ("personalized", True, 0.14)):
         of = of_runs[of_runs["measure"] == name]
         for row, (strategy, style) in enumerate(styles.items()):
             accuracies = list(of.loc[of["strategy"] == strategy, "accuracy"])
-            dots(ax, row + offset, accuracies, style, hollow=hollow)
+            draw.dots(ax, row + offset, accuracies, style, hollow=hollow)
         if not of.empty:
             # A grey example for the legend: a colour is a strategy, a shape is a measure.
             shape, face = ("D", "white") if hollow else ("o", "0.4")
@@ -113,13 +102,13 @@ def _picture(setting: Setting, values: DataFrame) -> Picture | None:
     if not pooled.empty:
         ax.axvline(pooled.mean(), color="black", linestyle="--", linewidth=1.2, label=CENTRALIZED)
         beside = f" Centralized training reaches {pooled.mean():.3f}."
-    name_rows(ax, list(styles))
+    draw.name_rows(ax, list(styles))
     ax.set_xlabel("accuracy in the last round")
-    legend_above(figure, ax)
+    draw.legend_above(figure, ax)
     of_global = of_runs[of_runs["measure"] == "global"]
     means = of_global.groupby("strategy", sort=False)["accuracy"].mean()
-    best_first = in_words(means.sort_values(ascending=False, kind="stable").items())
-    return Picture(
+    best_first = draw.in_words(means.sort_values(ascending=False, kind="stable").items())
+    return draw.Picture(
         f"accuracy-last-{setting.slug}",
         f"Last round: {setting}",
         "Markers are means over seeds, lines go from the least to the greatest seed. Filled: the "

@@ -6,17 +6,7 @@ from __future__ import annotations
 import pandas as pd
 from pandas import DataFrame
 
-from fedfusion_flwr.experiments.figures.style import (
-    Part,
-    Picture,
-    Section,
-    canvas,
-    draw_lines,
-    in_words,
-    legend_above,
-    looks,
-    plain_log,
-)
+from fedfusion_flwr.experiments.figures import draw
 from fedfusion_flwr.experiments.results import RECOVERY, Results, Setting
 
 _UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1.0}
@@ -41,11 +31,11 @@ def curves(rounds: DataFrame, metric: str) -> DataFrame:
     return table.reset_index().astype({"strategy": str, "round": int})
 
 
-def curves_section(results: Results) -> Section:
+def curves_section(results: Results) -> draw.Section:
     """Two pictures of every setting."""
-    section = Section("curves")
+    section = draw.Section("curves")
     for setting, runs in results.compared.items():
-        part, rounds = Part(str(setting)), results.rounds_of(runs)
+        part, rounds = draw.Part(str(setting)), results.rounds_of(runs)
         for metric, name in (("global-accuracy", "accuracy"), ("global-loss", "loss")):
             found = curves(rounds, metric)
             if found.empty:
@@ -56,7 +46,7 @@ def curves_section(results: Results) -> Section:
     return section
 
 
-def _picture(setting: Setting, found: DataFrame, name: str) -> Picture:
+def _picture(setting: Setting, found: DataFrame, name: str) -> draw.Picture:
     most_bytes = found["bytes"].max()
     unit = next((unit for unit, size in _UNITS.items() if most_bytes >= size), "bytes")
     labels = {
@@ -65,21 +55,21 @@ def _picture(setting: Setting, found: DataFrame, name: str) -> Picture:
         "client-steps": "gradient steps of all clients",
     }
     scaled = found.assign(bytes=found["bytes"] / _UNITS[unit])
-    figure, axes = canvas(7.6, 3, sharey=True)
-    styles = looks(found["strategy"])
+    figure, axes = draw.canvas(7.6, 3, sharey=True)
+    styles = draw.looks(found["strategy"])
     for ax, (column, label) in zip(axes[:, 0], labels.items(), strict=True):
-        draw_lines(ax, scaled, "strategy", column, "mean", styles, marks=6)
+        draw.lines(ax, scaled, "strategy", column, "mean", styles, marks=6)
         ax.set(xlabel=label, ylabel=f"test {name}")
         if name == "loss":
-            plain_log(ax, "y")
+            draw.plain_log(ax, "y")
     if len(styles) > 1:
-        legend_above(figure, axes[0, 0])
+        draw.legend_above(figure, axes[0, 0])
     most = found["seeds"].max()
     ends = found.groupby("strategy", sort=False)["mean"].last()
-    best = in_words(ends.sort_values(ascending=name != "accuracy", kind="stable").items())
+    best = draw.in_words(ends.sort_values(ascending=name != "accuracy", kind="stable").items())
     band = f"Lines: mean of {most} seeds; bands: least to greatest seed. " if most > 1 else ""
     columns = {column: f"{name}-{column}" for column in ("mean", "least", "greatest")}
-    return Picture(
+    return draw.Picture(
         f"{name}-{setting.slug}",
         f"Test {name}: {setting}",
         f"{band}The same runs three times, against rounds, network traffic and local work. "
@@ -91,7 +81,7 @@ def _picture(setting: Setting, found: DataFrame, name: str) -> Picture:
     )
 
 
-def recovery_picture(results: Results, setting: Setting, runs: DataFrame) -> Picture | None:
+def recovery_picture(results: Results, setting: Setting, runs: DataFrame) -> draw.Picture | None:
     """How well strategies find the planted groups, by round; None if no run has a score."""
     rounds = results.rounds_of(runs)
     found = {metric: of for metric in RECOVERY if not (of := curves(rounds, metric)).empty}
@@ -99,16 +89,16 @@ def recovery_picture(results: Results, setting: Setting, runs: DataFrame) -> Pic
         return None
     numbers = pd.concat([table.assign(metric=metric) for metric, table in found.items()])
     names = {metric: metric.replace("-", " ").replace("rand", "Rand") for metric in RECOVERY}
-    figure, axes = canvas(0.5 + 2.1 * len(found), len(found), sharex=True)
-    styles = looks(numbers["strategy"])
+    figure, axes = draw.canvas(0.5 + 2.1 * len(found), len(found), sharex=True)
+    styles = draw.looks(numbers["strategy"])
     for ax, (metric, of) in zip(axes[:, 0], found.items(), strict=True):
-        draw_lines(ax, of, "strategy", "round", "mean", styles, marks=6)
+        draw.lines(ax, of, "strategy", "round", "mean", styles, marks=6)
         ax.set(ylabel=names[metric], xlabel="round" if ax is axes[-1, 0] else "")
         ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    legend_above(figure, axes[0, 0])
+    draw.legend_above(figure, axes[0, 0])
     first, of = next(iter(found.items()))
-    last = in_words(of.groupby("strategy", sort=False)["mean"].last().items(), 2)
-    return Picture(
+    last = draw.in_words(of.groupby("strategy", sort=False)["mean"].last().items(), 2)
+    return draw.Picture(
         f"recovery-{setting.slug}",
         f"Recovery of the planted groups: {setting}",
         "How well each strategy's groups of clients agree with the planted ones; 1 is full "

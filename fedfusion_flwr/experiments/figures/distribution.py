@@ -10,38 +10,21 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
+from fedfusion_flwr.experiments import inferred
+from fedfusion_flwr.experiments.figures import draw
 from fedfusion_flwr.experiments.figures.curves import recovery_picture
-from fedfusion_flwr.experiments.figures.style import (
-    Part,
-    Picture,
-    Section,
-    canvas,
-    draw_lines,
-    in_words,
-    legend_above,
-    numbered_look,
-)
-from fedfusion_flwr.experiments.inferred import (
-    KINDS,
-    LEAST_CLIENTS,
-    Inferred,
-    first_inference,
-    matched,
-    strangers,
-    true_components,
-)
 from fedfusion_flwr.experiments.results import Results, Setting
 
 
-def inferred_section(results: Results) -> Section:
+def inferred_section(results: Results) -> draw.Section:
     """The first seed's FedFusion run of every setting, and the recovery by all strategies."""
-    section = Section("inferred")
+    section = draw.Section("inferred")
     for setting, runs in results.compared.items():
-        part = Part(str(setting))
+        part = draw.Part(str(setting))
         recovery = recovery_picture(results, setting, runs)
         if recovery is not None:
             part.pictures.append(recovery)
-        found = first_inference(results, runs, section.missing)
+        found = inferred.first_inference(results, runs, section.missing)
         if found is not None:
             seed, run = found
             part.pictures += _run_pictures(setting, f"{setting}, seed {seed}", run, section.missing)
@@ -53,16 +36,18 @@ def inferred_section(results: Results) -> Section:
             section.missing.append(f"{setting}: no inference of its first seed was kept.")
         if part.pictures:
             section.parts.append(part)
-    section.missing += strangers(results)
+    section.missing += inferred.strangers(results)
     return section
 
 
-def _run_pictures(setting: Setting, title: str, run: Inferred, missing: list[str]) -> list[Picture]:
+def _run_pictures(
+    setting: Setting, title: str, run: inferred.Inferred, missing: list[str]
+) -> list[draw.Picture]:
     drawn = [_assignments(setting, title, run), _mixture(setting, title, run)]
     if run.statistics is None:
         missing.append(f"{title}: fusion.npz holds no statistics; new runs record them.")
         return drawn
-    if len(run.clients) < LEAST_CLIENTS:
+    if len(run.clients) < inferred.LEAST_CLIENTS:
         missing.append(f"{title}: {len(run.clients)} clients make no map.")
     else:
         drawn.insert(0, _plane(setting, title, run))
@@ -71,22 +56,22 @@ def _run_pictures(setting: Setting, title: str, run: Inferred, missing: list[str
     return drawn
 
 
-def _planted(run: Inferred) -> Series:
+def _planted(run: inferred.Inferred) -> Series:
     """Planted component by client, missing where it is not known."""
     return Series(run.planted, run.clients, dtype="Int64").where(run.planted >= 0)
 
 
-def _plane(setting: Setting, title: str, run: Inferred) -> Picture:
+def _plane(setting: Setting, title: str, run: inferred.Inferred) -> draw.Picture:
     numbers = DataFrame({"client": run.clients})
     for method, points in run.maps.items():
         numbers[[f"{method.lower()}-{axis}" for axis in "xy"]] = points.astype(float)
     numbers = numbers.assign(inferred=run.main_components, planted=_planted(run).array)
     groupings = ["inferred", "planted"] if run.is_planted else ["inferred"]
-    figure, axes = canvas(0.6 + 2.2 * len(run.maps), len(run.maps), len(groupings))
+    figure, axes = draw.canvas(0.6 + 2.2 * len(run.maps), len(run.maps), len(groupings))
     for row, method in zip(axes, run.maps, strict=True):
         for ax, grouping in zip(row, groupings, strict=True):
             for m, of in numbers.groupby(grouping):
-                style, name = numbered_look(int(m)), method.lower()
+                style, name = draw.numbered_look(int(m)), method.lower()
                 look = {"s": 34, "color": style.color, "marker": style.marker, "label": f"{m}"}
                 x, y = of[f"{name}-x"], of[f"{name}-y"]
                 ax.scatter(x, y, edgecolor="black", linewidth=0.4, **look)
@@ -100,7 +85,7 @@ def _plane(setting: Setting, title: str, run: Inferred) -> Picture:
     beside = " Left by inferred, right by planted component: the same groups, whatever their " \
         "numbers, mean that the data was found out." if run.is_planted else ""  # fmt: skip
     counts = " beside ".join(f"{numbers[g].nunique()} {g}" for g in groupings)
-    return Picture(
+    return draw.Picture(
         f"inferred-clients-{setting.slug}",
         f"Clients in the plane: {title}",
         "Each mark is a client, placed by its normalization parameters in the last round "
@@ -112,12 +97,12 @@ def _plane(setting: Setting, title: str, run: Inferred) -> Picture:
     )
 
 
-def _assignments(setting: Setting, title: str, run: Inferred) -> Picture:
+def _assignments(setting: Setting, title: str, run: inferred.Inferred) -> draw.Picture:
     order, shown = run.order, run.occupied
     columns = 2 if len(shown) > 1 else 1
     rows = math.ceil(len(shown) / columns)
     height = min(max(1.6, 0.09 * len(order) + 0.6), 4.0)
-    figure, axes = canvas(1.0 + height * rows, rows, columns, sharex=True, sharey=True)
+    figure, axes = draw.canvas(1.0 + height * rows, rows, columns, sharex=True, sharey=True)
     edges = (run.rounds[0] - 0.5, run.rounds[-1] + 0.5, len(order) - 0.5, -0.5)
     borders = np.flatnonzero(np.diff(run.planted[order])) + 0.5 if run.is_planted else np.array([])
     for ax, m in zip(axes.flat, shown, strict=False):
@@ -144,7 +129,7 @@ def _assignments(setting: Setting, title: str, run: Inferred) -> Picture:
     numbers = pd.MultiIndex.from_product(values, names=names).to_frame(index=False)
     numbers.insert(2, "planted", numbers["client"].map(_planted(run)))
     lines = " Dotted lines part the planted groups." if run.is_planted else ""
-    return Picture(
+    return draw.Picture(
         f"inferred-assignments-{setting.slug}",
         f"Assignments: {title}",
         "How much of each client (a row, ordered by planted, then inferred component) belongs to "
@@ -156,22 +141,22 @@ def _assignments(setting: Setting, title: str, run: Inferred) -> Picture:
     )
 
 
-def _mixture(setting: Setting, title: str, run: Inferred) -> Picture:
+def _mixture(setting: Setting, title: str, run: inferred.Inferred) -> draw.Picture:
     components = range(run.mixture.shape[1])
     numbers = pd.MultiIndex.from_product([run.rounds, components], names=["round", "component"])
     numbers = numbers.to_frame(index=False)
     numbers = numbers.assign(used=run.mixture.ravel(), inferred=run.inferred_mixture.ravel())
     shown = numbers[numbers["component"].isin(run.occupied)]
     shown = shown.assign(component="component " + shown["component"].astype(str))
-    styles = {f"component {m}": numbered_look(m) for m in run.occupied}
-    figure, axes = canvas(4.4, 2, sharex=True, sharey=True)
+    styles = {f"component {m}": draw.numbered_look(m) for m in run.occupied}
+    figure, axes = draw.canvas(4.4, 2, sharex=True, sharey=True)
     for ax, kind in zip(axes[:, 0], ("used", "inferred"), strict=True):
-        draw_lines(ax, shown, "component", "round", kind, styles)
+        draw.lines(ax, shown, "component", "round", kind, styles)
         ax.set(ylabel=f"share pi, as {kind}", xlabel="round" if kind == "inferred" else "")
     axes[0, 0].set_ylim(bottom=0)
-    legend_above(figure, axes[0, 0])
-    last = in_words(shown.groupby("component", sort=False)["used"].last().items(), 2)
-    return Picture(
+    draw.legend_above(figure, axes[0, 0])
+    last = draw.in_words(shown.groupby("component", sort=False)["used"].last().items(), 2)
+    return draw.Picture(
         f"inferred-mixture-{setting.slug}",
         f"Mixture: {title}",
         "The share of each component in the fused model. Above: as the run used it, by the rule "
@@ -183,27 +168,29 @@ def _mixture(setting: Setting, title: str, run: Inferred) -> Picture:
     )
 
 
-def _components(setting: Setting, title: str, run: Inferred, statistics: np.ndarray) -> Picture:
-    true = true_components(statistics, run.planted)
-    kinds = np.repeat(KINDS, statistics.shape[1] // len(KINDS))
+def _components(
+    setting: Setting, title: str, run: inferred.Inferred, statistics: np.ndarray
+) -> draw.Picture:
+    true = inferred.true_components(statistics, run.planted)
+    kinds = np.repeat(inferred.KINDS, statistics.shape[1] // len(inferred.KINDS))
     numbers = pd.concat(
         DataFrame(
             {
                 "planted": planted,
                 "component": component,
                 "kind": kinds,
-                "channel": np.tile(np.asarray(run.channels), len(KINDS)),
+                "channel": np.tile(np.asarray(run.channels), len(inferred.KINDS)),
                 "true": true[planted].astype(float),
                 "reconstructed": run.components[-1, component].astype(float),
             }
         )
-        for planted, component in matched(run.planted, run.assignments[-1]).items()
+        for planted, component in inferred.matched(run.planted, run.assignments[-1]).items()
     )
-    figure, axes = canvas(4.6, 2, 2)
+    figure, axes = draw.canvas(4.6, 2, 2)
     correlations = []
     for ax, (kind, of_kind) in zip(axes.flat, numbers.groupby("kind", sort=False), strict=True):
         for planted, of in of_kind.groupby("planted"):
-            style = numbered_look(int(planted))
+            style = draw.numbered_look(int(planted))
             look = {"color": style.color, "markersize": 3.5, "alpha": 0.7}
             label = f"planted {planted}"
             ax.plot(of["true"], of["reconstructed"], style.marker, label=label, **look)
@@ -215,9 +202,9 @@ def _components(setting: Setting, title: str, run: Inferred, statistics: np.ndar
             correlations.append((kind, points["true"].corr(points["reconstructed"])))
     figure.supxlabel("mean over the planted group's clients", fontsize="medium")
     figure.supylabel("decoded from the component", fontsize="medium")
-    legend_above(figure, axes[0, 0])
-    correlation = in_words(correlations, 2)
-    return Picture(
+    draw.legend_above(figure, axes[0, 0])
+    correlation = draw.in_words(correlations, 2)
+    return draw.Picture(
         f"inferred-components-{setting.slug}",
         f"True and reconstructed components: {title}",
         "Each mark is one channel of one planted group: its normalization parameter, averaged over "

@@ -13,20 +13,7 @@ import pandas as pd
 from pandas import DataFrame
 
 from fedfusion_flwr.experiments.bias import MOST_VALUES
-from fedfusion_flwr.experiments.figures.style import (
-    Part,
-    Picture,
-    Section,
-    bars,
-    canvas,
-    dots,
-    draw_lines,
-    in_words,
-    legend_above,
-    looks,
-    name_rows,
-    plain_log,
-)
+from fedfusion_flwr.experiments.figures import draw
 from fedfusion_flwr.experiments.results import CENTRALIZED, Results, Setting, first_of
 from fedfusion_flwr.experiments.rows import ResultsError, Row
 
@@ -179,9 +166,9 @@ def _running(bias: Row) -> DataFrame:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def bias_section(results: Results) -> Section:
+def bias_section(results: Results) -> draw.Section:
     """Up to three pictures of every setting whose runs were compared with a reference."""
-    section = Section("feature-bias")
+    section = draw.Section("feature-bias")
     if results.is_run:
         section.missing.append(
             "A single run has no centralized model beside it; the report of a suite has."
@@ -194,7 +181,7 @@ def bias_section(results: Results) -> Section:
             section.missing.append(f"{setting}: {problem}.")
             continue
         section.missing += [f"{setting}: {complaint}." for complaint in complaints]
-        part = Part(str(setting), [_measures_picture(found)])
+        part = draw.Part(str(setting), [_measures_picture(found)])
         if not found.running.empty:
             part.pictures.append(_distributions(found))
         if found.layers["layer"].max() > 2:
@@ -203,15 +190,15 @@ def bias_section(results: Results) -> Section:
     return section
 
 
-def _distributions(found: SettingBias) -> Picture:
-    figure, axes = canvas(5.8, 2)
-    styles = looks(found.running["strategy"])
+def _distributions(found: SettingBias) -> draw.Picture:
+    figure, axes = draw.canvas(5.8, 2)
+    styles = draw.looks(found.running["strategy"])
     kinds = found.running.groupby("statistic", sort=False)
     for ax, (statistic, of) in zip(axes[:, 0], kinds, strict=True):
-        draw_lines(ax, of, "strategy", "value", "share", styles, 5, drawstyle="steps-post")
+        draw.lines(ax, of, "strategy", "value", "share", styles, 5, drawstyle="steps-post")
         ax.set(xlabel=f"{statistic} of a channel", ylabel="share of channels below")
-    legend_above(figure, axes[0, 0])
-    return Picture(
+    draw.legend_above(figure, axes[0, 0])
+    return draw.Picture(
         f"bias-distributions-{found.setting.slug}",
         f"Running statistics: {found.setting}",
         "Cumulative distributions over all channels of all normalization layers, one model of each "
@@ -224,19 +211,19 @@ def _distributions(found: SettingBias) -> Picture:
     )
 
 
-def _measures_picture(found: SettingBias) -> Picture:
+def _measures_picture(found: SettingBias) -> draw.Picture:
     names, setting = found.strategies, found.setting
     published = PUBLISHED.get((setting.dataset, setting.model), {})
-    figure, axes = canvas(3 * (0.65 + 0.24 * len(names)), 3)
+    figure, axes = draw.canvas(3 * (0.65 + 0.24 * len(names)), 3)
     for ax, (measure, label) in zip(axes[:, 0], _PANELS.items(), strict=True):
         values = [found.of(measure, name) for name in names]
         if measure == "statistics-gap":
             # From a floor of thousandths to one half: no bars, which would have to start at 0.
-            for y, (style, of) in enumerate(zip(looks(names).values(), values, strict=True)):
-                dots(ax, y, of, style)
-            name_rows(ax, names)
+            for y, (style, of) in enumerate(zip(draw.looks(names).values(), values, strict=True)):
+                draw.dots(ax, y, of, style)
+            draw.name_rows(ax, names)
         else:
-            bars(ax, names, values)
+            draw.bars(ax, names, values)
         for y in (y for y, of in enumerate(values) if not of):
             text: Any = {"fontsize": "small", "color": "0.3", "va": "center"}
             text["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
@@ -246,21 +233,21 @@ def _measures_picture(found: SettingBias) -> Picture:
             ax.axvspan(min(floor), max(floor), color="0.6", alpha=0.5, label="floor", zorder=0)
             ax.axvline(fmean(floor), color="0.3", linestyle=":")
         if measure == "statistics-gap":
-            plain_log(ax, "x")
+            draw.plain_log(ax, "x")
         if measure == "divergence" and published:
             shown = [(published[name], y) for y, name in enumerate(names) if name in published]
             diamond = {"color": "black", "markerfacecolor": "white", "markersize": 5}
             ax.plot(*zip(*shown, strict=True), "D", label="published", **diamond)
     known = DataFrame({"strategy": published.keys(), "value": published.values()})
     known = known.assign(measure="divergence-published", run=0)
-    legend_above(figure, axes[0, 0])
+    draw.legend_above(figure, axes[0, 0])
     distances = {name: found.of("feature-distance", name) for name in names}
-    means = in_words((name, fmean(of)) for name, of in distances.items() if of)
+    means = draw.in_words((name, fmean(of)) for name, of in distances.items() if of)
     beside = (
         " Diamonds are the figures published by FedFusion's authors, who do not give their bins "
         "nor their smoothing of empty bins: compare orders, not sizes."
     )
-    return Picture(
+    return draw.Picture(
         f"bias-{setting.slug}",
         f"Three measures: {setting}",
         "Bars and marks: mean over runs; lines: least to greatest run; grey: the floor, least to "
@@ -276,17 +263,17 @@ def _measures_picture(found: SettingBias) -> Picture:
     )
 
 
-def layers_picture(found: SettingBias) -> Picture:
+def layers_picture(found: SettingBias) -> draw.Picture:
     """The feature distance of every layer, mean over runs."""
-    floor, styles = f"{CENTRALIZED} (floor)", looks([CENTRALIZED, *found.strategies])
+    floor, styles = f"{CENTRALIZED} (floor)", draw.looks([CENTRALIZED, *found.strategies])
     named = found.layers.replace({"strategy": {CENTRALIZED: floor}})
-    figure, axes = canvas(3.2)
+    figure, axes = draw.canvas(3.2)
     ax = axes[0, 0]
     styles[floor] = styles[CENTRALIZED]
-    draw_lines(ax, named, "strategy", "layer", "feature-distance", styles)
+    draw.lines(ax, named, "strategy", "layer", "feature-distance", styles)
     ax.set(xlabel="normalization layer, as the model lists them", ylabel="1 - CKA of its input")
-    legend_above(figure, ax)
-    return Picture(
+    draw.legend_above(figure, ax)
+    return draw.Picture(
         f"bias-layers-{found.setting.slug}",
         f"Layer by layer: {found.setting}",
         "The middle measure of the bar chart by layer, mean over runs: where in the network the "

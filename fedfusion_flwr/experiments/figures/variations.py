@@ -12,17 +12,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame, Series
 
-from fedfusion_flwr.experiments.figures.style import (
-    Part,
-    Picture,
-    Section,
-    canvas,
-    dots,
-    in_words,
-    legend_above,
-    looks,
-    name_rows,
-)
+from fedfusion_flwr.experiments.figures import draw
 from fedfusion_flwr.experiments.results import Results, slug
 
 _ACCURACY = "global-accuracy"
@@ -65,7 +55,7 @@ def with_changes(runs: DataFrame, by: str) -> DataFrame:
     return runs.assign(changed=[differences(config, usual[name]) for name, config in pairs])
 
 
-def hyper_parameters_section(results: Results) -> Section:
+def hyper_parameters_section(results: Results) -> draw.Section:
     """A picture of every key that is varied, for each data set, model and kind of partition."""
     section, runs = _section_of(results, "hyper-parameters")
     kinds = runs["config"].map(lambda config: config["partition"])
@@ -81,18 +71,18 @@ def hyper_parameters_section(results: Results) -> Section:
         keys = dict.fromkeys(key for changed in members["changed"] for key in changed)
         pictures = [_sweep_picture(family, key, members) for key in keys]
         if pictures:
-            section.parts.append(Part(", ".join(family), pictures))
+            section.parts.append(draw.Part(", ".join(family), pictures))
     return section
 
 
-def _section_of(results: Results, group: str) -> tuple[Section, DataFrame]:
-    section, runs = Section(group), results.runs[results.runs["group"] == group]
+def _section_of(results: Results, group: str) -> tuple[draw.Section, DataFrame]:
+    section, runs = draw.Section(group), results.runs[results.runs["group"] == group]
     if runs.empty:
         section.missing.append(f"No cells of a group {group}.")
     return section, runs
 
 
-def _sweep_picture(family: tuple[str, str, str], key: str, runs: DataFrame) -> Picture:
+def _sweep_picture(family: tuple[str, str, str], key: str, runs: DataFrame) -> draw.Picture:
     # A strategy that does not vary the key has its usual runs under the usual value.
     runs = runs[[not changed or key in changed for changed in runs["changed"]]]
     sweep = DataFrame(
@@ -109,8 +99,8 @@ def _sweep_picture(family: tuple[str, str, str], key: str, runs: DataFrame) -> P
     order = {strategy: i for i, strategy in enumerate(sweep["strategy"].unique())}
     sweep = sweep.assign(x=sweep["value"].map(place), row=sweep["strategy"].map(order))
     sweep = sweep.sort_values(["row", "x"], kind="stable")
-    figure, axes = canvas(3.0)
-    ax, styles = axes[0, 0], looks(sweep["strategy"])
+    figure, axes = draw.canvas(3.0)
+    ax, styles = axes[0, 0], draw.looks(sweep["strategy"])
     changes = []
     for strategy, of in sweep.groupby("strategy", sort=False):
         by, style = of.groupby("x")["accuracy"], styles[strategy]
@@ -127,21 +117,21 @@ def _sweep_picture(family: tuple[str, str, str], key: str, runs: DataFrame) -> P
         ax.minorticks_off()
     ax.set_xticks(list(place.values()), [f"{v:g}" if numeric else str(v) for v in values])
     ax.set(xlabel=key, ylabel="accuracy in the last round")
-    legend_above(figure, ax)
+    draw.legend_above(figure, ax)
     named = ", ".join(family)
-    return Picture(
+    return draw.Picture(
         f"hyper-{slug(' '.join((*family, key)))}",
         f"{key}: {named}",
         f"Markers are means over seeds, bars go from the least to the greatest seed. A level line "
         f"is a strategy for which {key} was not varied. From the worst to the best value the mean "
-        f"changes by: {in_words(changes)}.",
-        f"Line chart of accuracy by {key}. Range of the mean: {in_words(changes)}.",
+        f"changes by: {draw.in_words(changes)}.",
+        f"Line chart of accuracy by {key}. Range of the mean: {draw.in_words(changes)}.",
         figure,
         sweep[["strategy", "value", "seed", "accuracy"]].rename(columns={"value": key}),
     )
 
 
-def ablation_section(results: Results) -> Section:
+def ablation_section(results: Results) -> draw.Section:
     """One picture for each setting and share of clients that take part."""
     section, runs = _section_of(results, "ablation")
     shares = runs["config"].map(lambda config: f"{float(config['fraction-train']):.0%} take part")
@@ -151,11 +141,11 @@ def ablation_section(results: Results) -> Section:
         for family, members in runs.groupby(names, sort=False)
     ]
     if pictures:
-        section.parts = [Part("What each part earns", pictures)]
+        section.parts = [draw.Part("What each part earns", pictures)]
     return section
 
 
-def _ablation_picture(title: str, runs: DataFrame) -> Picture:
+def _ablation_picture(title: str, runs: DataFrame) -> draw.Picture:
     variants = [*map(_variant_name, runs["strategy"], runs["changed"])]
     runs = runs.assign(variant=variants)
     # What all others are compared with stands on top: the first strategy, nothing changed.
@@ -163,8 +153,8 @@ def _ablation_picture(title: str, runs: DataFrame) -> Picture:
     order = list(dict.fromkeys([first, *variants]))
     labels = [textwrap.fill(name, _LABEL, break_on_hyphens=False) for name in order]
     lines = 1 + max(label.count("\n") for label in labels)
-    figure, axes = canvas(0.7 + (0.2 + 0.16 * lines) * len(order))
-    ax, styles = axes[0, 0], looks(runs["algorithm"])
+    figure, axes = draw.canvas(0.7 + (0.2 + 0.16 * lines) * len(order))
+    ax, styles = axes[0, 0], draw.looks(runs["algorithm"])
     above: Any = {"textcoords": "offset points", "ha": "center", "fontsize": "small"}
     by = {name: runs[runs["variant"] == name] for name in order}
     means = {}
@@ -174,21 +164,21 @@ def _ablation_picture(title: str, runs: DataFrame) -> Picture:
             continue
         algorithm, mean = of["algorithm"].iat[0], fmean(accuracies)
         means[name] = mean
-        dots(ax, row, accuracies, styles[algorithm], hollow=algorithm != "fedfusion")
+        draw.dots(ax, row, accuracies, styles[algorithm], hollow=algorithm != "fedfusion")
         ax.annotate(f"{mean:.3f}", (mean, row), (0, 6), **above)
         if name == first:
             ax.axvline(mean, color="black", linestyle=":", linewidth=1)
-    name_rows(ax, labels)
+    draw.name_rows(ax, labels)
     ax.margins(x=0.12)
     ax.set_xlabel("accuracy in the last round")
     numbers = pd.concat(by.values())
-    return Picture(
+    return draw.Picture(
         f"ablation-{slug(title)}",
         f"Ablation: {title}",
         "Marks are means over seeds, lines go from the least to the greatest seed. The dotted line "
         f"is {first}. Filled marks are FedFusion, hollow ones other strategies, so that a gain can "
         "be attributed to what earns it.",
-        f"Dot chart of accuracy by variant: {in_words(means.items())}.",
+        f"Dot chart of accuracy by variant: {draw.in_words(means.items())}.",
         figure,
         numbers[["variant", "seed", _ACCURACY]].rename(columns={_ACCURACY: "accuracy"}),
     )

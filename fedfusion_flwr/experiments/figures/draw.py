@@ -203,7 +203,7 @@ def legend_above(figure: Figure, ax: Axes) -> None:
     )
 
 
-def draw_lines(
+def lines(
     ax: Axes,
     table: DataFrame,
     by: str,
