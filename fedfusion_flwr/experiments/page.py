@@ -52,8 +52,7 @@ def write_report(path: Path, output: Path | None = None) -> Path:
     images = {}
     for part in (part for section in sections for part in section.parts):
         for picture in part.pictures:
-            picture.write(figures)
-            images[picture.name] = picture.data_uri(figures)
+            images[picture.name] = picture.write(figures)
         for table in part.tables:
             table.write(figures)
     page = folder / "index.html"

@@ -121,22 +121,20 @@ class Picture:
     figure: Figure
     numbers: DataFrame
 
-    def write(self, folder: Path) -> None:
-        """Write ``<name>.svg``, ``.png`` and ``.csv``."""
+    def write(self, folder: Path) -> str:
+        """Write ``<name>.svg``, ``.png`` and ``.csv``; the SVG as a data URI, for a page."""
         buffer = io.StringIO()
         with mpl.rc_context(_RC):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
             # The layout stands.
             self.figure.set_layout_engine("none")
             self.figure.savefig(folder / f"{self.name}.png", dpi=150)
-        (folder / f"{self.name}.svg").write_text(_shortened(buffer.getvalue()), encoding="utf-8")
+        # Coordinates to a hundredth of a point: half the file, and no visible difference.
+        svg = _COORDINATES.sub(lambda at: re.sub(r"(\.\d\d)\d+", r"\1", at[0]), buffer.getvalue())
+        (folder / f"{self.name}.svg").write_text(svg, encoding="utf-8")
         self.numbers.to_csv(folder / f"{self.name}.csv", index=False, lineterminator="\n")
-
-    def data_uri(self, folder: Path) -> str:
-        """The written SVG, to embed in a page."""
-        text = (folder / f"{self.name}.svg").read_text(encoding="utf-8")
         # Not base64: coordinates stay as short as they are.
-        return "data:image/svg+xml," + quote(text, safe=" /:;=,.()-")
+        return "data:image/svg+xml," + quote(svg, safe=" /:;=,.()-")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -269,8 +267,3 @@ def plain_log(ax: Axes, which: Literal["x", "y"]) -> None:
 def in_words(pairs: Iterable[tuple[str, float]], digits: int = 3) -> str:
     """``a 0.912, b 0.850``: values by name, for captions and alternative texts."""
     return ", ".join(f"{name} {value:.{digits}f}" for name, value in pairs)
-
-
-def _shortened(svg: str) -> str:
-    """Coordinates to a hundredth of a point: half the file, and no visible difference."""
-    return _COORDINATES.sub(lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
