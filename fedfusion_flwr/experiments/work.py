@@ -33,7 +33,7 @@ class Machine:
     folder : Path
         Of the results.
     engine : str
-        One of `app.local.ENGINES`.
+        ``simulation`` or ``in-process``, see `app.local.run_locally`.
     cpus : int
         simulation: CPUs of each job.
     gpus : float
