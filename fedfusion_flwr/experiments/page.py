@@ -67,28 +67,12 @@ def _render(results: Results, sections: list[Section], images: dict[str, str]) -
         undefined=StrictUndefined,
     )
     return environment.get_template("page.html").render(
-        title=f"FedFusion: {'run' if results.is_run else 'suite'} {results.path.resolve().name}",
-        lead=_lead(results),
+        name=results.path.resolve().name,
+        results=results,
         facts=_facts(results),
         sections=sections,
         images=images,
-        made=f"Made by fedfusion-flwr {version('fedfusion-flwr')}.",
-    )
-
-
-def _lead(results: Results) -> str:
-    runs = results.runs
-    if results.is_run:
-        (setting,), (run,) = results.compared, runs.to_dict("records")
-        rounds = int(run["rounds"]) if len(results.rounds) else 0
-        return (
-            f"One run of {run['strategy']} on {setting}: {run['config']['num-clients']} clients, "
-            f"{rounds} rounds, seed {run['seed']}. Keys that are not the default:"
-        )
-    return (
-        f"{len(runs)} runs of {runs['strategy'].nunique()} strategies in "
-        f"{len(results.compared)} settings, with {runs['seed'].nunique()} seeds. A picture's "
-        "caption says how its numbers were made."
+        version=version("fedfusion-flwr"),
     )
 
 
