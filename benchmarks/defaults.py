@@ -10,11 +10,14 @@ is not repeated. The federation is simulated in process, without Ray; a run's nu
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_process import grid_command_line, run_federation, run_in_processes
+from pandas import DataFrame
+
+from benchmarks.in_process import Grid, run_federation
 from fedfusion_flwr.experiments.rows import Row, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
@@ -101,14 +104,11 @@ def cells() -> list[tuple[str, str, int]]:
 
 
 def run_cell(scenario: str, variant: str, seed: int) -> Row:
-    """Run one federation in this process and return its row."""
+    """Run one federation in this process."""
     config = {**SHARED, **SCENARIOS[scenario], **VARIANTS[variant], "seed": seed}
     metrics, about = run_federation(config)
     accuracies = [row["global-accuracy"] for row in metrics[1:]]
     return {
-        "scenario": scenario,
-        "variant": variant,
-        "seed": seed,
         "config": config,
         "final-accuracy": accuracies[-1],
         "last-five-accuracy": statistics.mean(accuracies[-5:]),
@@ -124,36 +124,27 @@ def stored() -> list[Row]:
     return read_rows(RESULTS)
 
 
-def run_missing(workers: int) -> None:
-    """Run every cell that has no row yet, each in a process of its own."""
-    done = {(row["scenario"], row["variant"], row["seed"]) for row in stored()}
-    run_in_processes([cell for cell in cells() if cell not in done], [], workers)
-
-
 def table() -> str:
     """Markdown: mean and range over seeds of the mean accuracy of the last five rounds."""
-    rows = stored()
+    rows = DataFrame(stored())
+    rows["found"] = rows["adjusted-rand-index"].str[-1].astype(float)
+    groups = dict(iter(rows.groupby(["scenario", "variant"])))
     lines = [
         "| scenario | setting | mean of last 5 rounds | lowest to highest seed | final | ARI |",
         "|---|---|---|---|---|---|",
     ]
-    for scenario, variants in GRID.items():
-        for variant in variants:
-            group = [r for r in rows if (r["scenario"], r["variant"]) == (scenario, variant)]
-            if not group:
-                continue
-            last = [row["last-five-accuracy"] for row in group]
-            final = statistics.mean(row["final-accuracy"] for row in group)
-            scores = [row["adjusted-rand-index"][-1] for row in group]
-            known = [score for score in scores if score is not None]
-            rand = f"{statistics.mean(known):.2f}" if known else ""
+    for scenario, variant in dict.fromkeys((scenario, variant) for scenario, variant, _ in cells()):
+        if (scenario, variant) in groups:
+            of = groups[scenario, variant]
+            last, found = of["last-five-accuracy"], of["found"].mean()
             lines.append(
-                f"| {scenario} | {variant} | {statistics.mean(last):.3f} "
-                f"| {min(last):.3f} to {max(last):.3f} ({len(last)} seeds) | {final:.3f} | {rand} |"
+                f"| {scenario} | {variant} | {last.mean():.3f} | {last.min():.3f} to "
+                f"{last.max():.3f} ({len(of)} seeds) | {of['final-accuracy'].mean():.3f} "
+                f"| {'' if math.isnan(found) else f'{found:.2f}'} |"
             )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    columns = {"SCENARIO": str, "VARIANT": str, "SEED": int}
-    grid_command_line(__doc__ or "", RESULTS, columns, run_cell, run_missing, table, workers=2)
+    columns = {"scenario": str, "variant": str, "seed": int}
+    Grid(RESULTS, columns, cells(), run_cell).command_line(__doc__ or "", table, workers=2)

@@ -10,12 +10,13 @@ not repeated.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.in_process import grid_command_line, run_in_processes
+from benchmarks.in_process import Grid
 from benchmarks.robustness import last_accuracy
 from fedfusion_flwr.app.local import run_locally
 from fedfusion_flwr.experiments.rows import Row, identity, read_rows
@@ -48,7 +49,7 @@ DEFENCES = ("none", "robust")
 
 
 def run_cell(scenario: str, defence: str) -> Row:
-    """Run one federation in this process and return its row."""
+    """Run one federation in this process."""
     from client_app import app
 
     about = identity()
@@ -64,8 +65,6 @@ def run_cell(scenario: str, defence: str) -> Row:
         for row in replies
     ]
     return {
-        "scenario": scenario,
-        "defence": defence,
         "config": config,
         "replies": len(replies),
         "dropped": sum("dropped" in row for row in replies),
@@ -77,13 +76,6 @@ def run_cell(scenario: str, defence: str) -> Row:
         "digest": digest,
         **about,
     }
-
-
-def run_missing(workers: int) -> None:
-    """Run every cell that has no row yet, each in a process of its own."""
-    done = {(row["scenario"], row["defence"]) for row in read_rows(RESULTS)}
-    wanted = [(scenario, defence) for scenario in SCENARIOS for defence in DEFENCES]
-    run_in_processes([cell for cell in wanted if cell not in done], [], workers)
 
 
 def table() -> str:
@@ -108,5 +100,6 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    columns = {"SCENARIO": str, "DEFENCE": str}
-    grid_command_line(__doc__ or "", RESULTS, columns, run_cell, run_missing, table)
+    cells = list(itertools.product(SCENARIOS, DEFENCES))
+    columns = {"scenario": str, "defence": str}
+    Grid(RESULTS, columns, cells, run_cell).command_line(__doc__ or "", table)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,46 +47,45 @@ def write_pictures(path: Path, train: int = 240, test: int = 40) -> Path:
     return path
 
 
-def grid_command_line(
-    doc: str,
-    results: Path,
-    columns: Mapping[str, Callable[[str], Any]],
-    run_cell: Callable[..., Row],
-    run_missing: Callable[[int], None],
-    table: Callable[[], str],
-    workers: int = 1,
-) -> None:
-    """Run the cells of a grid that have no row yet, or just one, and print the table.
+@dataclass(frozen=True)
+class Grid:
+    """Runs that differ in some columns. Each makes a row of a file, and none is repeated.
 
-    Parameters
+    Attributes
     ----------
-    doc : str
-        The benchmark's docstring.
     results : Path
         Where rows are appended.
     columns : Mapping[str, Callable[[str], Any]]
-        What tells a cell from the others, and how each is read from the command line.
+        What tells a run from the others, and how each is read from the command line.
+    cells : Sequence[tuple]
+        The columns of every run, in the order in which they are run.
     run_cell : Callable[..., Row]
-        Runs one cell.
-    run_missing : Callable[[int], None]
-        Runs all that have no row, so many processes side by side.
-    table : Callable[[], str]
-        Markdown of the stored results.
-    workers : int
-        The default number of processes.
+        Runs one; what its row has beside the columns.
     """
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="only print the stored results")
-    parser.add_argument("--workers", type=int, default=workers, help="processes side by side")
-    parser.add_argument("--cell", nargs=len(columns), metavar=tuple(columns))
-    arguments = parser.parse_args()
-    if arguments.cell:
-        cell = [read(text) for read, text in zip(columns.values(), arguments.cell, strict=True)]
-        append_row(results, run_cell(*cell))
-        return
-    if not arguments.table:
-        run_missing(arguments.workers)
-    print(table())
+
+    results: Path
+    columns: Mapping[str, Callable[[str], Any]]
+    cells: Sequence[tuple[Any, ...]]
+    run_cell: Callable[..., Row]
+
+    def command_line(self, doc: str, table: Callable[[], str], workers: int = 1) -> None:
+        """Run what has no row yet, each in a process of its own, or just one; print the table."""
+        names = tuple(name.upper() for name in self.columns)
+        parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+        parser.add_argument("--table", action="store_true", help="only print the stored results")
+        parser.add_argument("--workers", type=int, default=workers, help="processes side by side")
+        parser.add_argument("--cell", nargs=len(names), metavar=names)
+        arguments = parser.parse_args()
+        if arguments.cell:
+            readers = self.columns.values()
+            cell = [read(text) for read, text in zip(readers, arguments.cell, strict=True)]
+            named = dict(zip(self.columns, cell, strict=True))
+            append_row(self.results, {**named, **self.run_cell(*cell)})
+            return
+        if not arguments.table:
+            done = {tuple(row[name] for name in self.columns) for row in read_rows(self.results)}
+            run_in_processes([c for c in self.cells if c not in done], [], arguments.workers)
+        print(table())
 
 
 def run_in_processes(cells: Sequence[tuple[Any, ...]], options: list[str], workers: int) -> None:

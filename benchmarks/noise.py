@@ -14,8 +14,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from pandas import DataFrame
+
 from benchmarks.defaults import SCENARIOS
-from benchmarks.in_process import grid_command_line, run_federation, run_in_processes
+from benchmarks.in_process import Grid, run_federation
 from fedfusion_flwr.experiments.rows import Row, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "noise.jsonl"
@@ -24,19 +26,12 @@ AMOUNTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 CONFIG: dict[str, Any] = {**SCENARIOS["components-unequal"], "fraction-evaluate": 0.0}
 
 
-def cells() -> list[tuple[float, int]]:
-    """Every (amount, seed) of the table."""
-    return [(amount, seed) for seed in SEEDS for amount in AMOUNTS]
-
-
 def run_cell(amount: float, seed: int) -> Row:
-    """Run one federation in this process and return its row."""
+    """Run one federation in this process."""
     config = {**CONFIG, "statistics-noise": amount, "seed": seed}
     metrics, about = run_federation(config)
     accuracy = [row["global-accuracy"] for row in metrics]
     return {
-        "amount": amount,
-        "seed": seed,
         "config": config,
         "last-five-accuracy": statistics.mean(accuracy[-5:]),
         "last-five-rand-index": statistics.mean(row["adjusted-rand-index"] for row in metrics[-5:]),
@@ -46,12 +41,6 @@ def run_cell(amount: float, seed: int) -> Row:
     }
 
 
-def run_missing(workers: int) -> None:
-    """Run every cell that has no row yet, each in a process of its own."""
-    done = {(row["amount"], row["seed"]) for row in read_rows(RESULTS)}
-    run_in_processes([cell for cell in cells() if cell not in done], [], workers)
-
-
 def table() -> str:
     """Markdown: means over seeds of the means of the last five rounds, and their ranges."""
     lines = [
@@ -59,19 +48,14 @@ def table() -> str:
         "| lowest to highest |",
         "|---|---|---|---|---|---|",
     ]
-    rows = read_rows(RESULTS)
-    for amount in AMOUNTS:
-        group = [row for row in rows if row["amount"] == amount]
-        if group:
-            shown = [
-                f"{statistics.mean(values):.3f} | {min(values):.3f} to {max(values):.3f}"
-                for key in ("last-five-rand-index", "last-five-accuracy")
-                if (values := [row[key] for row in group])
-            ]
-            lines.append(f"| {amount:g} | {len(group)} | {' | '.join(shown)} |")
+    for amount, group in DataFrame(read_rows(RESULTS)).groupby("amount"):
+        values = [group["last-five-rand-index"], group["last-five-accuracy"]]
+        shown = [f"{v.mean():.3f} | {v.min():.3f} to {v.max():.3f}" for v in values]
+        lines.append(f"| {amount:g} | {len(group)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    columns = {"AMOUNT": float, "SEED": int}
-    grid_command_line(__doc__ or "", RESULTS, columns, run_cell, run_missing, table)
+    cells = [(amount, seed) for seed in SEEDS for amount in AMOUNTS]
+    columns = {"amount": float, "seed": int}
+    Grid(RESULTS, columns, cells, run_cell).command_line(__doc__ or "", table)

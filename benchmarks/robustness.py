@@ -13,11 +13,14 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pandas import DataFrame
+
 from benchmarks.attackers import ATTACKS, NONE, AttackedClients, choose_hostile
-from benchmarks.in_process import grid_command_line, run_in_processes
+from benchmarks.in_process import Grid
 from fedfusion_flwr.app.local import run_locally
 from fedfusion_flwr.experiments.rows import Row, identity, read_rows
 
@@ -62,7 +65,7 @@ def cells() -> list[tuple[str, float, str, int]]:
 
 
 def run_cell(attack: str, share: float, method: str, seed: int) -> Row:
-    """Run one federation in this process and return its row."""
+    """Run one federation in this process."""
     from client_app import app
 
     about = identity()
@@ -73,10 +76,6 @@ def run_cell(attack: str, share: float, method: str, seed: int) -> Row:
     run = _run_ours if method in OURS else _run_stock
     result = run(method, config, clients, hostile)
     return {
-        "attack": attack,
-        "share": share,
-        "method": method,
-        "seed": seed,
         "config": config,
         "hostile": hostile,
         **result,
@@ -148,28 +147,27 @@ def _run_stock(method: str, config: dict[str, Any], clients: Any, hostile: list[
     return {"stopped": stopped, "accuracy": accuracy}
 
 
-def run_missing(workers: int) -> None:
-    """Run every cell that has no row yet, each in a process of its own."""
-    done = {(r["attack"], r["share"], r["method"], r["seed"]) for r in read_rows(RESULTS)}
-    run_in_processes([cell for cell in cells() if cell not in done], [], workers)
-
-
 def table() -> str:
     """Markdown: mean `last_accuracy` over seeds by attack and share; marked where a run stopped."""
-    groups: dict[tuple[str, float, str], list[Row]] = {}
-    for row in read_rows(RESULTS):
-        groups.setdefault((row["attack"], row["share"], row["method"]), []).append(row)
+    rows = DataFrame(read_rows(RESULTS))
+    names = ["attack", "share", "method"]
+    of_seeds = rows.assign(accuracy=[last_accuracy(row) for row in rows.to_dict("records")])
+    of_seeds = of_seeds.groupby(names).agg(
+        accuracy=("accuracy", "mean"), stopped=("stopped", "count"), seeds=("seed", "count")
+    )
+    mark = of_seeds["stopped"].gt(0).map({True: " (stopped)", False: ""})
+    text = (of_seeds["accuracy"].map("{:.3f}".format) + mark).unstack().reindex(columns=METHODS)
+    seeds = of_seeds["seeds"].unstack().reindex(columns=METHODS).fillna(0).astype(int)
     lines = [
         f"| attack | hostile | {' | '.join(METHODS)} | seeds |",
         "|---|---|" + "---|" * (len(METHODS) + 1),
     ]
-    for attack, share in dict.fromkeys((a, s) for a, s, _, _ in sorted(cells(), key=_shown)):
-        found = [groups.get((attack, share, method), []) for method in METHODS]
-        if any(found):
-            seeds = sorted({len(rows) for rows in found})
-            shown = " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))
-            accuracies = " | ".join(_accuracy(rows) for rows in found)
-            lines.append(f"| {attack} | {share:.0%} | {accuracies} | {shown} |")
+    for case in dict.fromkeys((a, s) for a, s, _, _ in sorted(cells(), key=_shown)):
+        if case in text.index:
+            ends = dict.fromkeys((seeds.loc[case].min(), seeds.loc[case].max()))
+            accuracies = " | ".join(text.loc[case].fillna(""))
+            shown = " to ".join(map(str, ends))
+            lines.append(f"| {case[0]} | {case[1]:.0%} | {accuracies} | {shown} |")
     return "\n".join(lines)
 
 
@@ -178,18 +176,11 @@ def _shown(cell: tuple[str, float, str, int]) -> tuple[int, float]:
     return list(ATTACKS).index(attack), share
 
 
-def _accuracy(rows: list[Row]) -> str:
-    if not rows:
-        return ""
-    mark = " (stopped)" if any(row["stopped"] for row in rows) else ""
-    return f"{statistics.mean(last_accuracy(row) for row in rows):.3f}{mark}"
-
-
-def last_accuracy(row: Row) -> float:
+def last_accuracy(row: Mapping[Any, Any]) -> float:
     """Mean accuracy of the last three rounds."""
     return statistics.mean(row["accuracy"][-3:])
 
 
 if __name__ == "__main__":
-    columns = {"ATTACK": str, "SHARE": float, "METHOD": str, "SEED": int}
-    grid_command_line(__doc__ or "", RESULTS, columns, run_cell, run_missing, table)
+    columns = {"attack": str, "share": float, "method": str, "seed": int}
+    Grid(RESULTS, columns, cells(), run_cell).command_line(__doc__ or "", table)

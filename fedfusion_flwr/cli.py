@@ -106,7 +106,7 @@ def _compare(options: argparse.Namespace) -> int:
     # Here and not above, as in all commands: --help should not wait for torch.
     from fedfusion_flwr.experiments.compare import Comparison
     from fedfusion_flwr.experiments.jobs import interrupted_by_sigterm, locked
-    from fedfusion_flwr.experiments.suite_file import load_suite
+    from fedfusion_flwr.experiments.suite import load_suite
     from fedfusion_flwr.experiments.tables import TITLES, markdown, write_tables
     from fedfusion_flwr.experiments.work import Machine
 
@@ -155,8 +155,9 @@ def _report(options: argparse.Namespace) -> int:
 
 def _centralized(options: argparse.Namespace) -> int:
     from fedfusion_flwr.experiments.centralized import train_centralized
+    from fedfusion_flwr.experiments.results import CENTRALIZED
     from fedfusion_flwr.experiments.rows import put_row
-    from fedfusion_flwr.experiments.work import Machine, Reference
+    from fedfusion_flwr.experiments.work import Machine, Work
     from fedfusion_flwr.overrides import parse_overrides
 
     config = {
@@ -165,18 +166,19 @@ def _centralized(options: argparse.Namespace) -> int:
         "model": options.model,
         "seed": options.seed,
     }
-    reference = Reference(
-        options.dataset,
-        options.model,
-        options.seed,
-        options.batch_seed,
-        config,
-        steps=options.steps,
+    reference = Work(
+        group=CENTRALIZED,
+        dataset=options.dataset,
+        model=options.model,
+        seed=options.seed,
+        batch_seed=options.batch_seed,
+        config=config,
     )
     machine = Machine(
         options.output or Path("results", "centralized"), data_roots=dict(options.data_root)
     )
-    row = {**reference.factors(), **train_centralized(**reference.arguments(machine))}
+    trained = train_centralized(**reference.arguments(machine), steps=options.steps)
+    row = {**reference.factors(), **trained}
     put_row(machine.folder / f"{reference.kind}.jsonl", row, "cell")
     print(
         f"accuracy {row['accuracy'][-1]:.4f}, loss {row['loss'][-1]:.4f} after {row['steps']} "

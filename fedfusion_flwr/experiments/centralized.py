@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save
 
 from fedfusion_flwr.app.training import evaluate, train
 from fedfusion_flwr.computation import choose_device, place_model
@@ -19,10 +20,10 @@ from fedfusion_flwr.data import NO_AUGMENTATION, augment, central_test_data, dat
 from fedfusion_flwr.data.partition import local_split
 from fedfusion_flwr.experiments.bias import measure_bias
 from fedfusion_flwr.experiments.results import rounded
-from fedfusion_flwr.experiments.rows import Row, identity
+from fedfusion_flwr.experiments.rows import Row, identity, write_bytes
 from fedfusion_flwr.models import model_for
 from fedfusion_flwr.randomness import torch_generator
-from fedfusion_flwr.tracking import RunDirectory, state_digest
+from fedfusion_flwr.tracking import state_digest
 
 
 def train_centralized(
@@ -66,8 +67,7 @@ def train_centralized(
     x_test, y_test = (part.to(device) for part in central_test_data(parsed))
     everything = np.arange(len(data.y_train))
     kept, _ = local_split(everything, parsed.validation_fraction, parsed.seed, 0)
-    x = data.inputs(data.x_train[everything[kept]]).to(device)
-    y = data.y_train[everything[kept]].to(device)
+    x, y = data.inputs(data.x_train[kept]).to(device), data.y_train[kept].to(device)
     model = place_model(model_for(parsed, data), device)
     epoch = math.ceil(len(y) / parsed.batch_size)
     total = federated_steps(parsed) if steps is None else steps
@@ -104,11 +104,10 @@ def train_centralized(
             max_steps=min(epoch, total - checkpoints[-1]),
         )
         checkpoints.append(checkpoints[-1] + result.steps)
-    state = {key: value.cpu() for key, value in model.state_dict().items()}
-    path = Path(folder) / model_file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Clones: safetensors takes no tensors that share memory.
+    state = {k: v.cpu().contiguous().clone() for k, v in model.state_dict().items()}
     digest = state_digest(state)
-    RunDirectory.to_go_on_with(path.parent).write_state(path.name, state, digest=digest)
+    write_bytes(Path(folder) / model_file, save(state, {"digest": digest}))
     return {
         "accuracy": accuracies,
         "loss": [rounded(value, 8) for value in losses],

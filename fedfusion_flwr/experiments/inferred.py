@@ -7,10 +7,11 @@ digest of the run. Its job writes it, so that nobody needs the run directory to 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import zipfile
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +25,6 @@ from fedfusion_flwr.fusion.standardizer import Standardizer
 
 FOLDER = "inferred"
 ARCHIVE = "fusion.npz"
-_ARRAYS = (
-    "rounds",
-    "clients",
-    "assignments",
-    "mixture",
-    "inferred_mixture",
-    "components",
-    "planted",
-)
 _MAP = "map-"
 
 OCCUPIED = 0.01
@@ -55,7 +47,8 @@ class Inferred:
     ``statistics`` is None in runs that did not record it; ``planted`` holds -1 where the true
     component is not known. What `drawn` gives has ``maps``, client positions (K, 2) by method, and
     of ``components`` and ``statistics`` only what the pictures show: the last round, and
-    ``channels``, numbers (S,) of the channels that are left; None stands for all.
+    ``channels``, numbers (S,) of the channels that are left; None stands for all. ``digest`` is
+    the run's, where it was kept.
     """
 
     rounds: np.ndarray
@@ -67,24 +60,27 @@ class Inferred:
     planted: np.ndarray
     statistics: np.ndarray | None = None
     channels: np.ndarray | None = None
+    digest: np.ndarray | None = None
     maps: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Inferred:
-        """Read one ``fusion.npz``, also of versions that recorded less."""
+        """Read one ``fusion.npz``, also of versions that recorded less, or what was kept of it."""
         with np.load(path, allow_pickle=False) as stored:
-            return cls.of({name: stored[name] for name in stored.files})
+            arrays = {name: stored[name] for name in stored.files}
+        arrays.setdefault("planted", np.full(len(arrays["clients"]), -1))
+        maps = {n.removeprefix(_MAP): a for n, a in arrays.items() if n.startswith(_MAP)}
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: a for name, a in arrays.items() if name in known}, maps=maps)
 
-    @classmethod
-    def of(cls, arrays: dict[str, np.ndarray]) -> Inferred:
-        """From the arrays of a file."""
-        unknown = {"planted": np.full(len(arrays["clients"]), -1)}
-        return cls(
-            **{name: (unknown | arrays)[name] for name in _ARRAYS},
-            statistics=arrays.get("statistics"),
-            channels=arrays.get("channels"),
-            maps={n.removeprefix(_MAP): a for n, a in arrays.items() if n.startswith(_MAP)},
-        )
+    def write(self, path: Path) -> None:
+        """Write it as a file that `read` reads; the same arrays make the same bytes."""
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        arrays |= {_MAP + method: points for method, points in arrays.pop("maps").items()}
+        buffer = io.BytesIO()
+        # numpy gives the members no time.
+        np.savez_compressed(buffer, **{n: a for n, a in arrays.items() if a is not None})
+        write_bytes(path, buffer.getvalue())
 
     @property
     def is_planted(self) -> bool:
@@ -102,32 +98,32 @@ class Inferred:
         shares = np.nanmean(self.assignments, axis=1)
         return [int(m) for m in np.flatnonzero((shares >= OCCUPIED).any(0))]
 
-    def drawn(self) -> Inferred:
-        """What the pictures show of a whole inference, and no more."""
-        maps, channels, columns = {}, np.arange(0), np.arange(0)
-        if self.statistics is not None:
-            if len(self.clients) >= LEAST_CLIENTS:
-                maps = positions(self.statistics)
-            if self.is_planted:
-                width = self.statistics.shape[1] // len(KINDS)
-                count = min(width, MOST_CHANNELS)
-                channels = np.unique(np.linspace(0, width - 1, count).round().astype(int))
-                columns = np.concatenate([i * width + channels for i in range(len(KINDS))])
-        many = self.assignments.size > MOST_SHARES
-        return replace(
-            self,
-            assignments=self.assignments.round(4) if many else self.assignments,
-            components=np.ascontiguousarray(self.components[-1:, :, columns]),
-            statistics=None
-            if self.statistics is None
-            else np.ascontiguousarray(self.statistics[:, columns]),
-            channels=channels,
-            maps=maps,
-        )
-
+    @property
     def order(self) -> np.ndarray:
         """Clients by planted component where known, then by inferred one, (K,)."""
         return np.lexsort((self.clients, self.main_components, self.planted))
+
+    def drawn(self) -> Inferred:
+        """What the pictures show of a whole inference, and no more."""
+        maps, statistics, channels, columns = {}, self.statistics, np.arange(0), np.arange(0)
+        if statistics is not None:
+            if len(self.clients) >= LEAST_CLIENTS:
+                maps = positions(statistics)
+            if self.is_planted:
+                width = statistics.shape[1] // len(KINDS)
+                count = min(width, MOST_CHANNELS)
+                channels = np.unique(np.linspace(0, width - 1, count).round().astype(int))
+                columns = np.concatenate([i * width + channels for i in range(len(KINDS))])
+            statistics = np.ascontiguousarray(statistics[:, columns])
+        many = self.assignments.size > MOST_SHARES
+        return dataclasses.replace(
+            self,
+            assignments=self.assignments.round(4) if many else self.assignments,
+            components=np.ascontiguousarray(self.components[-1:, :, columns]),
+            statistics=statistics,
+            channels=channels,
+            maps=maps,
+        )
 
 
 def positions(statistics: np.ndarray) -> dict[str, np.ndarray]:
@@ -185,34 +181,26 @@ def true_components(statistics: np.ndarray, planted: np.ndarray) -> dict[int, np
 def keep_inferred(run_directory: Path, file: Path, digest: str) -> None:
     """Write what is drawn of a run's inference, if there was one."""
     archive = run_directory / ARCHIVE
-    if not archive.exists():
-        return
-    run = Inferred.read(archive).drawn()
-    arrays = {name: getattr(run, name) for name in (*_ARRAYS, "channels")}
-    arrays |= {_MAP + method: points for method, points in run.maps.items()}
-    if run.statistics is not None:
-        arrays["statistics"] = run.statistics
-    buffer = io.BytesIO()
-    # The same arrays make the same bytes: numpy gives the members no time.
-    np.savez_compressed(buffer, digest=np.array(digest), **arrays)
-    write_bytes(file, buffer.getvalue())
+    if archive.exists():
+        run = Inferred.read(archive).drawn()
+        dataclasses.replace(run, digest=np.array(digest)).write(file)
 
 
 def first_inference(
     results: Results, runs: DataFrame, missing: list[str]
 ) -> tuple[int, Inferred] | None:
-    """The run of the least seed whose inference was kept, as its index, and what is drawn of it.
+    """The seed and what is drawn of the inference of the least seed whose inference was kept.
 
     ``missing`` gets a sentence on each file that cannot be read.
     """
-    for index, run in runs.sort_values("seed", kind="stable").iterrows():
+    for run in runs.sort_values("seed", kind="stable").to_dict("records"):
         if results.is_run:
             archive = results.path / ARCHIVE
-            return (int(index), Inferred.read(archive).drawn()) if archive.exists() else None
+            return (run["seed"], Inferred.read(archive).drawn()) if archive.exists() else None
         path = results.path / FOLDER / f"{run['cell']}.npz"
         if path.exists():
             try:
-                return int(index), _read_drawn(path, str(run.get("digest") or ""))
+                return run["seed"], _read_kept(path, str(run.get("digest") or ""))
             except ResultsError as problem:
                 missing.append(f"{problem}; it is ignored.")
     return None
@@ -227,14 +215,13 @@ def strangers(results: Results) -> list[str]:
     return [f"'{FOLDER}' has files of no run that is here ({first_of(found)}); they are ignored."]
 
 
-def _read_drawn(path: Path, digest: str) -> Inferred:
+def _read_kept(path: Path, digest: str) -> Inferred:
     name = f"{FOLDER}/{path.name}"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        run, own = Inferred.of(arrays), str(arrays["digest"])
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as problem:
+        run = Inferred.read(path)
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile,
+            zlib.error) as problem:  # fmt: skip
         raise ResultsError(f"'{name}' is damaged ({problem})") from problem
-    if own != digest:
+    if str(run.digest) != digest:
         raise ResultsError(f"'{name}' is of another run than the one in cells.jsonl")
     return run

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means, spreads and intervals of a few numbers."""
+"""Intervals for the mean of a few numbers."""
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
+from scipy import stats
 
 from fedfusion_flwr.randomness import numpy_generator
 
@@ -24,22 +22,16 @@ class Interval(NamedTuple):
     high: float
 
 
-def spread(values: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1); None of a single value, which has none."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
     """Student's interval for the mean, mean +- t(n - 1) s / sqrt(n); None of a single value.
 
     It takes the values for independent draws of a normal distribution.
     """
-    deviation = spread(values)
-    if deviation is None:
+    if len(values) < 2:
         return None
-    half = float(student.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
-    mean = statistics.mean(values)
-    return Interval(mean - half, mean + half)
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    mean = float(np.mean(values))
+    return Interval(mean - float(half), mean + float(half))
 
 
 def cluster_bootstrap(

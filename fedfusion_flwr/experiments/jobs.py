@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -71,10 +72,6 @@ class _Running:
                 start_new_session=True,
             )
 
-    @property
-    def ended(self) -> bool:
-        return self.process.poll() is not None
-
     def result(self) -> Row:
         """What the process wrote, or how it ended."""
         self.close()
@@ -112,20 +109,16 @@ def run_jobs(jobs: Iterable[Job], workers: int) -> Generator[tuple[Job, Row], No
         The job and ``{"row": ...}`` or ``{"error": sentence}``.
     """
     waiting, running = iter(jobs), list[_Running]()
-    exhausted = False
     try:
-        while running or not exhausted:
-            while len(running) < workers and not exhausted:
-                job = next(waiting, None)
-                if job is None:
-                    exhausted = True
-                else:
-                    running.append(_Running(job))
-            for ended in [one for one in running if one.ended]:
+        while True:
+            for job in itertools.islice(waiting, workers - len(running)):
+                running.append(_Running(job))
+            if not running:
+                return
+            for ended in [one for one in running if one.process.poll() is not None]:
                 running.remove(ended)
                 yield ended.job, ended.result()
-            if running:
-                time.sleep(0.1)
+            time.sleep(0.1)
     finally:
         for one in running:
             one.close()
@@ -172,9 +165,8 @@ def main(arguments: list[str]) -> int:
     """Do the job; 1 if it failed."""
     job = Path(arguments[0])
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    wanted = json.loads(job.read_text(encoding="utf-8"))
     try:
-        result: Row = {"row": _work(wanted.pop("kind"))(**wanted)}
+        result: Row = {"row": work(**json.loads(job.read_text(encoding="utf-8")))}
     except FedFusionError as problem:
         result = {"error": str(problem)}
     except Exception as problem:  # noqa: BLE001 - whatever it is, the others go on
@@ -184,13 +176,13 @@ def main(arguments: list[str]) -> int:
     return int("error" in result)
 
 
-def _work(kind: str) -> Callable[..., Row]:
+def work(kind: str, **arguments: Any) -> Row:
+    """Do what a job says."""
     # Here, not above: the process that starts jobs needs neither.
     from fedfusion_flwr.experiments.centralized import train_centralized
     from fedfusion_flwr.experiments.federated import run_cell
 
-    kinds: dict[str, Callable[..., Row]] = {"cell": run_cell, "centralized": train_centralized}
-    return kinds[kind]
+    return run_cell(**arguments) if kind == "cell" else train_centralized(**arguments)
 
 
 def _end_with_parent() -> None:

@@ -1,22 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a federated model's features are from those of centralized training: three measures.
 
-`histogram_divergence` is the published one. It compares which values the running statistics take,
-whatever layer and channel they belong to: two networks with the same histogram may compute
-different things, and two runs of one recipe differ by their floor (see docs/report.md).
-
-Channel c of one network is not channel c of another that was trained by itself: a network with its
-channels permuted computes the same. So moments of the same images cannot be compared channel by
-channel between networks. Two comparisons remain sound, and each answers a question of its own:
-
-- `feature_distance`: do both networks see the same images alike? One minus linear centred kernel
-  alignment, which no permutation, rotation or common scale of the channels changes.
-- `statistics_gap`: are the statistics that a model normalizes with those of its own features? That
-  compares a network with itself, so its channels are aligned, on pooled data that no client has.
-  It is what federated training gets wrong in the first place, and centralized training gives the
-  floor.
-
-Pure numpy and torch: no files and no strategies.
+docs/report.md says what each of them answers and what it cannot see. Channel c of one network is
+not channel c of another that was trained by itself, so no moments are compared channel by channel
+between networks. Pure numpy and torch: no files and no strategies.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.experiments.figures.accuracy import accuracy_section
 from fedfusion_flwr.experiments.figures.curves import curves_section
 from fedfusion_flwr.experiments.figures.distribution import inferred_section
+from fedfusion_flwr.experiments.figures.draw import Section
 from fedfusion_flwr.experiments.figures.feature_bias import bias_section
-from fedfusion_flwr.experiments.figures.style import Section
 from fedfusion_flwr.experiments.figures.variations import ablation_section, hyper_parameters_section
 from fedfusion_flwr.experiments.results import Results, read_results
 
@@ -52,8 +52,7 @@ def write_report(path: Path, output: Path | None = None) -> Path:
     images = {}
     for part in (part for section in sections for part in section.parts):
         for picture in part.pictures:
-            picture.write(figures)
-            images[picture.name] = picture.data_uri(figures)
+            images[picture.name] = picture.write(figures)
         for table in part.tables:
             table.write(figures)
     page = folder / "index.html"
@@ -68,28 +67,12 @@ def _render(results: Results, sections: list[Section], images: dict[str, str]) -
         undefined=StrictUndefined,
     )
     return environment.get_template("page.html").render(
-        title=f"FedFusion: {'run' if results.is_run else 'suite'} {results.path.resolve().name}",
-        lead=_lead(results),
+        name=results.path.resolve().name,
+        results=results,
         facts=_facts(results),
         sections=sections,
         images=images,
-        made=f"Made by fedfusion-flwr {version('fedfusion-flwr')}.",
-    )
-
-
-def _lead(results: Results) -> str:
-    runs = results.runs
-    if results.is_run:
-        (setting,), (run,) = results.compared, runs.to_dict("records")
-        rounds = int(run["rounds"]) if len(results.rounds) else 0
-        return (
-            f"One run of {run['strategy']} on {setting}: {run['config']['num-clients']} clients, "
-            f"{rounds} rounds, seed {run['seed']}. Keys that are not the default:"
-        )
-    return (
-        f"{len(runs)} runs of {runs['strategy'].nunique()} strategies in "
-        f"{len(results.compared)} settings, with {runs['seed'].nunique()} seeds. A picture's "
-        "caption says how its numbers were made."
+        version=version("fedfusion-flwr"),
     )
 
 

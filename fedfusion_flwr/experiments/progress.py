@@ -10,30 +10,47 @@ from typing import NamedTuple
 import torch
 
 from fedfusion_flwr.computation import choose_device, slow_precision
+from fedfusion_flwr.experiments.rows import Row
 from fedfusion_flwr.experiments.work import Work
 
 
 class Timed(NamedTuple):
     """Finished work: its group, the seconds that the suite says (0: none), the seconds it took."""
 
-    kind: str
+    group: str
     declared: float
     seconds: float
 
 
 class Clock:
-    """Expects that work takes as long as finished work of its kind, or else what the suite says."""
+    """Expects what finished work of the same group took, or else what the suite says."""
 
     def __init__(self, finished: Iterable[Timed] = ()) -> None:
         self.finished = list(finished)
 
-    def expected(self, kind: str, declared: float) -> float:
+    @classmethod
+    def of(cls, work: Iterable[Work], rows: Iterable[Row]) -> Clock:
+        """A clock that knows these rows of the work."""
+        clock, by_id = cls(), {one.id: one for one in work}
+        for row in rows:
+            clock.note(by_id[row["cell"]], row["seconds"])
+        return clock
+
+    def note(self, one: Work, seconds: float) -> None:
+        """Remember what some work took."""
+        self.finished.append(Timed(one.group, one.seconds, seconds))
+
+    def expected_of(self, work: Iterable[Work]) -> float:
+        """Seconds of all this work, one after the other."""
+        return sum(self.expected(one.group, one.seconds) for one in work)
+
+    def expected(self, group: str, declared: float) -> float:
         """Seconds; 0 where nothing is known.
 
-        What the suite says is scaled by how far off it was for finished work of the same kind, or,
+        What the suite says is scaled by how far off it was for finished work of the same group, or,
         if there is none yet, for all.
         """
-        same = [timed for timed in self.finished if timed.kind == kind]
+        same = [timed for timed in self.finished if timed.group == group]
         for known in (same, self.finished):
             if not declared and known:
                 return statistics.mean(timed.seconds for timed in known)

@@ -20,7 +20,7 @@ import pandas as pd
 from pandas import DataFrame
 
 from fedfusion_flwr.config import RunConfig
-from fedfusion_flwr.experiments.rows import ResultsError, Row, files_of, read_rows
+from fedfusion_flwr.experiments.rows import ResultsError, Row, files_of, read_all, read_rows
 
 SETTING = ["group", "dataset", "model", "partition"]
 """What runs have in common that are compared."""
@@ -36,6 +36,7 @@ _DIGITS = 6
 _METRIC_DIGITS = {"global-loss": 8, "personalized-loss": 8, **dict.fromkeys(RECOVERY, 5)}
 """Others have all their digits: whether two strategies are equal must not depend on rounding."""
 _ABOUT = ("python", "torch", "flwr", "commit", "machine")
+_EVERY_ROW = ("cell", *SETTING[1:], "strategy", "seed", "config", "metrics")
 
 
 class Setting(NamedTuple):
@@ -61,9 +62,21 @@ def slug(*parts: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")
 
 
-def rounded(value: float | None, digits: int = _DIGITS) -> float | int | None:
+def first_of(names: Iterable[str], count: int = 3) -> str:
+    """``a, b, c and 4 more``: distinct names for a sentence."""
+    distinct = list(dict.fromkeys(names))
+    more = len(distinct) - count
+    return ", ".join(distinct[:count]) + (f" and {more} more" if more > 0 else "")
+
+
+def mean_and_spread(mean: float, spread: float) -> str:
+    """``0.912 ± 0.004``, or the mean alone if there is no spread."""
+    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
+
+
+def rounded(value: Any, digits: int = _DIGITS) -> float | int | None:
     """A number with so many significant digits, as a row holds it; None if it is not finite."""
-    if value is None or not math.isfinite(value):
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     short = float(f"{value:.{digits}g}")
     return int(short) if short.is_integer() and abs(short) < 1e15 else short
@@ -78,8 +91,7 @@ def compact(metrics: Sequence[Row]) -> dict[str, Any]:
     rounds = [int(row["round"]) for row in metrics]
     kept: dict[str, Any] = {"round": rounds}
     for name in (*_MEASURED, *COSTS):
-        digits = _METRIC_DIGITS.get(name, 17)
-        values = [rounded(_number(row.get(name)), digits) for row in metrics]
+        values = [rounded(row.get(name), _METRIC_DIGITS.get(name, 17)) for row in metrics]
         found = {str(r): v for r, v in zip(rounds, values, strict=True) if v is not None}
         if not found:
             continue
@@ -88,6 +100,15 @@ def compact(metrics: Sequence[Row]) -> dict[str, Any]:
         else:
             kept[name] = found if 2 * len(found) < len(values) else values
     return kept
+
+
+def _spread_out(values: Any, rounds: Sequence[int]) -> list[Any]:
+    """The values of a metric in every round: the inverse of what `compact` does."""
+    if isinstance(values, list):
+        return values
+    if isinstance(values, dict):
+        return [values.get(str(number)) for number in rounds]
+    return [values if number else None for number in rounds]
 
 
 def rounds_table(runs: Sequence[Mapping[str, Any] | Sequence[Row]]) -> DataFrame:
@@ -102,29 +123,19 @@ def rounds_table(runs: Sequence[Mapping[str, Any] | Sequence[Row]]) -> DataFrame
         As `compact` makes them, or the lines of ``metrics.jsonl``.
     """
     columns: dict[str, list[Any]] = {name: [] for name in ("run", "round", *_MEASURED, *COSTS)}
-    for number, metrics in enumerate(runs):
-        if isinstance(metrics, Mapping):
-            rounds = list(metrics["round"])
-            found = {name: _spread_out(values, rounds) for name, values in metrics.items()}
+    for number, of in enumerate(runs):
+        if isinstance(of, Mapping):
+            found = {name: _spread_out(values, of["round"]) for name, values in of.items()}
         else:
-            rounds = [row["round"] for row in metrics]
-            found = {name: [row.get(name) for row in metrics] for name in columns}
-        found |= {"run": [number] * len(rounds), "round": rounds}
+            found = {name: [row.get(name) for row in of] for name in columns}
+        nothing = [None] * len(found["round"])
+        found["run"] = [number] * len(nothing)
         for name, column in columns.items():
-            column += found.get(name) or [None] * len(rounds)
+            column += found.get(name, nothing)
     frame = DataFrame(columns).apply(pd.to_numeric, errors="coerce")
     frame = frame.replace([np.inf, -np.inf], np.nan)
     spent = frame[[*COSTS]].fillna(0).groupby(frame["run"]).cumsum()
     return frame.assign(bytes=spent["bytes-down"] + spent["bytes-up"], steps=spent["client-steps"])
-
-
-def _spread_out(values: Any, rounds: Sequence[int]) -> list[Any]:
-    """The values of a metric in every round: the inverse of what `compact` does."""
-    if isinstance(values, list):
-        return values
-    if isinstance(values, dict):
-        return [values.get(str(number)) for number in rounds]
-    return [values if number else None for number in rounds]
 
 
 def runs_table(rows: Sequence[Row]) -> tuple[DataFrame, DataFrame]:
@@ -134,8 +145,8 @@ def runs_table(rows: Sequence[Row]) -> tuple[DataFrame, DataFrame]:
     -------
     runs : DataFrame
         A line a run: the row without its rounds; of the last round after 0 that has it each of
-        `METRICS`; the sum of each of `COSTS`, ``bytes`` both ways, ``rounds``; ``algorithm``, the
-        app's strategy behind the suite's name.
+        `METRICS`; the sum of each of `COSTS`, ``bytes`` both ways, ``rounds``; ``config`` with
+        every key; ``algorithm``, the app's strategy behind the suite's name.
     rounds : DataFrame
         A line a round, see `rounds_table`; ``run`` is the index of its run.
 
@@ -144,16 +155,13 @@ def runs_table(rows: Sequence[Row]) -> tuple[DataFrame, DataFrame]:
     ResultsError
         If a row lacks what every row has.
     """
-    for row in rows:
-        for key in ("cell", *SETTING[1:], "strategy", "seed", "config", "metrics"):
-            if key not in row:
-                raise ResultsError(f"a row lacks '{key}'; run its cell again")
+    for key in (key for row in rows for key in _EVERY_ROW if key not in row):
+        raise ResultsError(f"a row lacks '{key}'; run its cell again")
     rounds = rounds_table([row["metrics"] for row in rows])
     runs = DataFrame([{k: v for k, v in row.items() if k != "metrics"} for row in rows])
-    if not rows:
-        return runs, rounds
     runs["group"] = runs["group"].fillna("") if "group" in runs else ""
-    runs["config"] = [full_config(row["config"]) for row in rows]
+    # Not checked, so that results of other versions can be shown.
+    runs["config"] = [{**RunConfig().to_run_config(), **row["config"]} for row in rows]
     runs["algorithm"] = [str(config["strategy"]) for config in runs["config"]]
     by_run = rounds.groupby("run")
     last = rounds[rounds["round"] > 0].groupby("run")[[*METRICS]].last()
@@ -162,11 +170,6 @@ def runs_table(rows: Sequence[Row]) -> tuple[DataFrame, DataFrame]:
     runs["bytes"] = runs["bytes-down"] + runs["bytes-up"]
     runs["rounds"] = by_run["round"].max()
     return runs, rounds
-
-
-def full_config(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Every key of a run config; not checked, so that results of other versions can be shown."""
-    return {**RunConfig().to_run_config(), **overrides}
 
 
 @dataclass(frozen=True)
@@ -208,14 +211,9 @@ class Results:
             for names, of in runs.groupby(SETTING, sort=False)
         }
 
-    def group(self, name: str) -> DataFrame:
-        """The runs of one group."""
-        return self.runs[self.runs["group"] == name]
-
     def rounds_of(self, runs: DataFrame) -> DataFrame:
         """The rounds of some runs, with ``strategy``."""
-        found = self.rounds[self.rounds["run"].isin(runs.index)]
-        return found.join(runs["strategy"], on="run")
+        return self.rounds.join(runs["strategy"], on="run", how="inner")
 
     def references_for(self, setting: Setting) -> DataFrame:
         """The references of the setting's data set and model.
@@ -235,76 +233,40 @@ def read_results(path: Path) -> Results:
     ResultsError
         If it is neither, or a record is damaged.
     """
-    if any(file.exists() for file in files_of(path, "cells")):
-        return _read_suite(path)
-    if (path / "metrics.jsonl").exists():
-        return _read_run(path)
-    raise ResultsError(
-        f"'{path}' is neither a run directory (no metrics.jsonl) nor a suite's folder (no "
-        "cells.jsonl); name one that `flwr run` or `fedfusion compare` has written"
+    is_run = not any(file.exists() for file in files_of(path, "cells"))
+    if is_run and not (path / "metrics.jsonl").exists():
+        raise ResultsError(
+            f"'{path}' is neither a run directory (no metrics.jsonl) nor a suite's folder (no "
+            "cells.jsonl); name one that `flwr run` or `fedfusion compare` has written"
+        )
+    rows = [_row_of_run(path)] if is_run else read_all(path, "cells")
+    if not rows:
+        raise ResultsError(f"'{path / 'cells.jsonl'}' holds no finished cell yet")
+    names = ["dataset", "model", "seed", "batch_seed", "digest", "bias", "accuracy"]
+    pooled = [] if is_run else read_all(path, CENTRALIZED)
+    references = DataFrame(
+        [{"digest": "", **row, "accuracy": (row["accuracy"] or [None])[-1]} for row in pooled],
+    ).reindex(columns=names)
+    about = {key: sorted({str(row[key]) for row in rows if row.get(key)}) for key in _ABOUT}
+    return Results(
+        path,
+        *runs_table(rows),
+        references,
+        {key: values for key, values in about.items() if values},
+        [str(row.get("cell")) for row in read_rows(path / "failures.jsonl")],
+        is_run,
     )
 
 
-def first_of(names: Iterable[str], count: int = 3) -> str:
-    """``a, b, c and 4 more``: distinct names for a sentence."""
-    distinct = list(dict.fromkeys(names))
-    more = len(distinct) - count
-    return ", ".join(distinct[:count]) + (f" and {more} more" if more > 0 else "")
-
-
-def mean_and_spread(mean: float, spread: float) -> str:
-    """``0.912 ± 0.004``, or the mean alone if there is no spread."""
-    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
-
-
-def _read_run(path: Path) -> Results:
-    config = read_config(path)
-    row = {
-        "cell": path.name,
-        "dataset": config.dataset,
-        "model": config.model,
-        "partition": config.partition,
-        "strategy": config.strategy,
-        "seed": config.seed,
-        "config": config.to_run_config(),
-        "metrics": read_rows(path / "metrics.jsonl"),
-    }
-    return Results(path, *runs_table([row]), _references([]), is_run=True)
-
-
-def read_config(directory: Path) -> RunConfig:
-    """The run config of a run directory."""
-    file = directory / "config.json"
+def _row_of_run(path: Path) -> Row:
+    """A run directory as a suite's row."""
+    file = path / "config.json"
     if not file.exists():
-        raise ResultsError(f"'{directory}' has no config.json; name a whole run directory")
+        raise ResultsError(f"'{path}' has no config.json; name a whole run directory")
     try:
-        overrides = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
+        config = RunConfig.from_run_config(json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ResultsError(f"'{file}' is damaged ({problem})") from problem
-    return RunConfig.from_run_config(overrides)
-
-
-def _read_suite(path: Path) -> Results:
-    rows = [row for file in files_of(path, "cells") for row in read_rows(file)]
-    if not rows:
-        raise ResultsError(f"'{path / 'cells.jsonl'}' holds no finished cell yet")
-    pooled = [row for file in files_of(path, CENTRALIZED) for row in read_rows(file)]
-    failed = [str(row.get("cell")) for row in read_rows(path / "failures.jsonl")]
-    about = {
-        key: sorted({str(row[key]) for row in rows if row.get(key)})
-        for key in _ABOUT
-        if any(row.get(key) for row in rows)
-    }
-    return Results(path, *runs_table(rows), _references(pooled), about, failed)
-
-
-def _references(rows: Sequence[Row]) -> DataFrame:
-    names = ["dataset", "model", "seed", "batch_seed", "digest", "bias", "accuracy"]
-    frame = DataFrame(rows).reindex(columns=names)
-    frame["accuracy"] = [values[-1] if values else None for values in frame["accuracy"]]
-    frame["digest"] = [row.get("digest") or "" for row in rows]
-    return frame
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    factors = {key: getattr(config, key) for key in (*SETTING[1:], "strategy", "seed")}
+    metrics = read_rows(path / "metrics.jsonl")
+    return {"cell": path.name, **factors, "config": config.to_run_config(), "metrics": metrics}

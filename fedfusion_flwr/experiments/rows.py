@@ -40,11 +40,20 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(_parsed(path, line, number))
-        except ResultsError:
-            if number < len(lines):
-                raise
+            row = json.loads(line)
+            problem = None if isinstance(row, dict) else "is not a JSON object"
+        except json.JSONDecodeError as error:
+            problem = f"is not JSON ({error.msg})"
+        if problem is None:
+            rows.append(row)
+        elif number < len(lines):
+            raise ResultsError(f"'{path}', line {number}, {problem}")
     return rows
+
+
+def read_all(folder: Path, kind: str) -> list[Row]:
+    """The rows of a kind, of all its files."""
+    return [row for path in files_of(folder, kind) for row in read_rows(path)]
 
 
 def files_of(folder: Path, kind: str) -> list[Path]:
@@ -124,16 +133,6 @@ def _commit() -> str:
         if done.stdout.strip():
             return done.stdout.strip()
     return f"version {version('fedfusion-flwr')}"
-
-
-def _parsed(path: Path, text: str, line: int) -> Row:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise ResultsError(f"'{path}', line {line}, is not JSON ({problem.msg})") from problem
-    if not isinstance(value, dict):
-        raise ResultsError(f"'{path}', line {line}, is not a JSON object")
-    return value
 
 
 def _line(row: Row) -> str:

@@ -117,12 +117,8 @@ def ranks(runs: DataFrame) -> DataFrame:
     tables = []
     for (group, metric), of in _by_group_and_accuracy(runs):
         strategies = of["strategy"].unique()
-        means = (
-            of.groupby(_RUN, sort=False)[metric].agg(exact_mean).unstack()[[*strategies]].dropna()
-        )
-        if means.empty:
-            continue
-        rank = means.rank(axis=1, ascending=False)
+        means = of.groupby(_RUN, sort=False)["value"].agg(exact_mean).unstack()
+        rank = means[strategies].dropna().rank(axis=1, ascending=False)
         table = DataFrame(
             {
                 "group": group,
@@ -130,10 +126,11 @@ def ranks(runs: DataFrame) -> DataFrame:
                 "strategy": strategies,
                 "rank": rank.mean().to_numpy(),
                 "wins": (rank < 2).sum().to_numpy(),
-                "settings": len(means),
+                "settings": len(rank),
             }
         )
-        tables.append(table.sort_values("rank", kind="stable"))
+        if len(rank):
+            tables.append(table.sort_values("rank", kind="stable"))
     return pd.concat(tables, ignore_index=True) if tables else DataFrame()
 
 
@@ -144,7 +141,7 @@ def differences(runs: DataFrame, baseline: str = BASELINE) -> DataFrame:
     pairs, in how many pairs the baseline is above and below. For a group also the 95 % bootstrap
     interval that draws whole settings: pairs of one setting are alike, which Student's ignores.
     """
-    found = []
+    lines = []
     for (group, metric), of in _by_group_and_accuracy(runs):
         ours = of[of["strategy"] == baseline]
         for strategy in of["strategy"].unique():
@@ -152,32 +149,29 @@ def differences(runs: DataFrame, baseline: str = BASELINE) -> DataFrame:
                 continue
             theirs = of[of["strategy"] == strategy]
             pairs = ours.merge(theirs, on=[*SETTING, "seed"], suffixes=("", " of the other"))
-            values = pairs[metric] - pairs[f"{metric} of the other"]
-            pairs = pairs[SETTING].assign(value=values).dropna()
-            if pairs.empty:
-                continue
-            by = {names: part["value"] for names, part in pairs.groupby(SETTING, sort=False)}
-            everything = (group, "all", "all", "all")
-            clustered = cluster_bootstrap([list(part) for part in by.values()])
-            for setting, part in [(everything, pairs["value"]), *by.items()]:
-                t = t_interval(list(part))
-                bootstrap = clustered if setting is everything else None
-                found.append(
-                    {
-                        **dict(zip(SETTING, setting, strict=True)),
-                        "metric": metric,
-                        "difference": f"{baseline} - {strategy}",
-                        "pairs": len(part),
-                        "mean": exact_mean(part),
-                        "t-low": t and t.low,
-                        "t-high": t and t.high,
-                        "bootstrap-low": bootstrap and bootstrap.low,
-                        "bootstrap-high": bootstrap and bootstrap.high,
-                        "above": int((part > 0).sum()),
-                        "below": int((part < 0).sum()),
-                    }
-                )
-    return DataFrame(found)
+            pairs["value"] -= pairs["value of the other"]
+            by = pairs.dropna(subset="value").groupby(SETTING, sort=False)["value"]
+            parts = {setting: list(values) for setting, values in by}
+            everything = [value for values in parts.values() for value in values]
+            all_settings = {(group, "all", "all", "all"): everything} if everything else {}
+            bootstrap = cluster_bootstrap([*parts.values()])
+            for setting, values in (all_settings | parts).items():
+                t = t_interval(values)
+                line = dict(zip(SETTING, setting, strict=True)) | {
+                    "metric": metric,
+                    "difference": f"{baseline} - {strategy}",
+                    "pairs": len(values),
+                    "mean": statistics.mean(values),
+                    "t-low": t and t.low,
+                    "t-high": t and t.high,
+                    "bootstrap-low": bootstrap and bootstrap.low,
+                    "bootstrap-high": bootstrap and bootstrap.high,
+                    "above": sum(value > 0 for value in values),
+                    "below": sum(value < 0 for value in values),
+                }
+                lines.append(line)
+                bootstrap = None
+    return DataFrame(lines)
 
 
 def to_target(runs: DataFrame, rounds: DataFrame, share: float = TARGET_SHARE) -> DataFrame:
@@ -256,9 +250,11 @@ def _shown(value: Any) -> str:
 
 
 def _by_group_and_accuracy(runs: DataFrame) -> Iterator[tuple[tuple[str, str], DataFrame]]:
+    """The runs of each group for each accuracy, which is ``value``."""
+    names = [*_RUN, "seed"]
     for group, of in runs.groupby("group", sort=False):
         for metric in ACCURACIES:
-            yield (str(group), metric), of
+            yield (group, metric), of[[*names, metric]].rename(columns={metric: "value"})
 
 
 def _settings_together(table: DataFrame) -> DataFrame:

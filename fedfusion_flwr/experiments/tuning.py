@@ -10,8 +10,7 @@ from pandas import DataFrame
 
 from fedfusion_flwr.experiments.results import rounds_table
 from fedfusion_flwr.experiments.rows import Row
-from fedfusion_flwr.experiments.suite import Tuning
-from fedfusion_flwr.experiments.work import Overrides
+from fedfusion_flwr.experiments.work import Overrides, Tuning
 
 LAST_ROUNDS = 5
 """The tuning judges by the mean of this many last values of its metric: one is too noisy."""
@@ -38,21 +37,16 @@ def candidates(tuning: Tuning, rows: Sequence[Row]) -> DataFrame:
     """
     grid = tuning.grid
     needed = len(grid.datasets) * len(grid.models) * len(grid.partitions) * len(grid.seeds)
-    found: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        value = score(row, tuning.metrics[row["strategy"]])
-        found.setdefault((row["strategy"], row["candidate"]), []).append(value)
-    table = DataFrame(
-        {
-            "strategy": strategy,
-            "candidate": ", ".join(f"{key} = {value}" for key, value in candidate.items()),
-            "metric": tuning.metrics[strategy],
-            "score": statistics.mean(values) if len(values) == needed else float("nan"),
-        }
-        for strategy, tried in tuning.candidates.items()
-        for number, candidate in enumerate(tried)
-        for values in [found.get((strategy, number), [])]
-    )
+    lines = []
+    for strategy, tried in tuning.candidates.items():
+        metric = tuning.metrics[strategy]
+        for number, candidate in enumerate(tried):
+            own = [r for r in rows if (r["strategy"], r["candidate"]) == (strategy, number)]
+            scores = [score(row, metric) for row in own]
+            mean = statistics.mean(scores) if len(scores) == needed else float("nan")
+            name = ", ".join(f"{key} = {value}" for key, value in candidate.items())
+            lines.append((strategy, name, metric, mean))
+    table = DataFrame(lines, columns=["strategy", "candidate", "metric", "score"])
     best = table.groupby("strategy")["score"].transform("max")
     scored = table[table["score"] == best]
     return table.assign(chosen=table.index.isin(scored.drop_duplicates("strategy").index))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work of a suite: federated cells, and references trained on the pooled data."""
+"""The work of a suite: federated runs, and references trained on the pooled data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ Overrides = dict[str, Value]
 CELLS, TUNE = "cells", "tune"
 """Kinds of rows, with `CENTRALIZED`; the last two are groups as well."""
 RUNS_FOLDER, MODELS_FOLDER = "runs", "models"
+_FACTORS = (
+    *("strategy", "dataset", "model", "partition", "seed", "batch_seed", "group", "candidate"),
+    "config",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Machine:
     folder : Path
         Of the results.
     engine : str
-        One of `federated.ENGINES`.
+        ``simulation`` or ``in-process``, see `app.local.run_locally`.
     cpus : int
         simulation: CPUs of each job.
     gpus : float
@@ -44,28 +48,52 @@ class Machine:
     gpus: float = 0.0
     data_roots: Mapping[str, str] | None = None
 
-    def local(self, dataset: str) -> dict[str, Value]:
-        """Keys that belong to this machine and stand in no row."""
-        root = (self.data_roots or {}).get(dataset)
-        return {} if root is None else {"data-root": root}
+
+@dataclass(frozen=True)
+class Grid:
+    """All combinations of some names, each run with every seed."""
+
+    name: str
+    strategies: Sequence[str]
+    datasets: Sequence[str]
+    models: Sequence[str]
+    partitions: Sequence[str]
+    seeds: Sequence[int]
+    config: Overrides = field(default_factory=dict)
+    seconds: float = 0.0
+    tuned: bool = True
+    served: bool = False
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of a suite.
+class Tuning:
+    """Candidates of every strategy, tried in one grid, and the metric that decides for each."""
+
+    grid: Grid
+    candidates: dict[str, list[Overrides]]
+    metrics: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What makes one row: a run of a suite, or a model trained on the pooled data.
 
     Attributes
     ----------
-    group, strategy, dataset, model, partition : str
-        Names in the suite.
+    group, dataset, model : str
+        Names in the suite; the group of a reference is `CENTRALIZED`.
+    strategy, partition : str
+        The same; empty for a reference.
     seed : int
-        Of the run.
+        Of the run or the model.
     config : dict[str, Value]
         Every run-config key that differs from the app's defaults or that the suite names.
     seconds : float
         What it takes, as the suite says; 0 where it does not.
     candidate : int or None
         Tuning: which of the strategy's candidates.
+    batch_seed : int or None
+        Of a reference: of the order of its batches.
     first : bool
         Whether its seed is its group's first, whose model and inference pictures show.
     served : bool
@@ -73,122 +101,89 @@ class Cell:
     """
 
     group: str
-    strategy: str
     dataset: str
     model: str
-    partition: str
     seed: int
     config: Overrides
-    seconds: float = 0.0
+    strategy: str = ""
+    partition: str = ""
     candidate: int | None = None
+    batch_seed: int | None = None
+    seconds: float = 0.0
     first: bool = False
     served: bool = False
 
     @property
     def kind(self) -> str:
         """Of its row. Those of the tuning are apart: they are in no comparison."""
-        return TUNE if self.group == TUNE else CELLS
+        return self.group if self.group in (TUNE, CENTRALIZED) else CELLS
 
     @property
     def is_compared(self) -> bool:
         """Whether strategies are compared in its group, and with centralized training."""
-        return self.group not in (TUNE, *VARIATIONS)
+        return self.group not in (TUNE, CENTRALIZED, *VARIATIONS)
 
     @property
     def id(self) -> str:
         """A file name made of the factors, the same in every session."""
+        if self.kind == CENTRALIZED:
+            return slug(self.dataset, self.model, f"s{self.seed}", f"b{self.batch_seed}")
         which = [] if self.candidate is None else [f"c{self.candidate}"]
-        parts = (self.group, self.dataset, self.model, self.partition, self.strategy, *which)
-        return slug(*parts, f"s{self.seed}")
+        names = (self.group, self.dataset, self.model, self.partition, self.strategy)
+        return slug(*names, *which, f"s{self.seed}")
+
+    @property
+    def model_file(self) -> str:
+        """Where a reference's model is saved, in the folder of the results."""
+        return f"{MODELS_FOLDER}/{self.id}.safetensors"
 
     def factors(self) -> Row:
-        """The first columns of the cell's row."""
-        names = ("strategy", "dataset", "model", "partition", "seed", "group")
-        row = {"cell": self.id} | {name: getattr(self, name) for name in names}
-        tried = {} if self.candidate is None else {"candidate": self.candidate}
-        return row | tried | {"config": self.config}
+        """The first columns of its row; ``cell`` is the id."""
+        values = {name: getattr(self, name) for name in _FACTORS}
+        return {"cell": self.id} | {name: v for name, v in values.items() if v not in (None, "")}
 
-    def job(self, machine: Machine, references: Sequence[Row] = ()) -> Job:
-        """A run in a directory of its own, without checkpoints: a job starts from the beginning.
+    def has_row(self, row: Row) -> bool:
+        """Whether a stored row is of this work, with the config that it has now."""
+        return bool(row["cell"] == self.id and row["config"] == self.config)
 
-        ``references`` are what it is compared with, see `bias.measure_bias`.
+    def serves(self, other: Work) -> bool:
+        """Whether this is a reference with the data set and model of other work."""
+        same = (self.dataset, self.model) == (other.dataset, other.model)
+        return same and self.kind == CENTRALIZED
+
+    def arguments(self, machine: Machine, references: Sequence[Row] = ()) -> dict[str, Any]:
+        """Of `federated.run_cell` or `centralized.train_centralized`.
+
+        The data root belongs to this machine and stands in no row. ``references`` are what the
+        model is compared with, see `bias.measure_bias`.
         """
-        folder = machine.folder / RUNS_FOLDER / self.id
-        config = {
-            "checkpoint-every": 0,
-            **self.config,
-            **machine.local(self.dataset),
-            "output-dir": str(folder.resolve()),
-        }
-        inferred = machine.folder.resolve() / INFERRED_FOLDER / f"{self.id}.npz"
-        arguments = {
-            "kind": "cell",
-            "config": config,
+        root = (machine.data_roots or {}).get(self.dataset)
+        config = self.config if root is None else {**self.config, "data-root": root}
+        folder = machine.folder.resolve()
+        if self.kind == CENTRALIZED:
+            return {
+                "config": config,
+                "folder": str(folder),
+                "model_file": self.model_file,
+                "batch_seed": self.batch_seed,
+                "references": list(references),
+            }
+        drawn = folder / INFERRED_FOLDER / f"{self.id}.npz"
+        output = {"output-dir": str(folder / RUNS_FOLDER / self.id)}
+        return {
+            # Without checkpoints: a job starts from the beginning.
+            "config": {"checkpoint-every": 0, **config, **output},
             "engine": machine.engine,
             "cpus": machine.cpus,
             "gpus": machine.gpus,
             "references": list(references),
-            "drawn": str(inferred) if self.first and self.is_compared else None,
+            "drawn": str(drawn) if self.first and self.is_compared else None,
             "served": self.served,
-        }
-        return Job(self.id, arguments, folder)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A model trained on the pooled data, for all runs with its data set and model."""
-
-    dataset: str
-    model: str
-    seed: int
-    batch_seed: int
-    config: Overrides
-    seconds: float = 0.0
-    steps: int | None = None
-
-    group = CENTRALIZED
-    kind = CENTRALIZED
-    is_compared = False
-
-    @property
-    def id(self) -> str:
-        """A file name made of the factors."""
-        return slug(self.dataset, self.model, f"s{self.seed}", f"b{self.batch_seed}")
-
-    def factors(self) -> Row:
-        """The first columns of the row; ``cell`` is the id."""
-        names = ("dataset", "model", "seed", "batch_seed", "config")
-        return {"cell": self.id} | {name: getattr(self, name) for name in names}
-
-    def serves(self, one: Cell | Reference) -> bool:
-        """Whether it has the data set and model of other work."""
-        return (self.dataset, self.model) == (one.dataset, one.model)
-
-    def model_file(self, folder: Path) -> Path:
-        """Where its model is saved."""
-        return folder / MODELS_FOLDER / f"{self.id}.safetensors"
-
-    def arguments(self, machine: Machine, references: Sequence[Row] = ()) -> dict[str, Any]:
-        """Of `train_centralized`."""
-        return {
-            "config": {**self.config, **machine.local(self.dataset)},
-            "folder": str(machine.folder.resolve()),
-            "model_file": f"{MODELS_FOLDER}/{self.id}.safetensors",
-            "batch_seed": self.batch_seed,
-            "steps": self.steps,
-            "references": list(references),
         }
 
     def job(self, machine: Machine, references: Sequence[Row] = ()) -> Job:
-        """The training, which takes no engine."""
-        folder = machine.folder / RUNS_FOLDER / f"{CENTRALIZED}-{self.id}"
-        return Job(self.id, {"kind": CENTRALIZED, **self.arguments(machine, references)}, folder)
-
-
-Work = Cell | Reference
-"""What makes one row."""
-
-
-def is_row_of(row: Row, one: Work) -> bool:
-    """Whether a stored row is of this work, with the config that it has now."""
-    return bool(row["cell"] == one.id and row["config"] == one.config)
+        """The work as a process with a directory of its own."""
+        is_run = self.kind != CENTRALIZED
+        kind, name = ("cell", self.id) if is_run else (CENTRALIZED, f"{CENTRALIZED}-{self.id}")
+        arguments = {"kind": kind, **self.arguments(machine, references)}
+        return Job(self.id, arguments, machine.folder / RUNS_FOLDER / name)

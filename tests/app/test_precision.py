@@ -24,7 +24,7 @@ from fedfusion_flwr.computation import (
     warn_of_slow_precision,
 )
 from fedfusion_flwr.experiments.compare import Comparison
-from fedfusion_flwr.experiments.suite_file import load_suite
+from fedfusion_flwr.experiments.suite import load_suite
 from fedfusion_flwr.experiments.work import Machine
 from fedfusion_flwr.models import build_model
 from fedfusion_flwr.randomness import torch_generator

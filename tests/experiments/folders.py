@@ -13,11 +13,9 @@ from unittest import mock
 
 import numpy as np
 
-from fedfusion_flwr.experiments.centralized import train_centralized
 from fedfusion_flwr.experiments.compare import Comparison
-from fedfusion_flwr.experiments.federated import run_cell
-from fedfusion_flwr.experiments.jobs import Job
-from fedfusion_flwr.experiments.suite_file import parse_suite
+from fedfusion_flwr.experiments.jobs import Job, work
+from fedfusion_flwr.experiments.suite import parse_suite
 from fedfusion_flwr.experiments.work import Machine
 
 Row = dict[str, Any]
@@ -33,19 +31,12 @@ ABOUT = {
 }
 
 
-def metrics(accuracies: list[float], personalized: float | None = None) -> list[Row]:
+def metrics(accuracies: Sequence[float | None], personalized: float | None = None) -> list[Row]:
     """Rounds 0, 1, ... of which each but the first sends 3 kB, receives 1 kB and takes 7 steps."""
-    rows: list[Row] = [{"round": 0, "global-accuracy": accuracies[0], "global-loss": 2.0}]
-    rows += [
-        {
-            "round": number,
-            "global-accuracy": accuracy,
-            "global-loss": 2.0 / (number + 1),
-            "bytes-down": 3000.0,
-            "bytes-up": 1000.0,
-            "client-steps": 7.0,
-        }
-        for number, accuracy in enumerate(accuracies[1:], 1)
+    costs = {"bytes-down": 3000.0, "bytes-up": 1000.0, "client-steps": 7.0}
+    rows: list[Row] = [
+        {"round": n, "global-accuracy": a, "global-loss": 2.0 / (n + 1)} | (costs if n else {})
+        for n, a in enumerate(accuracies)
     ]
     if personalized is not None:
         rows[-1]["personalized-accuracy"] = personalized
@@ -62,8 +53,8 @@ def cell(
     **config: Any,
 ) -> Row:
     """A line of ``cells.jsonl``; keys of the config with underscores."""
-    told = {key.replace("_", "-"): value for key, value in config.items()}
-    varied = "-".join(f"{key}-{value}" for key, value in told.items())
+    config = {key.replace("_", "-"): value for key, value in config.items()}
+    varied = "-".join(f"{key}-{value}" for key, value in config.items())
     return {
         "cell": f"{group}-{strategy}-{partition}-{varied}-{seed}",
         "strategy": strategy,
@@ -72,32 +63,10 @@ def cell(
         "partition": partition,
         "seed": seed,
         "group": group,
-        "config": {"strategy": strategy, "seed": seed, **told},
+        "config": {"strategy": strategy, "seed": seed, **config},
         "metrics": rows,
         **ABOUT,
     }
-
-
-def row(
-    strategy: str,
-    seed: int,
-    accuracies: Sequence[float | None],
-    *,
-    partition: str = "iid",
-    group: str = "main",
-    personalized: float | None = None,
-    **more: Any,
-) -> Row:
-    """A run whose rounds after 0 move 100 bytes down, 50 up, and take 10 gradient steps each."""
-    rounds: list[Row] = []
-    for number, accuracy in enumerate(accuracies):
-        rounds.append({"round": number, "global-accuracy": accuracy, "global-loss": 2.0 - number})
-        if number:
-            rounds[-1] |= {"bytes-down": 100.0, "bytes-up": 50.0, "client-steps": 10.0}
-    if personalized is not None:
-        rounds[-1]["personalized-accuracy"] = personalized
-    made = cell(strategy, seed, rounds, group=group, partition=partition)
-    return {**made, "dataset": "digits", "seconds": 4.0, **more}
 
 
 def reference(seed: int, batch_seed: int, accuracy: list[float], **config: Any) -> Row:
@@ -146,8 +115,11 @@ def read_csv(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-LARGE = ("runs", "models")
-"""Folders of a suite that git ignores."""
+PICTURES = {
+    *("accuracy", "loss", "accuracy-last", "recovery", "bias", "bias-distributions"),
+    *(f"inferred-{what}" for what in ("clients", "assignments", "mixture", "components")),
+}
+"""Beginnings of the names of a setting's pictures."""
 
 # --- a suite that was run -------------------------------------------------------------------------
 
@@ -201,11 +173,9 @@ def write_small_images(path: Path) -> None:
 
 def jobs_here(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Row]]:
     """In place of `run_jobs`: the same work, one after the other in this process."""
-    kinds = {"cell": run_cell, "centralized": train_centralized}
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
-        arguments = dict(job.arguments)
-        yield job, json.loads(json.dumps({"row": kinds[arguments.pop("kind")](**arguments)}))
+        yield job, json.loads(json.dumps({"row": work(**job.arguments)}))
 
 
 def run_suite(folder: Path, images: Path, suite: str = REAL_SUITE) -> Path:

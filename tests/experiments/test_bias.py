@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from fedfusion_flwr.experiments.bias import MOST_VALUES, measure_bias, read_bias, thinned
-from fedfusion_flwr.experiments.figures.feature_bias import bias_section, layers_picture
+from fedfusion_flwr.experiments.bias import MOST_VALUES, measure_bias, thinned
+from fedfusion_flwr.experiments.figures.feature_bias import bias_section, layers_picture, read_bias
 from fedfusion_flwr.experiments.results import CENTRALIZED, read_results
 from tests.experiments.folders import (
     REAL_STRATEGIES,
     Row,
     cell,
-    cell_name,
     copied,
     lines,
     metrics,
@@ -220,15 +218,3 @@ def test_a_damaged_bias_is_named_and_ignored(tmp_path: Path) -> None:
         (sentence,) = section.missing
         assert "the feature bias of main-fedfusion-components--0 is damaged" in sentence
         assert set(section.parts[0].pictures[0].numbers["strategy"]) == {"fedavg"}
-
-
-def test_models_are_not_needed_and_not_looked_for(real_suite: Path, tmp_path: Path) -> None:
-    folder = copied(real_suite, tmp_path / "results")
-    before = bias_section(read_results(folder))
-    for name in ("runs", "models"):
-        shutil.rmtree(folder / name)
-    after = bias_section(read_results(folder))
-    assert before.missing == after.missing == []
-    for one, other in zip(before.parts[0].pictures, after.parts[0].pictures, strict=True):
-        assert one.numbers.equals(other.numbers)
-    assert cell_name("fedavg", 0) in {row["cell"] for row in lines(folder / "cells.jsonl")}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,8 +14,7 @@ from fedfusion_flwr.experiments import compare
 from fedfusion_flwr.experiments.compare import Comparison
 from fedfusion_flwr.experiments.jobs import Job, locked
 from fedfusion_flwr.experiments.rows import Row, append_row, read_rows
-from fedfusion_flwr.experiments.suite import SuiteError
-from fedfusion_flwr.experiments.suite_file import parse_suite
+from fedfusion_flwr.experiments.suite import SuiteError, parse_suite
 from fedfusion_flwr.experiments.work import Machine
 
 SUITE = """
@@ -53,22 +51,7 @@ tuned = false
 groups = ["main"]
 seeds = [0]
 """
-
-
-class Pretended:
-    """In place of `run_jobs`: the result of a job is what ``answer`` makes of it."""
-
-    def __init__(self, answer: Callable[[Job], Row]) -> None:
-        self.answer = answer
-        self.done: list[str] = []
-
-    def __call__(self, jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Row]]:
-        for job in jobs:
-            self.done.append(job.id)
-            job.folder.mkdir(parents=True)
-            for name in ("config.json", "best_model.safetensors"):
-                (job.folder / name).write_text("{}")
-            yield job, self.answer(job)
+CHANGED = SUITE.replace("[[groups]]", "[strategies.fedbn]\nmomentum = 0.5\n\n[[groups]]", 1)
 
 
 def good(job: Job) -> Row:
@@ -88,23 +71,34 @@ def good_but(broken: str) -> Callable[[Job], Row]:
     return lambda job: {"error": "it broke"} if job.id == broken else good(job)
 
 
+Run = Callable[..., tuple[Comparison, list[str], int]]
+
+
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[Comparison, Pretended, int]]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a suite, where the result of a job is what ``answer`` makes of it.
+
+    Gives the comparison, the ids of the jobs in their order, and how many failed.
+    """
+
     def run(
         suite: str = SUITE, answer: Callable[[Job], Row] = good, groups: tuple[str, ...] = ()
-    ) -> tuple[Comparison, Pretended, int]:
-        pretended = Pretended(answer)
-        monkeypatch.setattr(compare, "run_jobs", lambda *given: _generator(pretended(*given)))
+    ) -> tuple[Comparison, list[str], int]:
+        done = []
+
+        def pretended(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Row]]:
+            for job in jobs:
+                done.append(job.id)
+                job.folder.mkdir(parents=True)
+                for name in ("config.json", "best_model.safetensors"):
+                    (job.folder / name).write_text("{}")
+                yield job, answer(job)
+
+        monkeypatch.setattr(compare, "run_jobs", pretended)
         comparison = Comparison(parse_suite(suite, "mine"), Machine(tmp_path), 1, groups)
-        return comparison, pretended, comparison.run()
+        return comparison, done, comparison.run()
 
     return run
-
-
-def _generator(results: Iterator[Any]) -> Any:
-    yield from results
 
 
 def cells(folder: Path, name: str = "cells.jsonl") -> list[str]:
@@ -119,10 +113,10 @@ OTHER = ["other-mnist-5k-lenet-iid-fedavg-s0"]
 REFERENCE = ["mnist-5k-lenet-s0-b0"]
 
 
-def test_everything_once_and_the_tuning_first(run: Any, tmp_path: Path) -> None:
+def test_everything_once_and_the_tuning_first(run: Run, tmp_path: Path) -> None:
     _, first, failed = run()
     assert failed == 0
-    assert first.done == TUNE + REFERENCE + MAIN + OTHER
+    assert first == TUNE + REFERENCE + MAIN + OTHER
     assert cells(tmp_path) == MAIN + OTHER
     assert cells(tmp_path, "tune.jsonl") == TUNE
     assert cells(tmp_path, "centralized.jsonl") == REFERENCE
@@ -135,30 +129,25 @@ def test_everything_once_and_the_tuning_first(run: Any, tmp_path: Path) -> None:
     assert rates == {MAIN[0]: 0.2, MAIN[1]: 0.2, MAIN[2]: None, MAIN[3]: None, OTHER[0]: None}
 
     comparison, second, failed = run()
-    assert (second.done, failed) == ([], 0)
+    assert (second, failed) == ([], 0)
     assert len(comparison.rows()) == 5
     assert list(comparison.tuning_table()["chosen"]) == [False, True]
 
 
-def test_rows_say_where_they_stand(run: Any, tmp_path: Path) -> None:
+def test_rows_say_where_they_stand_and_little_stays_of_runs(run: Run, tmp_path: Path) -> None:
     run()
     row = read_rows(tmp_path / "cells.jsonl")[0]
-    assert list(row)[:8] == [
-        *("cell", "strategy", "dataset", "model", "partition", "seed", "group", "config")
-    ]
+    factors = ("cell", "strategy", "dataset", "model", "partition", "seed", "group", "config")
+    assert tuple(row)[:8] == factors
     # What belongs to this machine is in no row.
     assert {"output-dir", "data-root"}.isdisjoint(row["config"])
-
-
-def test_only_what_the_suite_keeps_stays_of_a_run(run: Any, tmp_path: Path) -> None:
-    run()
-    kept = [path.name for path in (tmp_path / "runs" / MAIN[0]).iterdir()]
-    assert kept == ["config.json"]
+    # Only what the suite keeps.
+    assert [path.name for path in (tmp_path / "runs" / MAIN[0]).iterdir()] == ["config.json"]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(MAIN + OTHER)
 
 
 def test_a_failed_cell_stops_no_other_and_is_tried_again(
-    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, _, failed = run(answer=good_but(MAIN[1]))
     assert failed == 1
@@ -168,55 +157,54 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(
         (MAIN[1], "it broke")
     ]
     _, again, failed = run()
-    assert (again.done, failed) == ([MAIN[1]], 0)
+    assert (again, failed) == ([MAIN[1]], 0)
     assert read_rows(tmp_path / "failures.jsonl") == []
 
 
-def test_a_candidate_that_fails_cannot_win(run: Any, tmp_path: Path) -> None:
+def test_a_candidate_that_fails_cannot_win(run: Run, tmp_path: Path) -> None:
     _, _, failed = run(answer=good_but(TUNE[1]))
     assert failed == 1
     assert read_rows(tmp_path / "cells.jsonl")[0]["config"]["learning-rate"] == 0.1
 
 
 def test_only_changed_cells_run_again(
-    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run()
-    changed = SUITE.replace("[[groups]]", "[strategies.fedbn]\nmomentum = 0.5\n\n[[groups]]", 1)
-    _, again, _ = run(changed)
-    assert again.done == MAIN[2:]
+    _, again, _ = run(CHANGED)
+    assert again == MAIN[2:]
     assert "2 rows of cells.jsonl are not of this suite any more" in capsys.readouterr().out
     assert cells(tmp_path, "outdated.jsonl") == MAIN[2:]
     assert sorted(cells(tmp_path)) == sorted(MAIN + OTHER)
 
 
-def test_another_winner_changes_the_cells_that_it_is_in(run: Any, tmp_path: Path) -> None:
+def test_another_winner_changes_the_cells_that_it_is_in(run: Run, tmp_path: Path) -> None:
     run(answer=good_but(TUNE[1]))
     _, again, _ = run()
-    assert again.done == [TUNE[1], *MAIN[:2]]
+    assert again == [TUNE[1], *MAIN[:2]]
 
 
-def test_one_group_at_a_time(run: Any, tmp_path: Path) -> None:
+def test_one_group_at_a_time(run: Run, tmp_path: Path) -> None:
     # The reference is that of its data set and model, and its run is compared with it.
     _, first, _ = run(groups=("other",))
-    assert first.done == TUNE + REFERENCE + OTHER
+    assert first == TUNE + REFERENCE + OTHER
     _, rest, _ = run()
-    assert rest.done == MAIN
+    assert rest == MAIN
     with pytest.raises(SuiteError, match="no group 'mian'; it has main, other"):
         run(groups=("mian",))
 
 
-def test_a_row_that_was_cut_off_is_made_again(run: Any, tmp_path: Path) -> None:
+def test_a_row_that_was_cut_off_is_made_again(run: Run, tmp_path: Path) -> None:
     run()
     path = tmp_path / "cells.jsonl"
     text = path.read_text()
     path.write_text(text[:-20])
     _, again, _ = run()
-    assert again.done == OTHER
+    assert again == OTHER
     assert path.read_text() == text
 
 
-def test_an_interruption_keeps_what_is_finished(run: Any, tmp_path: Path) -> None:
+def test_an_interruption_keeps_what_is_finished(run: Run, tmp_path: Path) -> None:
     def interrupted(job: Job) -> Row:
         if job.id == MAIN[2]:
             raise KeyboardInterrupt
@@ -226,10 +214,10 @@ def test_an_interruption_keeps_what_is_finished(run: Any, tmp_path: Path) -> Non
         run(answer=interrupted)
     assert cells(tmp_path) == MAIN[:2]
     _, again, _ = run()
-    assert again.done == MAIN[2:] + OTHER
+    assert again == MAIN[2:] + OTHER
 
 
-def test_plan(run: Any, tmp_path: Path) -> None:
+def test_plan(run: Run, tmp_path: Path) -> None:
     suite = parse_suite(SUITE, "mine")
     plan = Comparison(suite, Machine(tmp_path), workers=2).plan().splitlines()
     assert plan[2] == "main: 4 cells, 4 to do, about 2 s each, 4 s in all"
@@ -242,7 +230,7 @@ def test_plan(run: Any, tmp_path: Path) -> None:
     assert plan[3] == "other: 1 cells, 1 to do, about 2 s each, 2 s in all"
 
 
-def jobs_of(run: Any, suite: str = SUITE) -> dict[str, Job]:
+def jobs_of(run: Run, suite: str = SUITE) -> dict[str, Job]:
     """The jobs of a whole comparison, by id."""
     found: dict[str, Job] = {}
 
@@ -254,7 +242,7 @@ def jobs_of(run: Any, suite: str = SUITE) -> dict[str, Job]:
     return found
 
 
-def test_runs_are_compared_with_the_references_of_their_seed(run: Any, tmp_path: Path) -> None:
+def test_runs_are_compared_with_the_references_of_their_seed(run: Run, tmp_path: Path) -> None:
     both = f"{SUITE}batch-seeds = [1, 0]\n"
     jobs = jobs_of(run, both.replace('name = "other"', 'name = "ablation"'))
 
@@ -277,33 +265,32 @@ def test_runs_are_compared_with_the_references_of_their_seed(run: Any, tmp_path:
 
 
 def test_a_reference_whose_model_is_not_here_is_trained_again_if_a_run_needs_it(
-    run: Any, tmp_path: Path
+    run: Run, tmp_path: Path
 ) -> None:
     run(answer=good_but(MAIN[0]))
     (tmp_path / "models" / f"{REFERENCE[0]}.safetensors").unlink()
     _, again, _ = run()
-    assert again.done == [*REFERENCE, MAIN[0]]
+    assert again == [*REFERENCE, MAIN[0]]
     # The same model, so one row; another machine's may differ in its last bits, and both stay.
     assert cells(tmp_path, "centralized.jsonl") == REFERENCE
     (row,) = read_rows(tmp_path / "centralized.jsonl")
     append_row(tmp_path / "centralized.jsonl", {**row, "digest": "of another machine"})
     _, again, _ = run()
-    assert again.done == []
+    assert again == []
     assert cells(tmp_path, "centralized.jsonl") == REFERENCE * 2
 
 
-def test_rows_may_lie_in_several_files(run: Any, tmp_path: Path) -> None:
+def test_rows_may_lie_in_several_files(run: Run, tmp_path: Path) -> None:
     run()
     rows = read_rows(tmp_path / "cells.jsonl")
     (tmp_path / "cells.jsonl").unlink()
     for number, row in enumerate(rows):
         append_row(tmp_path / f"cells-{number}.jsonl", row)
     comparison, again, _ = run()
-    assert again.done == []
+    assert again == []
     assert comparison.rows() == rows
-    changed = SUITE.replace("[[groups]]", "[strategies.fedbn]\nmomentum = 0.5\n\n[[groups]]", 1)
-    _, again, _ = run(changed)
-    assert again.done == cells(tmp_path) == cells(tmp_path, "outdated.jsonl") == MAIN[2:]
+    _, again, _ = run(CHANGED)
+    assert again == cells(tmp_path) == cells(tmp_path, "outdated.jsonl") == MAIN[2:]
 
 
 def test_data_root_goes_to_the_job_and_not_into_the_row(tmp_path: Path) -> None:
@@ -315,14 +302,11 @@ def test_data_root_goes_to_the_job_and_not_into_the_row(tmp_path: Path) -> None:
 
 
 def test_one_comparison_in_a_folder(tmp_path: Path) -> None:
-    with (
-        locked(tmp_path),
-        pytest.raises(FedFusionError, match="another comparison"),
-        locked(tmp_path),
-    ):
-        pass
-    with locked(tmp_path):
-        pass
+    for _ in range(2):
+        with locked(tmp_path):
+            refused = pytest.raises(FedFusionError, match="another comparison")
+            with refused, locked(tmp_path):
+                pass
 
 
 def test_rows_are_read_back(tmp_path: Path) -> None:

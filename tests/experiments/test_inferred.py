@@ -48,14 +48,14 @@ def test_read(tmp_path: Path) -> None:
     assert run.main_components.tolist() == [0, 2, 0]
     assert run.occupied == [0, 2]
     # Client 1 is of planted group 0; clients 0 and 4 of group 1.
-    assert run.order().tolist() == [1, 0, 2]
+    assert run.order.tolist() == [1, 0, 2]
 
 
 def test_runs_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
     run = archive(tmp_path, planted=None, statistics=None)
     assert run.statistics is None
     assert not run.is_planted
-    assert run.order().tolist() == [0, 2, 1]
+    assert run.order.tolist() == [0, 2, 1]
 
 
 def test_matched_by_hand() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfusion_flwr.experiments.intervals import cluster_bootstrap, spread, t_interval
+from fedfusion_flwr.experiments.intervals import cluster_bootstrap, t_interval
 
 NUMBERS = st.floats(-100, 100)
 
@@ -23,14 +23,9 @@ def test_t_interval_by_hand() -> None:
     assert interval.high == pytest.approx(2 + 2.484138, abs=1e-6)
 
 
-def test_one_value_has_neither_spread_nor_interval() -> None:
-    assert spread([0.5]) is None
+def test_one_value_has_no_interval() -> None:
     assert t_interval([0.5]) is None
     assert cluster_bootstrap([[0.1, 0.2, 0.3]]) is None
-
-
-def test_spread_is_that_of_a_sample() -> None:
-    assert spread([1.0, 3.0]) == pytest.approx(2**0.5)
 
 
 def test_bootstrap_draws_whole_clusters() -> None:

@@ -39,63 +39,54 @@ def row_of(rows: list[dict[str, str]], **wanted: str) -> dict[str, str]:
     return found
 
 
-# --- loss and accuracy ----------------------------------------------------------------------------
+CURVES, TABLE = "accuracy-mnist-5k-lenet-components", "accuracy-table-global"
+PERSONALIZED, LAST = "accuracy-table-personalized", "accuracy-last-mnist-5k-lenet-components"
+OURS, THEIRS, POOLED = ({"strategy": s} for s in ("fedfusion", "fedavg", "centralized"))
+GROUPS, LABELS = {"partition": "components"}, {"partition": "dirichlet"}
 
 
-def test_curves(suite: Path) -> None:
-    rows = read_csv(suite, "accuracy-mnist-5k-lenet-components")
-    assert [(row["strategy"], row["round"]) for row in rows] == [
+@pytest.mark.parametrize(
+    ("name", "line", "expected"),
+    [
+        (CURVES, OURS | {"round": "2"}, {"accuracy-mean": 0.85, "accuracy-least": 0.8}),
+        (CURVES, OURS | {"round": "2"}, {"accuracy-greatest": 0.9}),
+        # Two rounds of 3 + 1 kB and 7 steps.
+        (CURVES, OURS | {"round": "2"}, {"bytes": 8000.0, "client-steps": 14.0}),
+        (CURVES, OURS | {"round": "0"}, {"bytes": 0.0}),
+        # A run that ended early counts as far as it went.
+        (CURVES, THEIRS | {"round": "1"}, {"accuracy-mean": 0.4, "seeds": 2}),
+        (CURVES, THEIRS | {"round": "2"}, {"accuracy-mean": 0.4, "seeds": 1}),
+        ("loss-mnist-5k-lenet-dirichlet", {"round": "0"}, {"loss-mean": 2.0}),
+        ("loss-mnist-5k-lenet-dirichlet", {"round": "1"}, {"loss-mean": 1.0}),
+        # Two values 0.1 apart: their sample deviation is 0.1 / sqrt 2.
+        (TABLE, OURS | GROUPS, {"accuracy-mean": 0.85, "accuracy-sd": 0.1 / math.sqrt(2)}),
+        (TABLE, OURS | GROUPS, {"runs": 2}),
+        (TABLE, OURS | LABELS, {"accuracy-mean": 0.2, "runs": 1}),
+        # The last value of each run, of whatever round: 0.4 and 0.5.
+        (TABLE, THEIRS, {"accuracy-mean": 0.45}),
+        (TABLE, POOLED | GROUPS, {"accuracy-mean": 0.96}),
+        (TABLE, POOLED | LABELS, {"accuracy-mean": 0.96}),
+        (PERSONALIZED, OURS | GROUPS, {"accuracy-mean": 0.95}),
+        (LAST, {"measure": "personalized", "seed": "1"}, {"accuracy": 1.0}),
+        (LAST, THEIRS | {"seed": "0"}, {"accuracy": 0.4}),
+    ],
+)
+def test_a_line_by_hand(
+    suite: Path, name: str, line: dict[str, str], expected: dict[str, float]
+) -> None:
+    found = row_of(read_csv(suite, name), **line)
+    assert {key: float(found[key]) for key in expected} == pytest.approx(expected)
+
+
+def test_lines_of_the_tables(suite: Path) -> None:
+    assert [(row["strategy"], row["round"]) for row in read_csv(suite, CURVES)] == [
         (strategy, number) for strategy in ("fedfusion", "fedavg") for number in "012"
     ]
-    second = row_of(rows, strategy="fedfusion", round="2")
-    assert float(second["accuracy-mean"]) == pytest.approx(0.85)
-    assert (second["accuracy-least"], second["accuracy-greatest"]) == ("0.8", "0.9")
-    # Two rounds of 3 + 1 kB and 7 steps.
-    assert (second["bytes"], second["client-steps"]) == ("8000.0", "14.0")
-    assert row_of(rows, strategy="fedfusion", round="0")["bytes"] == "0.0"
-
-
-def test_a_run_that_ended_early_counts_as_far_as_it_went(suite: Path) -> None:
-    rows = read_csv(suite, "accuracy-mnist-5k-lenet-components")
-    first, second = (row_of(rows, strategy="fedavg", round=number) for number in "12")
-    assert (first["accuracy-mean"], first["seeds"]) == ("0.4", "2")
-    assert (second["accuracy-mean"], second["seeds"]) == ("0.4", "1")
-
-
-def test_loss(suite: Path) -> None:
-    rows = read_csv(suite, "loss-mnist-5k-lenet-dirichlet")
-    assert [row["loss-mean"] for row in rows] == ["2.0", "1.0"]
-
-
-# --- last round -----------------------------------------------------------------------------------
-
-
-def test_table(suite: Path) -> None:
-    rows = read_csv(suite, "accuracy-table-global")
-    told = row_of(rows, strategy="fedfusion", partition="components")
-    assert float(told["accuracy-mean"]) == pytest.approx(0.85)
-    # Two values 0.1 apart: their sample deviation is 0.1 / sqrt 2.
-    assert float(told["accuracy-sd"]) == pytest.approx(0.1 / math.sqrt(2))
-    assert told["runs"] == "2"
-    alone = row_of(rows, strategy="fedfusion", partition="dirichlet")
-    assert (alone["accuracy-mean"], alone["accuracy-sd"], alone["runs"]) == ("0.2", "", "1")
-    # The last value of each run, of whatever round: 0.4 and 0.5.
-    assert float(row_of(rows, strategy="fedavg")["accuracy-mean"]) == pytest.approx(0.45)
-    for partition in ("components", "dirichlet"):
-        pooled = row_of(rows, strategy="centralized", partition=partition)
-        assert float(pooled["accuracy-mean"]) == pytest.approx(0.96)
+    assert len(read_csv(suite, PERSONALIZED)) == 1
+    assert row_of(read_csv(suite, TABLE), **OURS, **LABELS)["accuracy-sd"] == ""
     page = (suite / "report" / "index.html").read_text()
     assert "<td>0.850 ± 0.071</td><td>0.200</td>" in page
     assert "<td>0.960 ± 0.014</td><td>0.960 ± 0.014</td>" in page
-
-
-def test_personalized(suite: Path) -> None:
-    (row,) = read_csv(suite, "accuracy-table-personalized")
-    assert (row["strategy"], row["partition"]) == ("fedfusion", "components")
-    assert float(row["accuracy-mean"]) == pytest.approx(0.95)
-    rows = read_csv(suite, "accuracy-last-mnist-5k-lenet-components")
-    assert row_of(rows, measure="personalized", seed="1")["accuracy"] == "1.0"
-    assert row_of(rows, strategy="fedavg", seed="0")["accuracy"] == "0.4"
 
 
 # --- variations -----------------------------------------------------------------------------------

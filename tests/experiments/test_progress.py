@@ -6,10 +6,9 @@ from __future__ import annotations
 import pytest
 
 from fedfusion_flwr.experiments.progress import Clock, Timed, shown
-from fedfusion_flwr.experiments.suite import Grid, Tuning
 from fedfusion_flwr.experiments.tuning import candidates, score, winners
-from fedfusion_flwr.experiments.work import Overrides
-from tests.experiments.folders import row
+from fedfusion_flwr.experiments.work import Grid, Overrides, Tuning
+from tests.experiments.folders import Row, cell, metrics
 
 
 def test_expected_seconds() -> None:
@@ -40,26 +39,31 @@ def test_shown(seconds: float, text: str) -> None:
     assert shown(seconds) == text
 
 
+def row(strategy: str, seed: int, accuracies: list[float], candidate: int = 0) -> Row:
+    return {**cell(strategy, seed, metrics(accuracies)), "candidate": candidate}
+
+
 def test_score_is_the_mean_of_the_last_five_values() -> None:
-    accuracies = [0.9, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
-    assert score(row("fedavg", 0, accuracies), "global-accuracy") == pytest.approx(0.3)
-    assert score(row("fedavg", 0, accuracies), "global-loss") == pytest.approx(2.0)
-    assert score(row("fedavg", 0, [0.5, 0.6]), "personalized-accuracy") == float("-inf")
+    one = row("fedavg", 0, [0.9, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert score(one, "global-accuracy") == pytest.approx(0.3)
+    # Losses of rounds 2 to 6 are 2/3, 2/4, ...
+    assert score(one, "global-loss") == pytest.approx(-(2 / 3 + 2 / 4 + 2 / 5 + 2 / 6 + 2 / 7) / 5)
+    assert score(one, "personalized-accuracy") == float("-inf")
 
 
 def test_winners() -> None:
     a: Overrides = {"learning-rate": 0.1}
     b: Overrides = {"learning-rate": 0.2}
-    grid = Grid("tune", [], ["digits"], ["lenet"], ["iid"], [0, 1], {})
-    metrics = {"fedavg": "global-accuracy", "fedprox": "global-accuracy"}
-    tuning = Tuning(grid, {"fedavg": [a, b], "fedprox": [a, b]}, metrics)
+    grid = Grid("tune", [], ["mnist-5k"], ["lenet"], ["iid"], [0, 1], {})
+    decides = {"fedavg": "global-accuracy", "fedprox": "global-accuracy"}
+    tuning = Tuning(grid, {"fedavg": [a, b], "fedprox": [a, b]}, decides)
     rows = [
-        row("fedavg", 0, [0.1, 0.5], candidate=0),
-        row("fedavg", 1, [0.1, 0.7], candidate=0),
+        row("fedavg", 0, [0.1, 0.5]),
+        row("fedavg", 1, [0.1, 0.7]),
         row("fedavg", 0, [0.1, 0.9], candidate=1),
         row("fedavg", 1, [0.1, 0.1], candidate=1),
         # Half of its cells: not in the running.
-        row("fedprox", 0, [0.1, 0.9], candidate=0),
+        row("fedprox", 0, [0.1, 0.9]),
     ]
     table = candidates(tuning, rows)
     assert table["candidate"][1] == "learning-rate = 0.2"

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row keeps of a run's rounds, and the tables that are made of it."""
+"""What a row says of its run and keeps of its rounds, and the tables that are made of it."""
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfusion_flwr.experiments.results import COSTS, compact, rounded, rounds_table
+from fedfusion_flwr.experiments.rows import identity
 from tests.experiments.folders import metrics
 
 NAMES = ("global-accuracy", "global-loss", "personalized-loss", "adjusted-rand-index", *COSTS)
@@ -49,3 +52,12 @@ def test_little_is_written_of_rounds_that_are_alike() -> None:
 )
 def test_significant_digits(value: float | None, kept: float | None) -> None:
     assert rounded(value) == kept
+
+
+def test_the_machine_is_told_with_its_instructions() -> None:
+    about = identity()
+    assert (
+        f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}" in about["machine"]
+    )
+    assert about["torch"] == torch.__version__
+    assert about["commit"]

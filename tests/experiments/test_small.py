@@ -11,7 +11,7 @@ import pytest
 from fedfusion_flwr.app.local import IN_PROCESS
 from fedfusion_flwr.experiments.federated import run_cell
 from fedfusion_flwr.experiments.rows import read_rows
-from fedfusion_flwr.experiments.suite_file import load_suite
+from fedfusion_flwr.experiments.suite import load_suite
 from tests.data.tweets import toy_rows, write_tweets
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,7 @@ import pytest
 
 from fedfusion_flwr.config import RunConfig
 from fedfusion_flwr.experiments.results import slug
-from fedfusion_flwr.experiments.suite import SuiteError, with_equal_steps
-from fedfusion_flwr.experiments.suite_file import load_suite, parse_suite
+from fedfusion_flwr.experiments.suite import SuiteError, load_suite, parse_suite, with_equal_steps
 from fedfusion_flwr.strategies import registry
 
 SMALL = """
@@ -125,6 +124,9 @@ def test_references_have_no_strategy_and_two_orders_of_batches() -> None:
     assert found[0].config["learning-rate"] == 0.5
     everywhere = parse_suite(SMALL.replace("seeds = [0]\nbatch-seeds = [0, 1]", ""), "mine")
     assert [(r.seed, r.batch_seed) for r in everywhere.references()] == [(0, 0), (1, 0)]
+    # An empty table stands for all groups.
+    every_group = parse_suite(f"{SMALL.partition('[centralized]')[0]}[centralized]", "mine")
+    assert every_group.references() == everywhere.references()
 
 
 @pytest.mark.parametrize(

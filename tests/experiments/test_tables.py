@@ -15,9 +15,22 @@ from pandas import DataFrame
 from fedfusion_flwr.experiments import tables
 from fedfusion_flwr.experiments.results import runs_table
 from fedfusion_flwr.experiments.tables import main_table, markdown, records, write_tables
-from tests.experiments.folders import row
+from tests.experiments.folders import cell, metrics
 
-SETTING = {"group": "main", "dataset": "digits", "model": "lenet", "partition": "iid"}
+
+def row(
+    strategy: str,
+    seed: int,
+    accuracies: list[float | None],
+    personalized: float | None = None,
+    partition: str = "iid",
+    group: str = "main",
+) -> dict[str, Any]:
+    rounds = metrics(accuracies, personalized)
+    return cell(strategy, seed, rounds, partition=partition, group=group)
+
+
+SETTING = {"group": "main", "dataset": "mnist-5k", "model": "lenet", "partition": "iid"}
 TWO_SETTINGS = [
     row("fedfusion", 0, [0.1, 0.5, 0.8], personalized=0.9),
     row("fedfusion", 1, [0.1, 0.7, 0.6], personalized=0.7),
@@ -41,20 +54,64 @@ def only(records: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     return found[0]
 
 
-def test_accuracy_is_the_last_rounds_with_its_spread() -> None:
-    record = only(made("accuracy", TWO_SETTINGS), strategy="fedfusion", partition="iid")
-    assert record["seeds"] == 2
-    assert record["global-accuracy"] == pytest.approx(0.7)
-    assert record["global-accuracy-spread"] == pytest.approx(0.2 / math.sqrt(2))
-    assert record["personalized-accuracy"] == pytest.approx(0.8)
-    assert record["global-loss"] == 0.0
+IID = {"partition": "iid"}
+SKEWED = {"partition": "skewed"}
+OURS, THEIRS = {"strategy": "fedfusion"}, {"strategy": "fedavg"}
+GLOBAL = {"metric": "global-accuracy"}
+PERSONALIZED = {"metric": "personalized-accuracy"}
 
 
-def test_one_seed_claims_no_spread() -> None:
+@pytest.mark.parametrize(
+    ("table", "line", "expected"),
+    [
+        # The last rounds, with their spread.
+        ("accuracy", OURS | IID, {"seeds": 2, "global-accuracy": 0.7, "global-loss": 2 / 3}),
+        ("accuracy", OURS | IID, {"global-accuracy-spread": 0.2 / math.sqrt(2)}),
+        ("accuracy", OURS | IID, {"personalized-accuracy": 0.8}),
+        # One seed claims no spread.
+        ("accuracy", THEIRS | SKEWED, {"global-accuracy": 0.5, "global-accuracy-spread": None}),
+        ("accuracy", THEIRS | SKEWED, {"personalized-accuracy": None}),
+        # Means over settings; iid: fedfusion .7 before fedavg .5; skewed: fedavg .5 before .4.
+        ("ranks", OURS | GLOBAL, {"rank": 1.5, "wins": 1, "settings": 2}),
+        ("ranks", THEIRS | GLOBAL, {"rank": 1.5, "wins": 1, "settings": 2}),
+        # Only iid has the personalized accuracy of both.
+        ("ranks", THEIRS | PERSONALIZED, {"rank": 2.0, "wins": 0, "settings": 1}),
+        # .8 - .5 and .6 - .5: mean .2, deviation .1 sqrt(2), and 12.7062 is t's with one degree.
+        (
+            "differences",
+            IID | GLOBAL,
+            {"difference": "fedfusion - fedavg", "pairs": 2, "mean": 0.2, "above": 2, "below": 0},
+        ),
+        ("differences", IID | GLOBAL, {"t-low": 0.2 - 1.27062, "t-high": 0.2 + 1.27062}),
+        ("differences", IID | GLOBAL, {"bootstrap-low": None}),
+        ("differences", SKEWED | GLOBAL, {"mean": -0.1, "t-low": None}),
+        (
+            "differences",
+            {"partition": "all"} | GLOBAL,
+            {"pairs": 3, "mean": 0.1, "above": 2, "below": 1},
+        ),
+        # One of the two settings drawn twice, with probability 1/4 each.
+        (
+            "differences",
+            {"partition": "all"} | GLOBAL,
+            {"bootstrap-low": -0.1, "bootstrap-high": 0.2},
+        ),
+        # The best mean is .7, so the target is .63: seed 0 is there in round 2, seed 1 in round 1.
+        ("to_target", OURS | IID, {"target": 0.63, "reached": 2, "seeds": 2, "rounds": 1.5}),
+        ("to_target", OURS | IID, {"bytes": 6000.0, "client-steps": 10.5}),
+        ("to_target", THEIRS | IID, {"reached": 0, "rounds": None, "bytes": None}),
+        ("costs", THEIRS | IID, {"seeds": 2, "rounds": 2.0, "client-steps": 14.0}),
+        ("costs", THEIRS | IID, {"bytes": 8000.0, "seconds": 1.5, **SETTING}),
+        ("costs", THEIRS | IID, {"extra-forward-examples": 0.0, "server-aggregations": 0.0}),
+    ],
+)
+def test_a_line_by_hand(table: str, line: dict[str, str], expected: dict[str, Any]) -> None:
+    record = only(made(table, TWO_SETTINGS), **line)
+    assert {key: record[key] for key in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_seed_claims_no_spread_in_the_main_table() -> None:
     record = only(made("accuracy", TWO_SETTINGS), strategy="fedavg", partition="skewed")
-    assert record["global-accuracy"] == 0.5
-    assert record["global-accuracy-spread"] is None
-    assert record["personalized-accuracy"] is None
     assert "± " not in main_table(DataFrame([record]))
 
 
@@ -69,17 +126,6 @@ def test_round_zero_is_no_result() -> None:
     assert made("to_target", [row("fedavg", 0, [0.9])]) == []
 
 
-def test_ranks_are_means_over_settings() -> None:
-    # iid: fedfusion .7 before fedavg .5; skewed: fedavg .5 before fedfusion .4.
-    ranks = made("ranks", TWO_SETTINGS)
-    for strategy in ("fedfusion", "fedavg"):
-        record = only(ranks, strategy=strategy, metric="global-accuracy")
-        assert (record["rank"], record["wins"], record["settings"]) == (1.5, 1, 2)
-    # Only iid has the personalized accuracy of both.
-    record = only(ranks, strategy="fedavg", metric="personalized-accuracy")
-    assert (record["rank"], record["wins"], record["settings"]) == (2.0, 0, 1)
-
-
 def test_equals_share_the_mean_of_their_ranks() -> None:
     rows = [row(name, 0, [0.1, value]) for name, value in {"a": 0.5, "b": 0.5, "c": 0.9}.items()]
     found = {r["strategy"]: r["rank"] for r in made("ranks", rows)}
@@ -92,55 +138,9 @@ def test_a_setting_that_a_strategy_lacks_ranks_nobody() -> None:
     assert (record["rank"], record["settings"]) == (1.0, 1)
 
 
-def test_differences_are_paired_by_setting_and_seed() -> None:
-    found = [r for r in made("differences", TWO_SETTINGS) if r["metric"] == "global-accuracy"]
-    iid = only(found, partition="iid")
-    # .8 - .5 and .6 - .5: mean .2, deviation .1 sqrt(2), and 12.7062 is t's with one degree.
-    assert iid["difference"] == "fedfusion - fedavg"
-    assert (iid["pairs"], iid["above"], iid["below"]) == (2, 2, 0)
-    assert iid["mean"] == pytest.approx(0.2)
-    assert iid["t-low"] == pytest.approx(0.2 - 12.7062 * 0.1, abs=1e-5)
-    assert iid["t-high"] == pytest.approx(0.2 + 12.7062 * 0.1, abs=1e-5)
-    assert iid["bootstrap-low"] is None
-    skewed = only(found, partition="skewed")
-    assert (skewed["mean"], skewed["t-low"]) == (pytest.approx(-0.1), None)
-    both = only(found, partition="all")
-    assert (both["pairs"], both["above"], both["below"]) == (3, 2, 1)
-    assert both["mean"] == pytest.approx(0.1)
-    # One of the two settings drawn twice, with probability 1/4 each.
-    assert both["bootstrap-low"] == pytest.approx(-0.1)
-    assert both["bootstrap-high"] == pytest.approx(0.2)
-
-
 def test_a_seed_without_a_partner_makes_no_pair() -> None:
     rows = [row("fedfusion", 0, [0.1, 0.9]), row("fedavg", 1, [0.1, 0.5])]
     assert made("differences", rows) == []
-
-
-def test_cost_of_reaching_the_target() -> None:
-    # The best mean is .7, so the target is .63: seed 0 is there in round 2, seed 1 in round 1.
-    found = made("to_target", TWO_SETTINGS)
-    record = only(found, strategy="fedfusion", partition="iid")
-    assert record["target"] == pytest.approx(0.63)
-    assert (record["reached"], record["seeds"]) == (2, 2)
-    assert record["rounds"] == 1.5
-    assert record["bytes"] == 225.0
-    assert record["client-steps"] == 15.0
-    never = only(found, strategy="fedavg", partition="iid")
-    assert (never["reached"], never["rounds"], never["bytes"]) == (0, None, None)
-
-
-def test_costs_of_whole_runs() -> None:
-    record = only(made("costs", TWO_SETTINGS), strategy="fedavg", partition="iid")
-    wanted = {"rounds": 2.0, "client-steps": 20.0, "bytes": 300.0, "seconds": 4.0}
-    assert record == {
-        **SETTING,
-        "strategy": "fedavg",
-        "seeds": 2,
-        "extra-forward-examples": 0.0,
-        "server-aggregations": 0.0,
-        **wanted,
-    }
 
 
 def test_groups_are_not_compared_with_each_other() -> None:

@@ -6,18 +6,7 @@ from __future__ import annotations
 import pandas as pd
 from pandas import DataFrame
 
-from fedfusion_flwr.experiments.figures.style import (
-    Part,
-    Picture,
-    Section,
-    Table,
-    canvas,
-    dots,
-    in_words,
-    legend_above,
-    looks,
-    name_rows,
-)
+from fedfusion_flwr.experiments.figures import draw
 from fedfusion_flwr.experiments.results import CENTRALIZED, Results, Setting, mean_and_spread, slug
 
 MEASURES = {"global": "global-accuracy", "personalized": "personalized-accuracy"}
@@ -28,21 +17,16 @@ _MEANING = {
 }
 
 
-def accuracy_section(results: Results) -> Section:
-    """Two tables, and a picture of every setting."""
-    section = Section(
-        "accuracy",
-        "Accuracy in the last round",
-        "The last round, not the best one: which round is best is not known without the test set. "
-        "Numbers are means and sample standard deviations over seeds.",
-    )
+def accuracy_section(results: Results) -> draw.Section:
+    """Two tables of every group, and a picture of every setting."""
+    section = draw.Section("accuracy")
     values = {setting: _values(results, setting, of) for setting, of in results.compared.items()}
     for group in dict.fromkeys(setting.group for setting in values):
         of = {setting: table for setting, table in values.items() if setting.group == group}
         tables = [_table(of, name) for name in MEASURES]
         pictures = [] if results.is_run else [_picture(s, table) for s, table in of.items()]
         section.parts.append(
-            Part(
+            draw.Part(
                 group or "All settings",
                 [p for p in pictures if p is not None],
                 [t for t in tables if t is not None],
@@ -59,63 +43,56 @@ def accuracy_section(results: Results) -> Section:
 
 def _values(results: Results, setting: Setting, runs: DataFrame) -> DataFrame:
     """``strategy``, ``measure``, ``seed`` and ``accuracy``, in the order of the rows."""
-    pooled = results.references_for(setting).assign(strategy=CENTRALIZED)
+    pooled = results.references_for(setting).assign(strategy=CENTRALIZED, measure="global")
     parts = [
-        part.assign(measure=name, accuracy=part[metric])
-        for part, name, metric in (
-            *((runs, name, metric) for name, metric in MEASURES.items()),
-            (pooled, "global", "accuracy"),
-        )
-        if not part.empty
-    ]
+        runs.assign(measure=name, accuracy=runs[metric]) for name, metric in MEASURES.items()
+    ] + ([] if pooled.empty else [pooled])
     found = pd.concat([part[["strategy", "measure", "seed", "accuracy"]] for part in parts])
     return found.dropna(subset="accuracy").reset_index(drop=True)
 
 
-def _table(values: dict[Setting, DataFrame], name: str) -> Table | None:
-    of = {setting: table[table["measure"] == name] for setting, table in values.items()}
-    everything = pd.concat(
-        [table.assign(**setting._asdict()) for setting, table in of.items()], ignore_index=True
+def _table(values: dict[Setting, DataFrame], name: str) -> draw.Table | None:
+    together = pd.concat(
+        [
+            table[table["measure"] == name].assign(**setting._asdict())
+            for setting, table in values.items()
+        ],
+        ignore_index=True,
     )
-    if everything.empty:
+    if together.empty:
         return None
-    strategies = dict.fromkeys(s for t in values.values() for s in t["strategy"])
-    # Centralized training, which is global only, stands below the strategies.
-    rows = [s for s in strategies if s != CENTRALIZED]
-    rows += [CENTRALIZED] * (CENTRALIZED in set(everything["strategy"]))
     names = ["dataset", "model", "partition", "group", "strategy"]
-    numbers = (
-        everything.groupby(names, sort=False)["accuracy"]
-        .agg(["mean", "std", "size"])
-        .set_axis(["accuracy-mean", "accuracy-sd", "runs"], axis=1)
-        .reset_index()
-    )
-    cells = {
-        (strategy, Setting(group, *of)): mean_and_spread(mean, spread)
-        for *of, group, strategy, mean, spread, _ in numbers.itertuples(index=False)
-    }
-    shown = [[name, *(cells.get((name, setting), "–") for setting in of)] for name in rows]
-    return Table(
-        slug(f"accuracy-table {name} {next(iter(of)).group}"),
+    by = together.groupby(names, sort=False)["accuracy"]
+    numbers = by.agg(**{"accuracy-mean": "mean", "accuracy-sd": "std", "runs": "size"})
+    text = numbers.apply(lambda of: mean_and_spread(of["accuracy-mean"], of["accuracy-sd"]), axis=1)
+    # A column a setting; centralized training, which is global only, stands below the strategies.
+    strategies = pd.concat(values.values())["strategy"].unique()
+    order = [s for s in strategies if s != CENTRALIZED]
+    order += [CENTRALIZED] * (CENTRALIZED in set(together["strategy"]))
+    columns = [(*setting[1:], setting.group) for setting in values]
+    shown = text.unstack(names[:4]).reindex(index=order, columns=columns)
+    shown = shown.astype(object).fillna("–")
+    return draw.Table(
+        slug(f"accuracy-table {name} {next(iter(values)).group}"),
         f"{name.capitalize()} accuracy. {_MEANING[name]}.",
-        ["strategy", *(f"{s.dataset}, {s.model}, {s.partition}" for s in of)],
-        shown,
-        numbers,
+        ["strategy", *(f"{s.dataset}, {s.model}, {s.partition}" for s in values)],
+        shown.reset_index().to_numpy().tolist(),
+        numbers.reset_index(),
     )
 
 
-def _picture(setting: Setting, values: DataFrame) -> Picture | None:
+def _picture(setting: Setting, values: DataFrame) -> draw.Picture | None:
     of_runs = values[values["strategy"] != CENTRALIZED]
     if of_runs.empty:
         return None
-    strategies = list(of_runs["strategy"].unique())
-    figure, axes = canvas(0.9 + 0.27 * len(strategies))
-    ax, styles = axes[0, 0], looks(strategies)
+    styles = draw.looks(of_runs["strategy"])
+    figure, axes = draw.canvas(0.9 + 0.27 * len(styles))
+    ax = axes[0, 0]
     for name, hollow, offset in (("global", False, -0.14), ("personalized", True, 0.14)):
         of = of_runs[of_runs["measure"] == name]
-        for row, strategy in enumerate(strategies):
+        for row, (strategy, style) in enumerate(styles.items()):
             accuracies = list(of.loc[of["strategy"] == strategy, "accuracy"])
-            dots(ax, row + offset, accuracies, styles[strategy], hollow=hollow)
+            draw.dots(ax, row + offset, accuracies, style, hollow=hollow)
         if not of.empty:
             # A grey example for the legend: a colour is a strategy, a shape is a measure.
             shape, face = ("D", "white") if hollow else ("o", "0.4")
@@ -125,13 +102,13 @@ def _picture(setting: Setting, values: DataFrame) -> Picture | None:
     if not pooled.empty:
         ax.axvline(pooled.mean(), color="black", linestyle="--", linewidth=1.2, label=CENTRALIZED)
         beside = f" Centralized training reaches {pooled.mean():.3f}."
-    name_rows(ax, strategies)
+    draw.name_rows(ax, list(styles))
     ax.set_xlabel("accuracy in the last round")
-    legend_above(figure, ax)
+    draw.legend_above(figure, ax)
     of_global = of_runs[of_runs["measure"] == "global"]
     means = of_global.groupby("strategy", sort=False)["accuracy"].mean()
-    best_first = in_words(means.sort_values(ascending=False, kind="stable").items())
-    return Picture(
+    best_first = draw.in_words(means.sort_values(ascending=False, kind="stable").items())
+    return draw.Picture(
         f"accuracy-last-{setting.slug}",
         f"Last round: {setting}",
         "Markers are means over seeds, lines go from the least to the greatest seed. Filled: the "

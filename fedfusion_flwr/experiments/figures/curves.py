@@ -3,26 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
 from pandas import DataFrame
 
-from fedfusion_flwr.experiments.figures.style import (
-    Look,
-    Part,
-    Picture,
-    Section,
-    canvas,
-    in_words,
-    legend_above,
-    looks,
-    plain_log,
-)
+from fedfusion_flwr.experiments.figures import draw
 from fedfusion_flwr.experiments.results import RECOVERY, Results, Setting
 
-_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+_UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1.0}
 
 
 def curves(rounds: DataFrame, metric: str) -> DataFrame:
@@ -36,26 +23,19 @@ def curves(rounds: DataFrame, metric: str) -> DataFrame:
         ``strategy``, ``round``; ``mean``, ``least`` and ``greatest`` over ``seeds`` runs; mean
         ``bytes`` sent and received and ``client-steps`` so far. Empty if no run has the metric.
     """
-    order = rounds["strategy"].unique()
-    by = rounds.dropna(subset=metric).groupby(["strategy", "round"])
+    ordered = pd.Categorical(rounds["strategy"], rounds["strategy"].unique())
+    rounds = rounds.assign(strategy=ordered).dropna(subset=metric)
+    by = rounds.groupby(["strategy", "round"], observed=True)
     table = by[metric].agg(mean="mean", least="min", greatest="max", seeds="count")
     table = table.join(by[["bytes", "steps"]].mean().rename(columns={"steps": "client-steps"}))
-    table = table.reset_index().astype({"round": int})
-    number = table["strategy"].map({strategy: i for i, strategy in enumerate(order)})
-    return table.iloc[number.argsort(kind="stable")].reset_index(drop=True)
+    return table.reset_index().astype({"strategy": str, "round": int})
 
 
-def curves_section(results: Results) -> Section:
+def curves_section(results: Results) -> draw.Section:
     """Two pictures of every setting."""
-    section = Section(
-        "curves",
-        "Loss and accuracy on the way",
-        "How fast each strategy gets better, against what it costs: rounds, bytes on the network, "
-        "gradient steps of all clients together. Measured on the server's test set with the served "
-        "model.",
-    )
+    section = draw.Section("curves")
     for setting, runs in results.compared.items():
-        part, rounds = Part(str(setting)), results.rounds_of(runs)
+        part, rounds = draw.Part(str(setting)), results.rounds_of(runs)
         for metric, name in (("global-accuracy", "accuracy"), ("global-loss", "loss")):
             found = curves(rounds, metric)
             if found.empty:
@@ -66,31 +46,30 @@ def curves_section(results: Results) -> Section:
     return section
 
 
-def _picture(setting: Setting, found: DataFrame, name: str) -> Picture:
-    unit, unit_name = _unit(found["bytes"].max())
-    axes_of = {
-        "round": (1.0, "round"),
-        "bytes": (unit, f"{unit_name} sent and received so far"),
-        "client-steps": (1.0, "gradient steps of all clients"),
+def _picture(setting: Setting, found: DataFrame, name: str) -> draw.Picture:
+    most_bytes = found["bytes"].max()
+    unit = next((unit for unit, size in _UNITS.items() if most_bytes >= size), "bytes")
+    labels = {
+        "round": "round",
+        "bytes": f"{unit} sent and received so far",
+        "client-steps": "gradient steps of all clients",
     }
-    figure, axes = canvas(7.6, 3, sharey=True)
-    styles = looks(found["strategy"])
-    for ax, (column, (size, label)) in zip(axes[:, 0], axes_of.items(), strict=True):
-        for strategy, curve in found.groupby("strategy", sort=False):
-            _draw(ax, str(strategy), styles[strategy], curve[column] / size, curve)
-        ax.set_xlabel(label)
-        ax.set_ylabel(f"test {name}")
+    scaled = found.assign(bytes=found["bytes"] / _UNITS[unit])
+    figure, axes = draw.canvas(7.6, 3, sharey=True)
+    styles = draw.looks(found["strategy"])
+    for ax, (column, label) in zip(axes[:, 0], labels.items(), strict=True):
+        draw.lines(ax, scaled, "strategy", column, "mean", styles, marks=6)
+        ax.set(xlabel=label, ylabel=f"test {name}")
         if name == "loss":
-            plain_log(ax, "y")
-    axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+            draw.plain_log(ax, "y")
     if len(styles) > 1:
-        legend_above(figure, axes[0, 0])
+        draw.legend_above(figure, axes[0, 0])
     most = found["seeds"].max()
     ends = found.groupby("strategy", sort=False)["mean"].last()
-    best = in_words(ends.sort_values(ascending=name != "accuracy", kind="stable").items())
+    best = draw.in_words(ends.sort_values(ascending=name != "accuracy", kind="stable").items())
     band = f"Lines: mean of {most} seeds; bands: least to greatest seed. " if most > 1 else ""
     columns = {column: f"{name}-{column}" for column in ("mean", "least", "greatest")}
-    return Picture(
+    return draw.Picture(
         f"{name}-{setting.slug}",
         f"Test {name}: {setting}",
         f"{band}The same runs three times, against rounds, network traffic and local work. "
@@ -102,27 +81,24 @@ def _picture(setting: Setting, found: DataFrame, name: str) -> Picture:
     )
 
 
-def recovery_picture(results: Results, setting: Setting, runs: DataFrame) -> Picture | None:
+def recovery_picture(results: Results, setting: Setting, runs: DataFrame) -> draw.Picture | None:
     """How well strategies find the planted groups, by round; None if no run has a score."""
     rounds = results.rounds_of(runs)
     found = {metric: of for metric in RECOVERY if not (of := curves(rounds, metric)).empty}
     if not found:
         return None
-    names = {metric: metric.replace("-", " ").replace("rand", "Rand") for metric in RECOVERY}
-    figure, axes = canvas(0.5 + 2.1 * len(found), len(found), sharex=True)
-    styles = looks(strategy for of in found.values() for strategy in of["strategy"])
-    for ax, (metric, of) in zip(axes[:, 0], found.items(), strict=True):
-        for strategy, curve in of.groupby("strategy", sort=False):
-            _draw(ax, str(strategy), styles[strategy], curve["round"], curve)
-        ax.set_ylabel(names[metric])
-        ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes[-1, 0].set_xlabel("round")
-    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-    legend_above(figure, axes[0, 0])
-    first, of = next(iter(found.items()))
-    last = in_words(of.groupby("strategy", sort=False)["mean"].last().items(), 2)
     numbers = pd.concat([table.assign(metric=metric) for metric, table in found.items()])
-    return Picture(
+    names = {metric: metric.replace("-", " ").replace("rand", "Rand") for metric in RECOVERY}
+    figure, axes = draw.canvas(0.5 + 2.1 * len(found), len(found), sharex=True)
+    styles = draw.looks(numbers["strategy"])
+    for ax, (metric, of) in zip(axes[:, 0], found.items(), strict=True):
+        draw.lines(ax, of, "strategy", "round", "mean", styles, marks=6)
+        ax.set(ylabel=names[metric], xlabel="round" if ax is axes[-1, 0] else "")
+        ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    draw.legend_above(figure, axes[0, 0])
+    first, of = next(iter(found.items()))
+    last = draw.in_words(of.groupby("strategy", sort=False)["mean"].last().items(), 2)
+    return draw.Picture(
         f"recovery-{setting.slug}",
         f"Recovery of the planted groups: {setting}",
         "How well each strategy's groups of clients agree with the planted ones; 1 is full "
@@ -133,18 +109,3 @@ def recovery_picture(results: Results, setting: Setting, runs: DataFrame) -> Pic
         figure,
         numbers[["metric", "strategy", "round", "mean", "least", "greatest", "seeds"]],
     )
-
-
-def _draw(ax: Any, strategy: str, style: Look, x: Any, curve: DataFrame) -> None:
-    """A strategy's mean as a line over x, and its seeds as a band."""
-    width, zorder = (2.2, 3) if strategy == "fedfusion" else (1.4, 2)
-    ax.plot(
-        x, curve["mean"], linewidth=width, label=strategy, zorder=zorder, **style.curve(len(x), 6)
-    )
-    if curve["seeds"].max() > 1:
-        low, high = curve["least"], curve["greatest"]
-        ax.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0)
-
-
-def _unit(largest: float) -> tuple[float, str]:
-    return next(((size, name) for size, name in _UNITS if largest >= size), (1.0, "bytes"))

@@ -6,22 +6,13 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 from pandas import DataFrame, Series
 
-from fedfusion_flwr.experiments.figures.style import (
-    Part,
-    Picture,
-    Section,
-    canvas,
-    dots,
-    in_words,
-    legend_above,
-    looks,
-    name_rows,
-)
+from fedfusion_flwr.experiments.figures import draw
 from fedfusion_flwr.experiments.results import Results, slug
 
 _ACCURACY = "global-accuracy"
@@ -37,11 +28,9 @@ def usual_config(configs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     If configs differ from one in one key each, and at least three keys are varied, this is it.
     """
-    columns: dict[str, Counter[Any]] = {}
-    for config in configs:
-        for key, value in config.items():
-            columns.setdefault(key, Counter())[value] += 1
-    return {key: counts.most_common(1)[0][0] for key, counts in columns.items()}
+    items = Counter(item for config in configs for item in config.items())
+    # Of one key the most frequent value comes last, and of equally frequent ones the first.
+    return dict(item for item, _ in reversed(items.most_common()))
 
 
 def differences(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,156 +48,137 @@ def differences(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str
     return changed
 
 
-def hyper_parameters_section(results: Results) -> Section:
+def with_changes(runs: DataFrame, by: str) -> DataFrame:
+    """The runs with ``changed``: `differences` from the usual config of those alike in ``by``."""
+    usual = {name: usual_config(of["config"]) for name, of in runs.groupby(by)}
+    pairs = zip(runs[by], runs["config"], strict=True)
+    return runs.assign(changed=[differences(config, usual[name]) for name, config in pairs])
+
+
+def hyper_parameters_section(results: Results) -> draw.Section:
     """A picture of every key that is varied, for each data set, model and kind of partition."""
-    section = Section(
-        "hyper-parameters",
-        "Hyper-parameters",
-        "Accuracy in the last round when one key of the config is varied and all others stay.",
-    )
-    runs = results.group("hyper-parameters")
-    if runs.empty:
-        section.missing.append("No cells of a group hyper-parameters.")
-        return section
+    section, runs = _section_of(results, "hyper-parameters")
     kinds = runs["config"].map(lambda config: config["partition"])
     for family, members in runs.groupby(["dataset", "model", kinds], sort=False):
-        sweeps, left_out = _sweeps(members)
-        section.missing += left_out
-        pictures = [_sweep_picture(family, key, of) for key, of in sweeps.items()]
+        members = with_changes(members, "algorithm")
+        for cell, changed in zip(members["cell"], members["changed"], strict=True):
+            if len(changed) > 1:
+                several = ", ".join(changed)
+                section.missing.append(
+                    f"Cell {cell} varies {several} at once and is in no picture."
+                )
+        members = members[members["changed"].map(len) < 2]
+        keys = dict.fromkeys(key for changed in members["changed"] for key in changed)
+        pictures = [_sweep_picture(family, key, members) for key in keys]
         if pictures:
-            section.parts.append(Part(", ".join(family), pictures))
+            section.parts.append(draw.Part(", ".join(family), pictures))
     return section
 
 
-def _sweeps(runs: DataFrame) -> tuple[dict[str, DataFrame], list[str]]:
-    """The runs by key that they vary, and sentences on runs that vary several at once.
-
-    Tables have ``strategy`` (the app's), ``value``, ``seed`` and ``accuracy``. A strategy that
-    does not vary a key has its usual runs under the usual value.
-    """
-    usual: dict[str, dict[str, Any]] = {}
-    lines, left_out = [], []
-    for strategy, of in runs.groupby("algorithm", sort=False):
-        usual[strategy] = usual_config(of["config"])
-        for run in of.to_dict("records"):
-            changed = differences(run["config"], usual[strategy])
-            if len(changed) > 1:
-                keys = ", ".join(changed)
-                left_out.append(f"Cell {run['cell']} varies {keys} at once and is in no picture.")
-                continue
-            key, value = next(iter(changed.items()), (None, None))
-            lines.append((strategy, key, value, run["seed"], run[_ACCURACY]))
-    names = ["strategy", "key", "value", "seed", "accuracy"]
-    table = DataFrame(lines, columns=names, dtype=object)
-    unchanged = table[table["key"].isna()]
-    sweeps = {}
-    for key, varied in table.groupby("key", sort=False):
-        values = Series([usual[s][key] for s in unchanged["strategy"]], unchanged.index, object)
-        sweeps[str(key)] = pd.concat([varied, unchanged.assign(value=values)]).drop(columns="key")
-    return sweeps, left_out
+def _section_of(results: Results, group: str) -> tuple[draw.Section, DataFrame]:
+    section, runs = draw.Section(group), results.runs[results.runs["group"] == group]
+    if runs.empty:
+        section.missing.append(f"No cells of a group {group}.")
+    return section, runs
 
 
-def _sweep_picture(family: tuple[str, str, str], key: str, sweep: DataFrame) -> Picture:
-    sweep = sweep.dropna(subset="accuracy")
+def _sweep_picture(family: tuple[str, str, str], key: str, runs: DataFrame) -> draw.Picture:
+    # A strategy that does not vary the key has its usual runs under the usual value.
+    runs = runs[[not changed or key in changed for changed in runs["changed"]]]
+    sweep = DataFrame(
+        {
+            "strategy": runs["algorithm"],
+            "value": Series([config.get(key) for config in runs["config"]], runs.index, object),
+            "seed": runs["seed"],
+            "accuracy": runs[_ACCURACY],
+        }
+    ).dropna(subset="accuracy")
     values = sorted(set(sweep["value"]))
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     place = {v: float(v) if numeric else float(i) for i, v in enumerate(values)}
-    figure, axes = canvas(3.0)
-    ax, styles = axes[0, 0], looks(sweep["strategy"])
-    ordered, changes = [], []
+    order = {strategy: i for i, strategy in enumerate(sweep["strategy"].unique())}
+    sweep = sweep.assign(x=sweep["value"].map(place), row=sweep["strategy"].map(order))
+    sweep = sweep.sort_values(["row", "x"], kind="stable")
+    figure, axes = draw.canvas(3.0)
+    ax, styles = axes[0, 0], draw.looks(sweep["strategy"])
+    changes = []
     for strategy, of in sweep.groupby("strategy", sort=False):
-        of = of.sort_values("value", kind="stable", key=lambda column: column.map(place))
-        ordered.append(of)
-        by = of.astype({"accuracy": float}).groupby("value", sort=False)["accuracy"]
+        by, style = of.groupby("x")["accuracy"], styles[strategy]
         mean = by.mean()
-        style = styles[strategy]
         if len(mean) == 1:
             ax.axhline(mean.iat[0], color=style.color, linestyle=style.line, linewidth=1.2)
-        x, ends = [place[v] for v in mean.index], [mean - by.min(), by.max() - mean]
         look = style.curve(1) | {"markersize": 6, "capsize": 3}
-        ax.errorbar(x, mean, ends, label=strategy, **look)
+        ends = [mean - by.min(), by.max() - mean]
+        ax.errorbar(mean.index, mean, ends, label=strategy, **look)
         changes.append((strategy, mean.max() - mean.min()))
-    if numeric and min(place.values()) > 0:
-        if max(place.values()) >= _LOG_FROM * min(place.values()):
+    if numeric and min(values) > 0:
+        if max(values) >= _LOG_FROM * min(values):
             ax.set_xscale("log")
         ax.minorticks_off()
     ax.set_xticks(list(place.values()), [f"{v:g}" if numeric else str(v) for v in values])
-    ax.set_xlabel(key)
-    ax.set_ylabel("accuracy in the last round")
-    legend_above(figure, ax)
+    ax.set(xlabel=key, ylabel="accuracy in the last round")
+    draw.legend_above(figure, ax)
     named = ", ".join(family)
-    return Picture(
+    return draw.Picture(
         f"hyper-{slug(' '.join((*family, key)))}",
         f"{key}: {named}",
         f"Markers are means over seeds, bars go from the least to the greatest seed. A level line "
         f"is a strategy for which {key} was not varied. From the worst to the best value the mean "
-        f"changes by: {in_words(changes)}.",
-        f"Line chart of accuracy by {key}. Range of the mean: {in_words(changes)}.",
+        f"changes by: {draw.in_words(changes)}.",
+        f"Line chart of accuracy by {key}. Range of the mean: {draw.in_words(changes)}.",
         figure,
-        pd.concat(ordered).rename(columns={"value": key}),
+        sweep[["strategy", "value", "seed", "accuracy"]].rename(columns={"value": key}),
     )
 
 
-def ablation_section(results: Results) -> Section:
+def ablation_section(results: Results) -> draw.Section:
     """One picture for each setting and share of clients that take part."""
-    section = Section(
-        "ablation",
-        "Ablation",
-        "What each part earns: runs that differ from one config by what stands at their side.",
-    )
-    runs = results.group("ablation")
-    if runs.empty:
-        section.missing.append("No cells of a group ablation.")
-        return section
+    section, runs = _section_of(results, "ablation")
     shares = runs["config"].map(lambda config: f"{float(config['fraction-train']):.0%} take part")
     names = ["dataset", "model", "partition", shares]
     pictures = [
-        _ablation_picture(", ".join(family), members)
+        _ablation_picture(", ".join(family), with_changes(members, "strategy"))
         for family, members in runs.groupby(names, sort=False)
     ]
-    section.parts = [Part("What each part earns", pictures)]
+    if pictures:
+        section.parts = [draw.Part("What each part earns", pictures)]
     return section
 
 
-def _ablation_picture(title: str, runs: DataFrame) -> Picture:
-    usual = {label: usual_config(of["config"]) for label, of in runs.groupby("strategy")}
-    variants = [
-        _variant_name(label, differences(config, usual[label]))
-        for label, config in zip(runs["strategy"], runs["config"], strict=True)
-    ]
+def _ablation_picture(title: str, runs: DataFrame) -> draw.Picture:
+    variants = [*map(_variant_name, runs["strategy"], runs["changed"])]
     runs = runs.assign(variant=variants)
-    order = list(runs["variant"].unique())
     # What all others are compared with stands on top: the first strategy, nothing changed.
-    first = min(order, key=lambda name: name != runs["strategy"].iat[0])
-    order = [first, *(name for name in order if name != first)]
+    first = min(variants, key=lambda name: name != runs["strategy"].iat[0])
+    order = list(dict.fromkeys([first, *variants]))
     labels = [textwrap.fill(name, _LABEL, break_on_hyphens=False) for name in order]
     lines = 1 + max(label.count("\n") for label in labels)
-    figure, axes = canvas(0.7 + (0.2 + 0.16 * lines) * len(order))
-    ax, styles = axes[0, 0], looks(runs["algorithm"])
-    by = runs.groupby("variant", sort=False)
-    means = by[_ACCURACY].mean().loc[order].dropna()
-    for row, name in enumerate(order):
-        if name not in means:
-            continue
-        of, mean = by.get_group(name), means[name]
-        algorithm = of["algorithm"].iat[0]
+    figure, axes = draw.canvas(0.7 + (0.2 + 0.16 * lines) * len(order))
+    ax, styles = axes[0, 0], draw.looks(runs["algorithm"])
+    above: Any = {"textcoords": "offset points", "ha": "center", "fontsize": "small"}
+    by = {name: runs[runs["variant"] == name] for name in order}
+    means = {}
+    for row, (name, of) in enumerate(by.items()):
         accuracies = list(of[_ACCURACY].dropna())
-        dots(ax, row, accuracies, styles[algorithm], hollow=algorithm != "fedfusion")
-        above: Any = {"textcoords": "offset points", "ha": "center", "fontsize": "small"}
+        if not accuracies:
+            continue
+        algorithm, mean = of["algorithm"].iat[0], fmean(accuracies)
+        means[name] = mean
+        draw.dots(ax, row, accuracies, styles[algorithm], hollow=algorithm != "fedfusion")
         ax.annotate(f"{mean:.3f}", (mean, row), (0, 6), **above)
         if name == first:
             ax.axvline(mean, color="black", linestyle=":", linewidth=1)
-    name_rows(ax, labels)
+    draw.name_rows(ax, labels)
     ax.margins(x=0.12)
     ax.set_xlabel("accuracy in the last round")
-    numbers = pd.concat([by.get_group(name) for name in order])
-    return Picture(
+    numbers = pd.concat(by.values())
+    return draw.Picture(
         f"ablation-{slug(title)}",
         f"Ablation: {title}",
         "Marks are means over seeds, lines go from the least to the greatest seed. The dotted line "
         f"is {first}. Filled marks are FedFusion, hollow ones other strategies, so that a gain can "
         "be attributed to what earns it.",
-        f"Dot chart of accuracy by variant: {in_words(means.items())}.",
+        f"Dot chart of accuracy by variant: {draw.in_words(means.items())}.",
         figure,
         numbers[["variant", "seed", _ACCURACY]].rename(columns={_ACCURACY: "accuracy"}),
     )

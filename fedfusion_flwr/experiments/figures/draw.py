@@ -6,9 +6,10 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
@@ -16,7 +17,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pandas import DataFrame
 
 from fedfusion_flwr.experiments.results import CENTRALIZED
@@ -49,11 +50,13 @@ class Look(NamedTuple):
     line: str | tuple[int, tuple[int, ...]]
     marker: str
     hatch: str
+    width: float = 1.4
 
     def curve(self, points: int, marks: int = 8) -> dict[str, Any]:
         """How a line over so many points is drawn, with at most about so many marks."""
-        every = {"markersize": 4, "markevery": max(1, points // marks)}
-        return {"color": self.color, "linestyle": self.line, "marker": self.marker, **every}
+        line = {"color": self.color, "linestyle": self.line, "linewidth": self.width}
+        return {**line, "marker": self.marker, "markersize": 4,
+                "markevery": max(1, points // marks)}  # fmt: skip
 
 
 # Okabe & Ito's palette for the colour-blind, without its yellow, which fades on white; grey added.
@@ -65,7 +68,7 @@ _LINES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
     "-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2, 2, 2, 2, 2)),
 )  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*", "d", "8")
-_CENTRALIZED_LOOK = Look("black", (0, (2, 1)), "|", "")
+_CENTRALIZED_LOOK = Look("black", (0, (2, 1)), "|", "", 2.4)
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "|||", "---", "//..", "\\\\..", "xx..")
 
 
@@ -79,23 +82,14 @@ _KNOWN = (
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """The looks of strategies; names that are not known take the next ones, in their order."""
     names = list(dict.fromkeys(names))
+    found = {CENTRALIZED: _CENTRALIZED_LOOK, _KNOWN[0]: numbered_look(0)._replace(width=2.2)}
     others = [name for name in names if name not in (*_KNOWN, CENTRALIZED)]
-    numbers = {name: i for i, name in enumerate((*_KNOWN, *others))}
-    return {
-        name: _CENTRALIZED_LOOK if name == CENTRALIZED else _strategy_look(numbers[name])
-        for name in names
-    }
-
-
-def _strategy_look(number: int) -> Look:
-    style = numbered_look(number)
-    if number == 0:
-        return style
-    # Six colours and four lines: the eleven after FedFusion differ in one of the two.
-    rest = number - 1
-    return style._replace(
-        color=_COLORS[1 + rest % (len(_COLORS) - 1)], line=_LINES[1 + rest % (len(_LINES) - 1)]
-    )
+    for number, name in enumerate((*_KNOWN[1:], *others)):
+        # Six colours and four lines: the eleven after FedFusion differ in one of the two.
+        color = _COLORS[1 + number % (len(_COLORS) - 1)]
+        line = _LINES[1 + number % (len(_LINES) - 1)]
+        found[name] = numbered_look(number + 1)._replace(color=color, line=line)
+    return {name: found[name] for name in names}
 
 
 def numbered_look(number: int) -> Look:
@@ -127,22 +121,20 @@ class Picture:
     figure: Figure
     numbers: DataFrame
 
-    def write(self, folder: Path) -> None:
-        """Write ``<name>.svg``, ``.png`` and ``.csv``."""
+    def write(self, folder: Path) -> str:
+        """Write ``<name>.svg``, ``.png`` and ``.csv``; the SVG as a data URI, for a page."""
         buffer = io.StringIO()
         with mpl.rc_context(_RC):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
             # The layout stands.
             self.figure.set_layout_engine("none")
             self.figure.savefig(folder / f"{self.name}.png", dpi=150)
-        (folder / f"{self.name}.svg").write_text(_shortened(buffer.getvalue()), encoding="utf-8")
+        # Coordinates to a hundredth of a point: half the file, and no visible difference.
+        svg = _COORDINATES.sub(lambda at: re.sub(r"(\.\d\d)\d+", r"\1", at[0]), buffer.getvalue())
+        (folder / f"{self.name}.svg").write_text(svg, encoding="utf-8")
         self.numbers.to_csv(folder / f"{self.name}.csv", index=False, lineterminator="\n")
-
-    def data_uri(self, folder: Path) -> str:
-        """The written SVG, to embed in a page."""
-        text = (folder / f"{self.name}.svg").read_text(encoding="utf-8")
         # Not base64: coordinates stay as short as they are.
-        return "data:image/svg+xml," + quote(text, safe=" /:;=,.()-")
+        return "data:image/svg+xml," + quote(svg, safe=" /:;=,.()-")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -177,11 +169,9 @@ class Part:
 
 @dataclass
 class Section:
-    """One question of the report: its text, its parts, and what could not be drawn."""
+    """One question of the report: its parts, and what could not be drawn; the page has its text."""
 
     anchor: str
-    title: str
-    text: str
     parts: list[Part] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -211,14 +201,37 @@ def legend_above(figure: Figure, ax: Axes) -> None:
     )
 
 
+def lines(
+    ax: Axes,
+    table: DataFrame,
+    by: str,
+    x: str,
+    y: str,
+    styles: Mapping[Any, Look],
+    marks: int = 8,
+    **options: Any,
+) -> None:
+    """A line of column y over column x for each value of column ``by``, in the table's order.
+
+    If the table has ``least`` and ``greatest``, of more than one seed, they bound a band.
+    """
+    for name, of in table.groupby(by, sort=False):
+        look: Any = styles[name].curve(len(of), marks) | options
+        ax.plot(of[x], of[y], label=name, **look)
+        if "seeds" in of and of["seeds"].max() > 1:
+            color = styles[name].color
+            ax.fill_between(of[x], of["least"], of["greatest"], color=color, alpha=0.13, lw=0)
+    if x == "round":
+        ax.set_xlabel(x)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def bars(ax: Axes, names: Sequence[str], values: Sequence[Sequence[float]]) -> None:
     """Horizontal bars of the strategies' means, first on top, from the least to the greatest."""
-    styles = looks(names)
     bar: Any = {"height": 0.7, "alpha": 0.75, "edgecolor": "white", "linewidth": 0}
-    for row, (name, numbers) in enumerate(zip(names, values, strict=True)):
+    for row, (style, numbers) in enumerate(zip(looks(names).values(), values, strict=True)):
         if numbers:
-            look: Any = {"color": styles[name].color, "hatch": styles[name].hatch}
-            ax.barh(row, sum(numbers) / len(numbers), **bar, **look)
+            ax.barh(row, fmean(numbers), color=style.color, hatch=style.hatch, **bar)
             ax.plot([min(numbers), max(numbers)], [row] * 2, color="black", linewidth=1.5)
     name_rows(ax, names)
 
@@ -231,8 +244,7 @@ def dots(
         return
     ax.plot([min(values), max(values)], [row] * 2, color=style.color, linewidth=2)
     shape, face = ("D", "white") if hollow else ("o", style.color)
-    mean = sum(values) / len(values)
-    ax.plot(mean, row, shape, color=style.color, markerfacecolor=face, markersize=6)
+    ax.plot(fmean(values), row, shape, color=style.color, markerfacecolor=face, markersize=6)
 
 
 def name_rows(ax: Axes, names: Sequence[str]) -> None:
@@ -255,8 +267,3 @@ def plain_log(ax: Axes, which: Literal["x", "y"]) -> None:
 def in_words(pairs: Iterable[tuple[str, float]], digits: int = 3) -> str:
     """``a 0.912, b 0.850``: values by name, for captions and alternative texts."""
     return ", ".join(f"{name} {value:.{digits}f}" for name, value in pairs)
-
-
-def _shortened(svg: str) -> str:
-    """Coordinates to a hundredth of a point: half the file, and no visible difference."""
-    return _COORDINATES.sub(lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
