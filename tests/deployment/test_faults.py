@@ -31,9 +31,8 @@ def healthy(deployment: Deployment) -> Deployment:
 @pytest.fixture(scope="module")
 def hanging_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the app in which the client of partition 2 never ends its training."""
-    app = copy_of_app(tmp_path_factory.mktemp("hanging"))
-    (app / "client_app.py").write_text(HANGING_CLIENT_APP, encoding="utf-8")
-    return app
+    modules = {"hanging_client_app": HANGING_CLIENT_APP}
+    return copy_of_app(tmp_path_factory.mktemp("hanging"), modules, client="hanging_client_app:app")
 
 
 def test_three_rounds_over_tls(healthy: Deployment) -> None:

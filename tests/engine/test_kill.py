@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.engine.harness import Engine
+from tests.engine.harness import Engine, EngineRun
 from tests.runs import (
     CLIENTS,
     CONFIG,
@@ -26,9 +27,10 @@ from tests.runs import (
     write_pictures,
 )
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROUNDS = 20
+STRATEGIES = ("fedfusion", "ifca")
 
 
 @contextmanager
@@ -54,29 +56,59 @@ def killed_in_round(engine: Engine, folder: Path, after_round: int, delay: float
         watcher.join()
 
 
-@pytest.mark.parametrize("strategy", ["fedfusion", "ifca"])
-def test_killed_at_random_and_the_same_in_the_end(
-    strategy: str, engine: Engine, tmp_path: Path
-) -> None:
-    pictures = write_pictures(tmp_path / "pictures.npz")
-    config: dict[str, Any] = {
+@dataclass(frozen=True)
+class Killed:
+    """A run that was killed after so many rounds, and what went on with it."""
+
+    config: dict[str, Any]
+    folder: Path
+    after_round: int
+    rounds: int
+    killed: EngineRun
+    resumed: EngineRun
+
+
+@pytest.fixture(scope="module")
+def runs(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Killed]:
+    """By strategy; one is resumed in the same `flwr run` in which the next one is killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    config = {
         **CONFIG,
-        "data-root": str(pictures),
+        "data-root": str(write_pictures(folder / "pictures.npz")),
         "num-server-rounds": ROUNDS,
-        "strategy": strategy,
     }
+    killed: dict[str, tuple[int, int, EngineRun]] = {}
+    resuming: dict[str, dict[str, Any]] = {}
+    resumed: list[EngineRun] = []
+    for strategy in STRATEGIES:
+        cut, own = folder / strategy, {**config, "strategy": strategy}
+        generator = np.random.default_rng([9, len(strategy)])
+        after_round, delay = int(generator.integers(2, 10)), float(generator.uniform(0, 1))
+        parts = {**resuming, "killed": {**own, "output-dir": str(cut)}}
+        with killed_in_round(engine, cut, after_round, delay):
+            done = engine.run_parts(parts, supernodes=CLIENTS)
+        killed[strategy] = after_round, len(rows(cut)) - 1, done.part("killed")
+        resumed += [done.part("resumed")] if resuming else []
+        resuming = {"resumed": {**own, "resume-from": str(cut)}}
+    resumed.append(engine.run_parts(resuming, supernodes=CLIENTS).part("resumed"))
+    return {
+        strategy: Killed(
+            {**config, "strategy": strategy}, folder / strategy, *killed[strategy], last
+        )
+        for strategy, last in zip(STRATEGIES, resumed, strict=True)
+    }
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_killed_at_random_and_the_same_in_the_end(
+    strategy: str, runs: dict[str, Killed], tmp_path: Path
+) -> None:
+    it = runs[strategy]
+    assert it.killed.status == "finished:failed"
+    assert "Final model digest" not in it.killed.log
+    assert it.after_round <= it.rounds < ROUNDS
+    assert it.resumed.status == "finished:completed", it.resumed.log[-3000:]
     # In process, which tests/engine/test_flwr_run.py shows to be the same.
-    whole = run_in_process({**config, "output-dir": str(tmp_path / "whole")})
-    cut = tmp_path / "cut"
-    generator = np.random.default_rng([9, len(strategy)])
-    after_round, delay = int(generator.integers(2, 10)), float(generator.uniform(0, 1))
-    with killed_in_round(engine, cut, after_round, delay):
-        killed = engine.run({**config, "output-dir": str(cut)}, supernodes=CLIENTS)
-    assert killed.status == "finished:failed"
-    assert "Final model digest" not in killed.log
-    done = len(rows(cut, "metrics.jsonl")) - 1
-    assert after_round <= done < ROUNDS
-    resumed = engine.run({**config, "resume-from": str(cut)}, supernodes=CLIENTS)
-    assert resumed.status == "finished:completed", resumed.log[-3000:]
-    assert resumed.digest == whole.digest
-    assert_same_artifacts(cut, whole.directory)
+    whole = run_in_process({**it.config, "output-dir": str(tmp_path / "whole")})
+    assert it.resumed.digest == whole.digest
+    assert_same_artifacts(it.folder, whole.directory)
