@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedfusion_flwr.experiments.rows import read_rows
 from scripts.programs import free_port
 from tests.engine.parts import PARTS
 
@@ -35,10 +37,10 @@ class EngineRun:
     directory: Path
 
     def metrics(self) -> list[dict[str, Any]]:
-        return self._rows("metrics.jsonl")
+        return read_rows(self.directory / "metrics.jsonl")
 
     def clients(self) -> list[dict[str, Any]]:
-        return self._rows("clients.jsonl")
+        return read_rows(self.directory / "clients.jsonl")
 
     @property
     def digest(self) -> str:
@@ -56,10 +58,6 @@ class EngineRun:
         status = f"finished:{found[2]}" if found[2] else self.status
         return EngineRun(status, self.details, found[1], self.directory / name)
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        text = (self.directory / name).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-
 
 class Engine:
     """`flwr run` against a SuperLink of our own.
@@ -72,7 +70,7 @@ class Engine:
         self.folder = folder
         self.home = folder / "flwr-home"
         self.app = copy_of_app(folder)
-        self.count = 0
+        self.counter = itertools.count(1)
         self.orphans: set[int] = set()
         self.environment = {
             **os.environ,
@@ -95,7 +93,7 @@ class Engine:
         actors: int = 1,
     ) -> EngineRun:
         """Run an app, ours by default, to its end in a new run directory."""
-        overrides = {"output-dir": str(self._new_directory()), **config}
+        overrides = config if "output-dir" in config else {"output-dir": self._new(), **config}
         log = self._flwr(
             "run",
             str(app or self.app),
@@ -118,7 +116,7 @@ class Engine:
         supernodes: int = 10,
     ) -> EngineRun:
         """Make several runs, by name, in one `flwr run` of an app with `tests.engine.parts`."""
-        directory = self._new_directory()
+        directory = Path(self._new())
         directory.mkdir()
         (directory / PARTS).write_text(json.dumps(parts), encoding="utf-8")
         if app is None:
@@ -127,9 +125,8 @@ class Engine:
                 copy_of_app(app.parent, server="parts:server", client="parts:client")
         return self.run({"output-dir": str(directory)}, app=app, supernodes=supernodes)
 
-    def _new_directory(self) -> Path:
-        self.count += 1
-        return self.folder / f"run-{self.count}"
+    def _new(self) -> str:
+        return str(self.folder / f"run-{next(self.counter)}")
 
     def _status(self, run_id: str) -> tuple[str, str]:
         for _ in range(60):

@@ -36,12 +36,13 @@ def main(grid: Grid, context: Context) -> None:
         config = {**context.run_config, "output-dir": str(folder / name), **overrides}
         (folder / IN_FORCE).write_text(json.dumps(config), encoding="utf-8")
         log(INFO, "Part %s begins", name)
+        outcome = "completed"
         try:
             run(grid, dataclasses.replace(context, run_config=config))
-            log(INFO, "Part %s completed", name)
         except Exception as error:  # noqa: BLE001 - the other parts have their own outcome
-            failure = error
-            log(ERROR, "Part %s failed", name, exc_info=True)
+            outcome, failure = "failed", error
+            log(ERROR, "The run raised:", exc_info=True)
+        log(INFO, "Part %s %s", name, outcome)
     if failure is not None:
         raise failure
 
