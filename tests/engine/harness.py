@@ -32,7 +32,6 @@ class EngineRun:
     """One finished run: Flower's status of it, its log and its artifacts."""
 
     status: str
-    details: str
     log: str
     directory: Path
 
@@ -56,7 +55,7 @@ class EngineRun:
         )
         assert found, self.log[-3000:]
         status = f"finished:{found[2]}" if found[2] else self.status
-        return EngineRun(status, self.details, found[1], self.directory / name)
+        return EngineRun(status, found[1], self.directory / name)
 
 
 class Engine:
@@ -105,8 +104,7 @@ class Engine:
         )
         started = re.search(r"started run (\d+)", log)
         assert started, log
-        status, details = self._status(started.group(1))
-        return EngineRun(status, details, log, Path(str(overrides["output-dir"])))
+        return EngineRun(self._status(started[1]), log, Path(str(overrides["output-dir"])))
 
     def run_parts(
         self,
@@ -128,12 +126,12 @@ class Engine:
     def _new(self) -> str:
         return str(self.folder / f"run-{next(self.counter)}")
 
-    def _status(self, run_id: str) -> tuple[str, str]:
+    def _status(self, run_id: str) -> str:
         for _ in range(60):
             answer = json.loads(self._flwr("list", "--run-id", run_id, "--format", "json"))
             run = answer["runs"][0]
             if run["status"].startswith("finished"):
-                return run["status"], run["status-details"]
+                return str(run["status"])
             time.sleep(0.5)
         raise AssertionError(f"run {run_id} did not finish: {run}")
 

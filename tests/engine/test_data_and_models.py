@@ -75,12 +75,12 @@ def write_colours(root: Path) -> Path:
 
 
 def extract_cifar(root: Path) -> Path:
-    """Twelve training and two test images of each class."""
+    """Eight training and two test images of each class."""
     with zipfile.ZipFile(CIFAR) as archive:
         taken: dict[PurePosixPath, int] = {}
         for member in sorted(archive.namelist()):
             path = PurePosixPath(member)
-            most = 12 if path.parts[1:2] == ("train",) else 2
+            most = 8 if path.parts[1:2] == ("train",) else 2
             if path.suffix == ".jpg" and taken.get(path.parent, 0) < most:
                 taken[path.parent] = taken.get(path.parent, 0) + 1
                 archive.extract(member, root)
