@@ -13,7 +13,8 @@ if WORKERS is not None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first: at the end one of two workers would wait for them."""
-    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+    marks = ("engine", "slow")
+    items.sort(key=lambda item: [item.get_closest_marker(mark) is None for mark in marks])
 
 
 @pytest.fixture

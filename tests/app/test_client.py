@@ -63,19 +63,15 @@ def test_train_returns_model_statistics_and_metrics() -> None:
 
 def test_local_statistics_are_those_of_the_trained_model() -> None:
     reply = ask("train", **{"statistics-source": "local"})
-    sent = statistics_of(reply)
-    state = state_of(reply)
-    read = NormalizationStatistics.from_state_dict(state)
-    assert torch.equal(sent.vector(), read.vector())
+    read = NormalizationStatistics.from_state_dict(state_of(reply))
+    assert torch.equal(statistics_of(reply).vector(), read.vector())
 
 
 def test_probe_statistics_are_moments_under_the_received_model() -> None:
     """Train and query agree, and both equal the moments of the first convolution's outputs."""
+    probe = statistics_of(ask("query", partition=2))
     trained = ask("train", partition=2, **{"statistics-source": "probe"})
-    queried = ask("query", partition=2)
-    probe = statistics_of(queried)
-    sent = statistics_of(trained)
-    assert torch.equal(probe.vector(), sent.vector())
+    assert torch.equal(probe.vector(), statistics_of(trained).vector())
 
     model = build_model("lenet", (1, 28, 28), 10, seed=0).eval()
     x = local_data(RunConfig.from_run_config(BASE), 2).x
@@ -176,6 +172,5 @@ def test_evaluate_without_validation_part_says_so() -> None:
 
 
 def test_resnet18_trains_and_reports_its_4800_channels() -> None:
-    reply = ask("query", arrays=initial("resnet18"), **{"model": "resnet18", "num-clients": 10})
-    sent = statistics_of(reply)
-    assert sent.mean.shape == (4800,)
+    reply = ask("query", arrays=initial("resnet18"), model="resnet18", **{"train-examples": 200})
+    assert statistics_of(reply).mean.shape == (4800,)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedfusion_flwr.app.server import RunOutcome
 from fedfusion_flwr.strategies import registry
 from tests.app.killed import counted, dying_when, in_a_process, to_its_end, with_file_limit
 from tests.runs import CONFIG, ROUNDS, assert_same_artifacts, rows, run_in_process, write_pictures
@@ -26,6 +27,12 @@ QUICK = ("fesem",)
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = write_pictures(tmp_path_factory.mktemp("data") / "pictures.npz")
     return {**CONFIG, "data-root": str(path)}
+
+
+@pytest.fixture(scope="module")
+def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
+    """The run that nothing has disturbed."""
+    return run_in_process(in_folder(config, tmp_path_factory.mktemp("whole")))
 
 
 def in_folder(config: dict[str, Any], folder: Path, **more: Any) -> dict[str, Any]:
@@ -91,9 +98,10 @@ def test_killed_while_a_checkpoint_is_written(
     assert not left_behind(folder)
 
 
-def test_files_that_may_not_grow_cost_no_checkpoint(config: dict[str, Any], tmp_path: Path) -> None:
+def test_files_that_may_not_grow_cost_no_checkpoint(
+    config: dict[str, Any], whole: RunOutcome, tmp_path: Path
+) -> None:
     """As on a full disk, where the system refuses: the run ends well, the last one stays."""
-    whole = run_in_process(in_folder(config, tmp_path / "whole"))
     folder = tmp_path / "run"
     model, checkpoint = (
         (whole.directory / f"{name}.safetensors").stat().st_size
@@ -110,9 +118,8 @@ def test_files_that_may_not_grow_cost_no_checkpoint(config: dict[str, Any], tmp_
 
 
 def test_a_disk_without_any_room_ends_the_run_and_loses_nothing(
-    config: dict[str, Any], tmp_path: Path
+    config: dict[str, Any], whole: RunOutcome, tmp_path: Path
 ) -> None:
-    whole = run_in_process(in_folder(config, tmp_path / "whole"))
     folder = tmp_path / "run"
     assert in_a_process(with_file_limit, 1, 3, in_folder(config, folder)) == (1, None)
     assert checkpoints(folder) == ["checkpoint-000001", "checkpoint-000002"]

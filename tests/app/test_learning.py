@@ -12,8 +12,6 @@ from benchmarks import learning
 from fedfusion_flwr import RunConfig
 from fedfusion_flwr.experiments.rows import read_rows
 
-pytestmark = pytest.mark.rounding
-
 
 @pytest.mark.parametrize("name", learning.CASES)
 def test_every_case_is_a_valid_run(name: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfusion_flwr import computation
-from fedfusion_flwr.app.training import evaluate, train
+from fedfusion_flwr.app.training import evaluate
 from fedfusion_flwr.computation import (
     compiled_forward,
     has_bfloat16,
@@ -27,22 +28,11 @@ from fedfusion_flwr.experiments.compare import Comparison
 from fedfusion_flwr.experiments.suite import load_suite
 from fedfusion_flwr.experiments.work import Machine
 from fedfusion_flwr.models import build_model
-from fedfusion_flwr.randomness import torch_generator
+from tests.models import training
 from tests.runs import CONFIG, run_in_process, write_pictures
 from tests.support import assert_identical, tiny_model
 
-SETTINGS: dict[str, Any] = {
-    "epochs": 2,
-    "batch_size": 8,
-    "learning_rate": 0.05,
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-}
-
-
-def fit(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0, **changes: Any) -> float:
-    generator = torch_generator(seed, "training", 1)
-    return train(model, x, y, generator=generator, **(SETTINGS | changes)).loss
+fit = functools.partial(training.fit, epochs=2, batch_size=8, learning_rate=0.05, weight_decay=1e-4)
 
 
 def pictures(count: int = 40) -> tuple[Tensor, Tensor]:
@@ -193,7 +183,7 @@ def test_dropout_draws_from_the_clients_generator() -> None:
         before = torch.get_rng_state()
         x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
         # One batch: the shuffle alone would not change the outcome.
-        fit(model, x, torch.arange(16) % 2, seed, batch_size=16, epochs=1)
+        fit(model, x, torch.arange(16) % 2, seed=seed, batch_size=16, epochs=1)
         assert torch.equal(torch.get_rng_state(), before)
         states.append(model.state_dict())
     assert_identical(states[0], states[1])

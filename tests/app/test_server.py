@@ -18,7 +18,12 @@ from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.federation.roster import NotEnoughNodes
 from tests.runs import rows, run_in_process
 
-ONE_ROUND = {"num-server-rounds": 1, "partition": "components"}
+ONE_ROUND = {
+    "num-server-rounds": 1,
+    "partition": "components",
+    "train-examples": 1000,
+    "test-examples": 200,
+}
 
 
 def run_here(folder: Path, clients: int = 10, **config: Any) -> RunOutcome:

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+from fedfusion_flwr.experiments.rows import read_rows
 from scripts.local_federation import APP, LocalFederation, Value, is_accepted
 from scripts.programs import FederationError
 
@@ -36,18 +35,15 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of all rounds but round 0, which tests the untrained model."""
-        return [row for row in self._rows("metrics.jsonl") if row["round"] > 0]
+        return [row for row in read_rows(self.directory / "metrics.jsonl") if row["round"] > 0]
 
     def clients(self, server_round: int) -> dict[int | None, str]:
         """Each client's reply in a round: ``ok`` or why it was dropped."""
-        rows = [row for row in self._rows("clients.jsonl") if row["round"] == server_round]
-        return {row.get("client"): row.get("dropped", "ok") for row in rows}
-
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        with contextlib.suppress(FileNotFoundError):
-            text = (self.directory / name).read_text(encoding="utf-8")
-            return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
-        return []
+        return {
+            row.get("client"): row.get("dropped", "ok")
+            for row in read_rows(self.directory / "clients.jsonl")
+            if row["round"] == server_round
+        }
 
 
 class Deployment(LocalFederation):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ pytestmark = [
 ALL = {0: "ok", 1: "ok", 2: "ok"}
 
 
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A SuperLink and three SuperNodes with TLS and authentication, shared by the tests."""
+    with Deployment(tmp_path_factory.mktemp("deployment")) as deployment:
+        yield deployment
+
+
 @pytest.fixture
 def healthy(deployment: Deployment) -> Deployment:
     deployment.heal()
@@ -31,9 +39,8 @@ def healthy(deployment: Deployment) -> Deployment:
 @pytest.fixture(scope="module")
 def hanging_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the app in which the client of partition 2 never ends its training."""
-    app = copy_of_app(tmp_path_factory.mktemp("hanging"))
-    (app / "client_app.py").write_text(HANGING_CLIENT_APP, encoding="utf-8")
-    return app
+    modules = {"hanging_client_app": HANGING_CLIENT_APP}
+    return copy_of_app(tmp_path_factory.mktemp("hanging"), modules, client="hanging_client_app:app")
 
 
 def test_three_rounds_over_tls(healthy: Deployment) -> None:

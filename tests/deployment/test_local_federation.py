@@ -56,7 +56,8 @@ def test_one_command_runs_a_federation_and_leaves_nothing(tmp_path: Path) -> Non
     output = tmp_path / "run"
     script = start_script(
         *("--nodes", "2", "--rounds", "1"),
-        *("--run-config", f'strategy="fedavg" fraction-evaluate=0.0 output-dir="{output}"'),
+        *("--run-config", 'strategy="fedavg" fraction-evaluate=0.0 train-examples=500'),
+        *("--run-config", f'output-dir="{output}"'),
         folder=tmp_path,
     )
     said, _ = script.communicate(timeout=800)

@@ -29,6 +29,14 @@ STAGES = {
 }
 
 
+def sizes(model: nn.Module) -> tuple[int, float, int]:
+    """Parameters, megabytes of a message, normalized channels."""
+    state = model.state_dict()
+    sent = sum(len(array.data) for array in protocol.record_from_state(state).values())
+    channels = len(NormalizationStatistics.from_state_dict(state).mean)
+    return sum(parameter.numel() for parameter in model.parameters()), sent / 1e6, channels
+
+
 def feature_maps(name: str, pixels: int) -> str:
     model = build_model(name, (3, pixels, pixels), 10, seed=0).eval()
     sizes: list[str] = []
@@ -43,11 +51,7 @@ def feature_maps(name: str, pixels: int) -> str:
 
 @pytest.mark.parametrize("name", [n for n, entry in MODELS.items() if entry.smallest_image])
 def test_the_table_tells_what_is_built(name: str) -> None:
-    model = build_model(name, (3, 32, 32), 10, seed=0)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    record = protocol.record_from_state(model.state_dict())
-    megabytes = sum(len(array.data) for array in record.values()) / 1e6
-    channels = len(NormalizationStatistics.from_state_dict(model.state_dict()).mean)
+    parameters, megabytes, channels = sizes(build_model(name, (3, 32, 32), 10, seed=0))
     smallest = MODELS[name].smallest_image
     assert ROWS[name] == (
         f"| `{name}` | {parameters:,} | {megabytes:.2f} | {channels:,} | {4 * channels:,} | "
@@ -74,10 +78,7 @@ def test_mobilenetv2_without_normalization_is_as_dead_as_the_text_says() -> None
 
 def test_what_is_said_of_the_bilstm() -> None:
     model = build_model("bilstm", (40,), 2, seed=0, vocabulary_size=20_000)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    record = protocol.record_from_state(model.state_dict())
-    megabytes = sum(len(array.data) for array in record.values()) / 1e6
-    channels = len(NormalizationStatistics.from_state_dict(model.state_dict()).mean)
+    parameters, megabytes, channels = sizes(model)
     said = (
         f"{parameters / 1e6:.2f} million parameters and {megabytes:.2f} MB",
         f"one BatchNorm layer of {channels} channels ({4 * channels} statistics)",

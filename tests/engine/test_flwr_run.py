@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from client_app import app as client_app
 from fedfusion_flwr import RunConfig
-from fedfusion_flwr.app.server import run
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.tracking import state_digest
 from tests.engine.harness import ROOT, Engine, EngineRun
+from tests.runs import run_in_process
 
 pytestmark = pytest.mark.engine
 
@@ -75,8 +72,7 @@ def test_one_readable_line_a_round(two_actors: EngineRun) -> None:
 def test_digest_is_the_same_without_ray(two_actors: EngineRun, tmp_path: Path) -> None:
     """`test_strategies.py` shows that it is also the same with one actor."""
     config = {**CONFIG, "output-dir": str(tmp_path / "run")}
-    grid = InProcessGrid(client_app, 10, config, shuffle_replies=True)
-    assert run(grid, Context(1, 0, {}, RecordDict(), config)).digest == two_actors.digest
+    assert run_in_process(config).digest == two_actors.digest
 
 
 def test_bad_config_fails_before_training_with_one_sentence(engine: Engine) -> None:
@@ -85,11 +81,3 @@ def test_bad_config_fails_before_training_with_one_sentence(engine: Engine) -> N
     sentence = "dirichlet-alpha = -1.0 is not allowed: greater than 0"
     assert sentence in refused.log
     assert "round 0" not in refused.log
-
-
-@pytest.mark.slow
-def test_too_few_nodes_end_the_run_with_the_remedy(engine: Engine) -> None:
-    alone = engine.run({"node-timeout": 1.0}, supernodes=2)
-    assert alone.status == "finished:failed"
-    assert "only 2 of 10 expected clients connected within 1 s" in alone.log
-    assert '--federation-config "num-supernodes=10"' in alone.log

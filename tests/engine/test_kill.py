@@ -6,17 +6,15 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.engine.harness import Engine
+from tests.engine.harness import Engine, EngineRun
 from tests.runs import (
     CLIENTS,
     CONFIG,
@@ -26,57 +24,49 @@ from tests.runs import (
     write_pictures,
 )
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROUNDS = 20
+STRATEGIES = ("fedfusion", "ifca")
 
 
-@contextmanager
-def killed_in_round(engine: Engine, folder: Path, after_round: int, delay: float) -> Iterator[None]:
-    """While open: wait for the end of a round and ``delay`` seconds, then kill the server."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.05):
-            if (folder / "metrics.jsonl").exists() and len(
-                (folder / "metrics.jsonl").read_bytes().splitlines()
-            ) > after_round:
-                time.sleep(delay)
-                engine.kill_server()
-                return
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
-
-
-@pytest.mark.parametrize("strategy", ["fedfusion", "ifca"])
-def test_killed_at_random_and_the_same_in_the_end(
-    strategy: str, engine: Engine, tmp_path: Path
-) -> None:
-    pictures = write_pictures(tmp_path / "pictures.npz")
-    config: dict[str, Any] = {
-        **CONFIG,
-        "data-root": str(pictures),
-        "num-server-rounds": ROUNDS,
-        "strategy": strategy,
-    }
-    # In process, which tests/engine/test_flwr_run.py shows to be the same.
-    whole = run_in_process({**config, "output-dir": str(tmp_path / "whole")})
-    cut = tmp_path / "cut"
-    generator = np.random.default_rng([9, len(strategy)])
+def kill_in(run: Future[EngineRun], engine: Engine, folder: Path, seed: list[int]) -> None:
+    """Kill the server at a random moment after one of the first rounds."""
+    generator = np.random.default_rng(seed)
     after_round, delay = int(generator.integers(2, 10)), float(generator.uniform(0, 1))
-    with killed_in_round(engine, cut, after_round, delay):
-        killed = engine.run({**config, "output-dir": str(cut)}, supernodes=CLIENTS)
-    assert killed.status == "finished:failed"
-    assert "Final model digest" not in killed.log
-    done = len(rows(cut, "metrics.jsonl")) - 1
-    assert after_round <= done < ROUNDS
-    resumed = engine.run({**config, "resume-from": str(cut)}, supernodes=CLIENTS)
-    assert resumed.status == "finished:completed", resumed.log[-3000:]
-    assert resumed.digest == whole.digest
-    assert_same_artifacts(cut, whole.directory)
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) <= after_round:
+        assert not run.done(), run.result().log[-3000:]
+        time.sleep(0.05)
+    time.sleep(delay)
+    engine.kill_server()
+    assert after_round <= len(rows(folder)) - 1 < ROUNDS
+
+
+def test_killed_at_random_and_the_same_in_the_end(engine: Engine, tmp_path: Path) -> None:
+    """A strategy's run is resumed in the same `flwr run` in which the next one's is killed.
+
+    At once: Flower takes a minute to see that a server is gone.
+    """
+    pictures = write_pictures(tmp_path / "pictures.npz")
+    shared = {**CONFIG, "data-root": str(pictures), "num-server-rounds": ROUNDS}
+    runs, resume = [], dict[str, dict[str, Any]]()
+    with ThreadPoolExecutor() as pool:
+        for strategy in STRATEGIES:
+            config, cut = {**shared, "strategy": strategy}, tmp_path / strategy
+            parts = {**resume, "killed": {**config, "output-dir": str(cut)}}
+            runs.append(pool.submit(engine.run_parts, parts, supernodes=CLIENTS))
+            kill_in(runs[-1], engine, cut, seed=[9, len(strategy)])
+            resume = {"resumed": {**config, "resume-from": str(cut)}}
+        runs.append(pool.submit(engine.run_parts, resume, supernodes=CLIENTS))
+    done = [run.result() for run in runs]
+    assert [run.status for run in done] == ["finished:failed"] * 2 + ["finished:completed"]
+    for strategy, killed, resumed in zip(STRATEGIES, done, done[1:], strict=False):
+        assert "Final model digest" not in killed.part("killed").log
+        last = resumed.part("resumed")
+        assert last.status == "finished:completed", last.log[-3000:]
+        # In process, which tests/engine/test_flwr_run.py shows to be the same.
+        whole = tmp_path / f"{strategy}-whole"
+        config = {**shared, "strategy": strategy, "output-dir": str(whole)}
+        assert last.digest == run_in_process(config).digest
+        assert_same_artifacts(tmp_path / strategy, whole)

@@ -10,12 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
 
-from client_app import app as honest_app
-from fedfusion_flwr.app.server import run
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
-from tests.engine.harness import Engine, copy_of_app
+from tests.engine.harness import Engine, EngineRun, copy_of_app
+from tests.runs import run_in_process
 
 pytestmark = pytest.mark.engine
 
@@ -70,13 +67,15 @@ class UniformAverage(FederatedStrategy):
 from flwr.clientapp import ClientApp
 from fedfusion_flwr import protocol
 from fedfusion_flwr.app.client import handle_evaluate, handle_query, handle_train
+from parts import of_part
 
 app = ClientApp()
-app.evaluate()(handle_evaluate)
-app.query()(handle_query)
+app.evaluate()(of_part(handle_evaluate))
+app.query()(of_part(handle_query))
 
 
 @app.train()
+@of_part
 def train(message, context):
     partition = context.node_config["partition-id"]
     if partition == 3 or context.run_config["seed"] == 99:
@@ -91,17 +90,24 @@ def train(message, context):
 }
 
 
+PARTS: dict[str, dict[str, Any]] = {
+    "mixed": CONFIG,
+    "all-broken": {**CONFIG, "num-server-rounds": 5, "seed": 99},
+    "no-module": {**CONFIG, "dataset": "my_date:stripes"},
+    "own-strategy": {
+        **CONFIG,
+        "strategy": "my_strategies:UniformAverage",
+        "partition": "dirichlet",
+        "dirichlet-alpha": 1.0,
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Client 3 raises and client 4 sends NaN; with seed 99 all raise."""
-    app = copy_of_app(tmp_path_factory.mktemp("own"))
-    for name, source in MODULES.items():
-        (app / f"{name}.py").write_text(source, encoding="utf-8")
-    # Under its own name: an installed client_app would be found before the copy's.
-    pyproject = (app / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"client_app:app"' in pyproject
-    pyproject = pyproject.replace('"client_app:app"', '"my_client_app:app"')
-    (app / "pyproject.toml").write_text(pyproject, encoding="utf-8")
+    folder = tmp_path_factory.mktemp("own")
+    app = copy_of_app(folder, MODULES, server="parts:server", client="my_client_app:app")
     with pytest.MonkeyPatch.context() as patch:
         # For runs in this process.
         patch.syspath_prepend(app)
@@ -110,10 +116,15 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         sys.modules.pop(name, None)
 
 
+@pytest.fixture(scope="module")
+def everything(engine: Engine, app: Path) -> EngineRun:
+    return engine.run_parts(PARTS, app=app)
+
+
 def test_modules_go_into_the_bundle_and_bad_clients_do_not_stop_the_others(
-    engine: Engine, app: Path, tmp_path: Path
+    everything: EngineRun, tmp_path: Path
 ) -> None:
-    mixed = engine.run(CONFIG, app=app)
+    mixed = everything.part("mixed")
     assert mixed.status == "finished:completed", mixed.log[-3000:]
     assert (mixed.directory / "classes.txt").read_text(encoding="utf-8") == "no\nyes\n"
     with np.load(mixed.directory / "fusion.npz") as fusion:
@@ -122,42 +133,34 @@ def test_modules_go_into_the_bundle_and_bad_clients_do_not_stop_the_others(
     rows = mixed.metrics()[1:]
     assert [row["replies-valid"] for row in rows] == [8] * ROUNDS
     assert all(row["dropped-error"] == 1 and row["dropped-nonfinite"] == 1 for row in rows)
-    assert "client 3 is broken on purpose" in mixed.log
+    assert "client 3 is broken on purpose" in everything.log
     dropped = {row["client"]: row["dropped"] for row in mixed.clients() if "dropped" in row}
     assert dropped == {3: "error", 4: "nonfinite"}
 
-    config = {**CONFIG, "output-dir": str(tmp_path / "honest")}
-    grid = InProcessGrid(honest_app, 10, config)
-    outcome = run(grid, Context(1, 0, {}, RecordDict(), config))
+    # The same with honest clients, in this process.
+    outcome = run_in_process({**CONFIG, "output-dir": str(tmp_path / "honest")})
     honest = outcome.result.evaluate_metrics_serverapp[ROUNDS]["global-accuracy"]
     assert isinstance(honest, float)
     assert honest > 0.9
     assert honest - rows[-1]["global-accuracy"] < 0.03
 
 
-@pytest.mark.slow
-def test_failed_rounds_in_a_row_fail_the_run_and_keep_its_artifacts(
-    engine: Engine, app: Path
-) -> None:
-    stopped = engine.run({**CONFIG, "num-server-rounds": 5, "seed": 99}, app=app)
-    assert stopped.status == "finished:failed"
+def test_failed_rounds_in_a_row_fail_the_run_and_keep_its_artifacts(everything: EngineRun) -> None:
+    stopped = everything.part("all-broken")
+    assert stopped.status == everything.status == "finished:failed"
     assert "stopped after 3 failed rounds in a row" in stopped.log
     assert [row["round"] for row in stopped.metrics()] == [0, 1, 2, 3]
     assert {row["dropped"] for row in stopped.clients()} == {"error"}
 
 
-@pytest.mark.slow
-def test_a_module_that_is_not_beside_the_app_fails_the_run(engine: Engine, app: Path) -> None:
-    refused = engine.run({**CONFIG, "dataset": "my_date:stripes"}, app=app)
-    assert refused.status == "finished:failed"
+def test_a_module_that_is_not_beside_the_app_fails_the_run(everything: EngineRun) -> None:
+    refused = everything.part("no-module")
+    assert refused.status == everything.status == "finished:failed"
     assert "no module 'my_date': put my_date.py beside" in refused.log
 
 
-@pytest.mark.slow
-def test_a_strategy_beside_the_app_runs_by_name(engine: Engine, app: Path) -> None:
-    config = {**CONFIG, "strategy": "my_strategies:UniformAverage", "partition": "dirichlet"}
-    config["dirichlet-alpha"] = 1.0
-    done = engine.run(config, app=app)
+def test_a_strategy_beside_the_app_runs_by_name(everything: EngineRun) -> None:
+    done = everything.part("own-strategy")
     assert done.status == "finished:completed", done.log[-3000:]
     trained = [row for row in done.clients() if "dropped" not in row]
     assert len({row["num-examples"] for row in trained}) > 1

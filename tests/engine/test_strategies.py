@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every strategy through `flwr run`: three rounds, four clients, clean artifacts.
-
-They share one run of an app whose server starts one strategy after the other.
-"""
+"""Every strategy through `flwr run`, as parts of one run: four clients, clean artifacts."""
 
 from __future__ import annotations
 
@@ -11,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from client_app import app as client_app
 from fedfusion_flwr import protocol
-from fedfusion_flwr.app.server import run
-from fedfusion_flwr.federation.in_process_grid import InProcessGrid
 from fedfusion_flwr.strategies import registry
 from fedfusion_flwr.tracking import state_digest
-from tests.engine.harness import Engine, EngineRun, copy_of_app
+from tests.engine.harness import Engine, EngineRun
+from tests.runs import run_in_process
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CLIENTS, ROUNDS = 4, 3
 CONFIG: dict[str, Any] = {
@@ -38,27 +32,16 @@ CONFIG: dict[str, Any] = {
     "cluster-round": 1,
     "pretrain-steps": 5,
 }
-# fed-gn gives the clients another model, so it has a run of its own; so has fedma: test_fedma.py.
-TOGETHER = [name for name in registry() if name not in ("fed-gn", "fedma")]
-SERVER_APP = f"""
-import dataclasses
-from pathlib import Path
-
-from flwr.serverapp import ServerApp
-
-from fedfusion_flwr.app.server import run
-
-app = ServerApp()
-
-
-@app.main()
-def main(grid, context):
-    # The clients keep the run's own config: they read neither of these two keys.
-    for name in {TOGETHER}:
-        folder = Path(context.run_config["output-dir"], name)
-        config = {{**context.run_config, "strategy": name, "output-dir": str(folder)}}
-        run(grid, dataclasses.replace(context, run_config=config))
-"""
+STRATEGIES = [name for name in registry() if name != "fedma"]
+ONE_PASS: dict[str, Any] = {
+    "strategy": "fedma",
+    "num-server-rounds": 5,
+    "num-clients": CLIENTS,
+    "partition": "iid",
+    "matching-gamma": 7.0,
+    "fraction-evaluate": 1.0,
+}
+TOO_FEW = {"num-clients": 10, "node-timeout": 1.0}
 SAYS = {
     "ifca": "IFCA: 2 models, 1 rounds of warm-up",
     "fedgroup": "FedGroup: 2 groups, cold start of 5 steps",
@@ -72,20 +55,16 @@ SAYS = {
 
 
 @pytest.fixture(scope="module")
-def together(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> EngineRun:
-    app = copy_of_app(tmp_path_factory.mktemp("strategies"))
-    (app / "server_app.py").write_text(SERVER_APP, encoding="utf-8")
-    return engine.run(CONFIG, app=app, supernodes=CLIENTS)
+def everything(engine: Engine) -> EngineRun:
+    parts = {name: {**CONFIG, "strategy": name} for name in STRATEGIES}
+    return engine.run_parts({**parts, "one-pass": ONE_PASS, "too-few": TOO_FEW}, supernodes=CLIENTS)
 
 
-@pytest.mark.parametrize("name", [*TOGETHER, "fed-gn"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_three_rounds_leave_clean_artifacts(
-    engine: Engine, request: pytest.FixtureRequest, tmp_path: Path, name: str
+    everything: EngineRun, tmp_path: Path, name: str
 ) -> None:
-    if name == "fed-gn":
-        done = engine.run({**CONFIG, "strategy": name}, supernodes=CLIENTS)
-    else:
-        done = request.getfixturevalue("together").part(name)
+    done = everything.part(name)
     assert done.status == "finished:completed", done.log[-3000:]
     assert SAYS.get(name, "Served model: average decay") in done.log
 
@@ -121,5 +100,25 @@ def test_three_rounds_leave_clean_artifacts(
 
     # The same without Ray, whatever the order of the replies.
     config = {**CONFIG, "strategy": name, "output-dir": str(tmp_path / "run")}
-    grid = InProcessGrid(client_app, CLIENTS, config, shuffle_replies=True)
-    assert run(grid, Context(1, 0, {}, RecordDict(), config)).digest == done.digest
+    assert run_in_process(config).digest == done.digest
+
+
+def test_one_pass_of_fedma_and_a_round_more(everything: EngineRun) -> None:
+    finished = everything.part("one-pass")
+    assert finished.status == "finished:completed", finished.log[-3000:]
+    assert "the last 1 of 5 rounds do not complete a pass" in finished.log
+    metrics = finished.metrics()
+    assert [row.get("layer") for row in metrics] == [None, 1, 2, 3, 4, 1]
+    assert all(row["replies-valid"] == CLIENTS for row in metrics[1:])
+    assert [row["round"] for row in metrics if "personalized-accuracy" in row] == [5]
+    assert metrics[4]["global-accuracy"] == metrics[5]["global-accuracy"] > 0.6
+    final = load_file(finished.directory / "final_model.safetensors")
+    assert len(final["features.0.0.weight"]) == metrics[1]["layer-width"] > 16
+    assert state_digest(final) == finished.digest
+
+
+def test_too_few_nodes_end_the_run_with_the_remedy(everything: EngineRun) -> None:
+    alone = everything.part("too-few")
+    assert alone.status == everything.status == "finished:failed"
+    assert "only 4 of 10 expected clients connected within 1 s" in alone.log
+    assert '--federation-config "num-supernodes=10"' in alone.log

@@ -25,7 +25,7 @@ from fedfusion_flwr.experiments.served import (
     served_accuracy,
     views_of_test_set,
 )
-from fedfusion_flwr.experiments.suite_file import parse_suite
+from fedfusion_flwr.experiments.suite import parse_suite
 from fedfusion_flwr.experiments.work import Machine
 from fedfusion_flwr.models import model_for
 from tests.runs import write_pictures

@@ -184,15 +184,24 @@ def test_a_leap_is_measured_from_the_chosen_model() -> None:
 @pytest.mark.rounding
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rotations", "clients", "warmup_rounds", "seeds", "least"), [(2, 8, 2, 6, 3), (4, 12, 3, 3, 1)]
+    ("rotations", "clients", "warmup_rounds", "seeds", "least", "data"),
+    [
+        (2, 8, 2, 6, 4, {"train_examples": 2000, "batch_size": 32}),
+        (4, 12, 3, 3, 1, {"batch_size": 64}),
+    ],
 )
 def test_planted_rotations_are_recovered_and_stay(
-    rotations: int, clients: int, warmup_rounds: int, seeds: int, least: int
+    rotations: int,
+    clients: int,
+    warmup_rounds: int,
+    seeds: int,
+    least: int,
+    data: dict[str, Any],
 ) -> None:
     """The authors' own task: clients whose digits are turned by different angles.
 
     The warm-up's division ignores them; by the second free choice they are found, or never. Whether
-    they are depends on the initial models: measured, in 4 of 6 and in 2 of 3 seeds.
+    they are depends on the initial models: measured, in 5 of 6 and in 2 of 3 seeds.
     """
     recovered = 0
     for seed in range(seeds):
@@ -204,7 +213,7 @@ def test_planted_rotations_are_recovered_and_stay(
             num_clients=clients,
             warmup_rounds=warmup_rounds,
             num_server_rounds=warmup_rounds + 4,
-            batch_size=64,
+            **data,
             fraction_evaluate=0.0,
             seed=seed,
         )
