@@ -126,7 +126,7 @@ class RunConfig:
     evaluate_every: int = checked(10, at_least(1))
     finetune_steps: int = checked(0, at_least(0))
     central_evaluate_every: int = checked(1, at_least(1))
-    sampling: Sampling = choice(Sampling, "random")
+    sampling: Sampling = choice(Sampling, "stratified")
 
     num_components: int = checked(8, at_least(1))
     mixture: Mixture = choice(Mixture, "balanced")

@@ -18,8 +18,9 @@ CLEAR_GROUPS = 0.5
 """From this mean silhouette on clients form groups ("reasonable structure", Kaufman & Rousseeuw
 1990); below, they are taken for mixtures."""
 
-PARSIMONY = 0.95
-"""The largest number of groups whose silhouette reaches this share of the best is chosen.
+NEARLY_BEST = 0.9
+"""The largest number of groups is chosen whose silhouette is a local maximum, and at least this
+share of the best.
 
 The best itself is too coarse: if one group lies far off, "this one against the rest" scores
 highest, even where the rest is several groups.
@@ -33,8 +34,8 @@ def clear_groups(x: Tensor, most: int, earlier: int = 0) -> Tensor | None:
     """Find well-separated groups of clients.
 
     Ward's linkage (1963), cut at the number of groups with the best mean silhouette (Rousseeuw
-    1987), or nearly the best. Of very many clients a sample is grouped, and the others join the
-    nearest centre.
+    1987), or a peak nearly as high. Of very many clients a sample is grouped, and the others join
+    the nearest centre.
 
     Parameters
     ----------
@@ -63,7 +64,12 @@ def clear_groups(x: Tensor, most: int, earlier: int = 0) -> Tensor | None:
     best = max(scores.values(), default=0.0)
     if best < CLEAR_GROUPS:
         return None
-    chosen = max(groups for groups, score in scores.items() if score >= PARSIMONY * best)
+    peaks = (
+        n
+        for n, score in scores.items()
+        if score >= max(NEARLY_BEST * best, scores.get(n - 1, 0.0), scores.get(n + 1, 0.0))
+    )
+    chosen = max(peaks)
     if scores.get(earlier, 0.0) >= scores[chosen]:
         chosen = earlier
     labels = cuts[chosen - 2]

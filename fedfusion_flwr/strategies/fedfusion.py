@@ -116,7 +116,8 @@ class FedFusion(FederatedStrategy):
     balance_exponent : float
         rho in [0, 1] of the balanced mixture; 1 where clients form no clear groups.
     sampling : {"random", "stratified"}
-        ``stratified`` draws cohorts in which components appear in proportion to pi.
+        ``stratified`` draws cohorts in which components appear in proportion to pi, wherever
+        clients form clear groups.
     absent : {"drop", "remember"}
         A component without clients in a round: renormalize pi over the others, or let it contribute
         its last pseudo-gradient (cf. FedVARP, Jhunjhunwala et al. 2022).
@@ -137,7 +138,7 @@ class FedFusion(FederatedStrategy):
     num_components: int = checked(8, at_least(1))
     mixture: Mixture = choice(Mixture, "balanced")
     balance_exponent: float = checked(0.5, between(0, 1))
-    sampling: Sampling = choice(Sampling, "random")
+    sampling: Sampling = choice(Sampling, "stratified")
     absent: Absent = choice(Absent, "drop")
     assignment_smoothing: float = checked(0.5, DECAY)
     vae_step: int = checked(1, at_least(1))
@@ -190,8 +191,8 @@ class FedFusion(FederatedStrategy):
             )
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
-        """Random, or with the inferred components in proportion to the mixture."""
-        if self.sampling == "random" or self.state.posterior is None:
+        """Random, or with clear groups in proportion to the mixture."""
+        if self.sampling == "random" or not self._groups_are_clear():
             return super().sample_clients(server_round, clients, size)
         memory = self.state.memory
         known = self._known()
