@@ -126,7 +126,7 @@ class RunConfig:
     evaluate_every: int = checked(10, at_least(1))
     finetune_steps: int = checked(0, at_least(0))
     central_evaluate_every: int = checked(1, at_least(1))
-    sampling: Sampling = choice(Sampling, "random")
+    sampling: Sampling = choice(Sampling, "stratified")
 
     num_components: int = checked(8, at_least(1))
     mixture: Mixture = choice(Mixture, "balanced")
@@ -137,9 +137,9 @@ class RunConfig:
     assignment_smoothing: float = checked(0.5, DECAY)
     absent: Absent = choice(Absent, "drop")
     vae_step: int = checked(1, at_least(1))
-    vae_steps: int = checked(60, at_least(1))
-    vae_refit_steps: int = checked(5, at_least(1))
-    vae_learning_rate: float = checked(3e-3, RATE)
+    vae_steps: int = checked(200, at_least(1))
+    vae_refit_steps: int = checked(10, at_least(1))
+    vae_learning_rate: float = checked(2e-2, RATE)
 
     proximal_mu: float = checked(0.01, at_least(0))
     num_clusters: int = checked(5, at_least(1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedfusion_flwr.fusion.standardizer import COLUMNS, Standardizer
+from fedfusion_flwr.fusion.standardizer import Standardizer
 from fedfusion_flwr.fusion.threads import pieces, side_by_side
 
 ROWS = 64
@@ -62,46 +62,3 @@ class Folding:
 
         side_by_side(fold, pieces(len(x), ROWS))
         return folded
-
-    def unfold(
-        self,
-        decoded: Tensor,
-        features: Tensor,
-        assignments: Tensor,
-        scaler: Standardizer,
-        x: Tensor,
-    ) -> Tensor:
-        """Standardized statistics of components, given their decoded features.
-
-        In the space of features, every component is fitted by an affine combination of the groups'
-        means. The same combination of the groups' standardized statistics is the result.
-
-        Parameters
-        ----------
-        decoded : Tensor
-            Components as features, (M, F).
-        features, assignments, x : Tensor
-            The clients' folded features (K, F), b (K, M), and statistics (K, D).
-        scaler : Standardizer
-            Of x.
-
-        Returns
-        -------
-        Tensor
-            Shape (M, D), float64.
-        """
-        mass = assignments.sum(0)
-        shares = (assignments[:, mass > 0] / mass[mass > 0]).T
-        anchors = shares @ features.double()
-        center = anchors.mean(0)
-        mixing = (decoded.double() - center) @ torch.linalg.pinv(anchors - center, rtol=1e-6)
-        weights = mixing + (1 - mixing.sum(1, keepdim=True)) / len(anchors)
-        means = torch.empty(len(anchors), x.shape[1], dtype=torch.float64)
-
-        def average(columns: slice) -> None:
-            part = scaler.of_features(columns).standardize(x[:, columns])
-            means[:, columns] = shares @ part.double()
-
-        side_by_side(average, pieces(x.shape[1], COLUMNS))
-        unfolded: Tensor = weights @ means
-        return unfolded

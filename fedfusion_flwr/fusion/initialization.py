@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hard partition of the clients from which the VAE starts.
+"""Where the VAE starts: clear groups of clients, or the corners of their hull.
 
 Gradient ascent on the ELBO alone ends in poor optima: it merges true groups or splits one over
-several components, which changes the balanced mixture. A k-means partition, with the number of
-groups chosen by the mean silhouette (Rousseeuw 1987), starts it in the right basin.
+several components. Where clients form groups it starts from them; where they are mixtures, from
+archetypes (Cutler & Breiman 1994): corners of the clients' hull.
 """
 
 from __future__ import annotations
@@ -14,58 +14,146 @@ from torch import Tensor
 
 from fedfusion_flwr.fusion.standardizer import some_clients
 
-MIN_SILHOUETTE = 0.1
-"""Below this all clients are one group: noise in many dimensions scores up to about 0.05."""
+CLEAR_GROUPS = 0.5
+"""From this mean silhouette on clients form groups ("reasonable structure", Kaufman & Rousseeuw
+1990); below, they are taken for mixtures."""
 
-PARSIMONY = 0.9
-"""The largest number of groups whose silhouette reaches this share of the best is chosen.
+NEARLY_BEST = 0.9
+"""The largest number of groups is chosen whose silhouette is a local maximum, and at least this
+share of the best.
 
 The best itself is too coarse: if one group lies far off, "this one against the rest" scores
 highest, even where the rest is several groups.
 """
 
-_RESTARTS = 10
-_FEW_CLIENTS = 100
-"""With more, k-means hardly depends on its start, and a restart costs more."""
+_HULL_STEPS = 60
+_ROUNDS = 20
 
 
-def starting_partition(x: Tensor, max_groups: int) -> Tensor:
-    """Partition clients into well-separated groups, at most ``max_groups``.
+def clear_groups(x: Tensor, most: int, earlier: int = 0) -> Tensor | None:
+    """Find well-separated groups of clients.
+
+    Ward's linkage (1963), cut at the number of groups with the best mean silhouette (Rousseeuw
+    1987), or a peak nearly as high. Of very many clients a sample is grouped, and the others join
+    the nearest centre.
 
     Parameters
     ----------
     x : Tensor
-        Standardized statistics, shape (K, D).
-    max_groups : int
-        At least 1.
+        Clients, (K, P), float64.
+    most : int
+        Largest number of groups.
+    earlier : int
+        The number found before, which is kept unless another scores better.
 
     Returns
     -------
-    Tensor
-        Labels (K,), int64, the largest group first: stick breaking prefers that order.
+    Tensor or None
+        Labels (K,), the largest group first, or None if no groups are clear.
     """
-    # Imported here because clients import this package too, and sklearn takes a second.
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import pairwise_distances
+    # Imported here because clients import this package too, and scipy takes long.
+    from scipy.cluster.hierarchy import cut_tree, linkage
 
-    # Of very many clients a sample is partitioned; the others join the nearest group.
-    points = x[some_clients(len(x))].double().numpy()
-    restarts = _RESTARTS if len(points) <= _FEW_CLIENTS else 2
-    distances = pairwise_distances(points)
-    largest = min(max_groups, len(points) - 1, len(np.unique(points, axis=0)))
-    candidates: list[tuple[float, KMeans]] = []
-    for groups in range(2, largest + 1):
-        found = KMeans(groups, n_init=restarts, random_state=0).fit(points)
-        candidates.append((_silhouette(distances, found.labels_), found))
-    best = max((quality for quality, _ in candidates), default=0.0)
-    chosen = np.zeros(len(x), dtype=np.int64)
-    if best > MIN_SILHOUETTE:
-        winner = [found for quality, found in candidates if quality >= PARSIMONY * best][-1]
-        everybody = len(points) == len(x)
-        chosen = winner.labels_ if everybody else winner.predict(x.double().numpy())
-    sizes = np.bincount(chosen)
-    rank = np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")
-    return torch.as_tensor(rank[chosen])
+    points = x[some_clients(len(x))].numpy()
+    numbers = range(2, min(most, len(points) - 1) + 1)
+    if not numbers:
+        return None
+    cuts = cut_tree(linkage(points, "ward"), list(numbers)).T
+    distances = np.linalg.norm(points[:, None] - points, axis=2)
+    scores = {n: silhouette(distances, cut) for n, cut in zip(numbers, cuts, strict=True)}
+    best = max(scores.values(), default=0.0)
+    if best < CLEAR_GROUPS:
+        return None
+    peaks = (
+        n
+        for n, score in scores.items()
+        if score >= max(NEARLY_BEST * best, scores.get(n - 1, 0.0), scores.get(n + 1, 0.0))
+    )
+    chosen = max(peaks)
+    if scores.get(earlier, 0.0) >= scores[chosen]:
+        chosen = earlier
+    labels = cuts[chosen - 2]
+    if len(points) < len(x):
+        centres = np.stack([points[labels == group].mean(0) for group in range(chosen)])
+        labels = torch.cdist(x, torch.as_tensor(centres)).argmin(1).numpy()
+    order = np.argsort(-np.bincount(labels, minlength=chosen), kind="stable")
+    return torch.as_tensor(np.argsort(order)[labels])
+
+
+def silhouette(distances: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over clients of (b - a) / max(a, b), Rousseeuw 1987, eq. 3; 0 for a client alone.
+
+    a is the mean distance from the others of the client's own group, b that from the nearest other
+    group. Distances (K, K), labels (K,) from 0 to G - 1, G at least 2.
+    """
+    member = np.eye(labels.max() + 1)[labels]
+    sizes = member.sum(0)
+    own = sizes[labels]
+    total = distances @ member
+    inside = (total * member).sum(1) / np.maximum(own - 1, 1)
+    outside = np.where(member > 0, np.inf, total / sizes).min(1)
+    value = (outside - inside) / np.maximum(np.maximum(inside, outside), 1e-300)
+    return float(np.where(own > 1, value, 0.0).mean())
+
+
+def archetypes(x: Tensor, count: int) -> Tensor:
+    """Memberships (K, M') of clients x (K, P) in ``count`` corners of their hull.
+
+    Starts from the clients that successive projection finds (Araujo et al. 2001), then alternates
+    between memberships and corners, which stay convex combinations of clients. Fewer corners where
+    the clients do not span as many.
+    """
+    corners = x[_extremes(x, count)]
+    for _ in range(_ROUNDS):
+        b = hull_memberships(x, corners)
+        wanted = torch.linalg.lstsq(b, x, driver="gelsd").solution
+        moved = hull_memberships(wanted, x) @ x
+        done = bool((moved - corners).abs().max() < 1e-3 * x.abs().max())
+        corners = moved
+        if done:
+            break
+    return hull_memberships(x, corners)
+
+
+def hull_memberships(x: Tensor, corners: Tensor) -> Tensor:
+    """The b (K, M) on the simplex that minimize the distance of ``b @ corners`` from x (K, P).
+
+    Accelerated projected gradient (Beck & Teboulle 2009).
+    """
+    gram, target = corners @ corners.T, x @ corners.T
+    step = 1 / torch.linalg.eigvalsh(gram)[-1].clamp_min(1e-12)
+    b = ahead = torch.full_like(target, 1 / len(corners))
+    momentum = 1.0
+    for _ in range(_HULL_STEPS):
+        moved = project_to_simplex(ahead - step * (ahead @ gram - target))
+        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = moved + (momentum - 1) / following * (moved - b)
+        b, momentum = moved, following
+    return b
+
+
+def project_to_simplex(rows: Tensor) -> Tensor:
+    """The nearest point of the simplex for every row (Duchi et al. 2008, fig. 1)."""
+    ordered = rows.sort(1, descending=True).values
+    excess = ordered.cumsum(1) - 1
+    rank = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype)
+    support = (ordered * rank > excess).sum(1, keepdim=True)
+    return (rows - excess.gather(1, support - 1) / support).clamp_min(0)
+
+
+def _extremes(x: Tensor, count: int) -> list[int]:
+    """Clients far out in directions not yet taken; at most ``count``."""
+    chosen = [int((x - x.mean(0)).square().sum(1).argmax())]
+    rest = x - x[chosen[0]]
+    while len(chosen) < count:
+        length = rest.square().sum(1)
+        furthest = int(length.argmax())
+        if length[furthest] <= 1e-12 * x.square().sum(1).max():
+            break
+        chosen.append(furthest)
+        direction = rest[furthest] / length[furthest].sqrt()
+        rest = rest - torch.outer(rest @ direction, direction)
+    return chosen
 
 
 def agreement(first: Tensor, second: Tensor) -> float:
@@ -73,11 +161,3 @@ def agreement(first: Tensor, second: Tensor) -> float:
     from sklearn.metrics import adjusted_rand_score
 
     return float(adjusted_rand_score(first.numpy(), second.numpy()))
-
-
-def _silhouette(distances: np.ndarray, labels: np.ndarray) -> float:
-    if not 2 <= len(np.unique(labels)) <= len(labels) - 1:
-        return 0.0
-    from sklearn.metrics import silhouette_score
-
-    return float(silhouette_score(distances, labels, metric="precomputed"))

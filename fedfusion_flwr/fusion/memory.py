@@ -2,9 +2,9 @@
 """What the server remembers of every client ever seen.
 
 Raw statistics of different rounds cannot be compared, because the global model drifts: a client's
-statistics are the round's level plus the client's own deviation, d_kt = level_t + v_k. The level is
-the example-weighted mean of the cohort. Where one component happens to be frequent in a cohort that
-mean is shifted, so the known deviations of its clients are subtracted first.
+statistics are the round's level plus its own deviation and noise, d_kt = level_t + v_k + e_kt. The
+level is the example-weighted mean of the cohort. Where one component happens to be frequent in a
+cohort that mean is shifted, so the known deviations of its clients are subtracted first.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from fedfusion_flwr.fusion.inference import FusionPosterior
 
 FULL_COHORT = 4
 """The smallest cohort whose own mean is trusted as the centre."""
+MOST_ROUNDS = 50
+"""From then on a client's oldest rounds fade: its data may change."""
+MOST_RESIDUALS = 512
+"""The newest are kept: noise changes as training goes on."""
 
 
 @dataclass
 class ClientMemory:
-    """One client: its deviation v_k (D,), examples, and its smoothed assignment (M,)."""
+    """One client: its mean deviation v_k (D,) over its rounds, examples, smoothed b_k (M,)."""
 
     vector: Tensor
     num_examples: int
     last_round: int
+    rounds: int = 1
     assignment: Tensor | None = None
 
 
@@ -39,13 +44,12 @@ class StatisticsMemory:
     smoothing : float
         In [0, 1): share of a client's earlier assignment that is kept at each inference, against
         flicker between components. 0 takes the newest posterior as it is.
-    update_rate : float
-        In (0, 1]: share of the newest deviation in the remembered one; 1 keeps only the newest.
     """
 
     smoothing: float = 0.0
-    update_rate: float = 0.5
     clients: dict[int, ClientMemory] = field(default_factory=dict)
+    residuals: Tensor | None = None
+    """Draws of one round's noise, (R, D), float32, the newest last; None before there are any."""
 
     @property
     def ids(self) -> list[int]:
@@ -88,18 +92,35 @@ class StatisticsMemory:
         if received is not None and len(ids) < FULL_COHORT:
             trust = len(ids) / FULL_COHORT
             center = trust * center + (1 - trust) * received.double()
-        for client, row in zip(ids, stacked - center, strict=True):
+        residuals: list[Tensor] = []
+        for client, row in zip(ids, (stacked - center).float(), strict=True):
             memory = self.clients.get(client)
             if memory is None:
-                self.clients[client] = ClientMemory(row.float(), num_examples[client], server_round)
+                self.clients[client] = ClientMemory(row, num_examples[client], server_round)
                 continue
-            memory.vector = torch.lerp(memory.vector, row.float(), self.update_rate)
+            # The new row minus the mean of T earlier ones has (T + 1) / T of a row's covariance.
+            seen = memory.rounds
+            surprise = row - memory.vector
+            residuals.append(surprise * (seen / (seen + 1)) ** 0.5)
+            memory.vector = memory.vector + surprise / (seen + 1)
+            memory.rounds = min(seen + 1, MOST_ROUNDS)
             memory.num_examples = num_examples[client]
             memory.last_round = server_round
+        if len(residuals) >= FULL_COHORT:
+            # An error of the level is common to the cohort, and no noise of its clients; that of a
+            # small cohort is too large to be told from noise.
+            new = torch.stack(residuals)
+            new = (new - new.mean(0)) * (len(new) / (len(new) - 1)) ** 0.5
+            kept = [] if self.residuals is None else [self.residuals]
+            self.residuals = torch.cat([*kept, new])[-MOST_RESIDUALS:]
 
     def vectors(self) -> Tensor:
         """Centred statistics of all known clients, (K, D), float32."""
         return torch.stack([self.clients[i].vector for i in self.ids])
+
+    def rounds(self) -> Tensor:
+        """How many rounds each row of `vectors` is the mean of, (K,), int64."""
+        return torch.tensor([self.clients[i].rounds for i in self.ids])
 
     def num_examples(self) -> Tensor:
         """Examples of all known clients, (K,), float64."""

@@ -56,18 +56,14 @@ class Standardizer:
         informative = spread > _STD_FLOOR * center.abs().clamp_min(1.0)
         return cls(center, torch.where(informative, spread, torch.ones_like(spread)), informative)
 
-    def of_features(self, columns: slice) -> Standardizer:
-        """The standardizer of some of the features."""
-        return Standardizer(self.center[columns], self.unit[columns], self.informative[columns])
+    def without_center(self) -> Standardizer:
+        """The same scale, for differences of statistics."""
+        return Standardizer(torch.zeros_like(self.center), self.unit, self.informative)
 
     def standardize(self, x: Tensor) -> Tensor:
         """To zero mean and unit variance, clamped to +-5, float32."""
         z = (x - self.center.to(x.dtype)).float()
         return z.mul_((self.informative / self.unit).float()).clamp_(-FEATURE_CLAMP, FEATURE_CLAMP)
-
-    def restore(self, z: Tensor) -> Tensor:
-        """Back to the units of the input."""
-        return self.center + torch.where(self.informative, z * self.unit, torch.zeros_like(z))
 
 
 def _location_and_scale(columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,222 +1,153 @@
 # SPDX-License-Identifier: Apache-2.0
 """The variational auto-encoder over clients' normalization parameters.
 
-Generative story for K clients, M virtual components and standardized statistics x_k:
+Generative story for K clients and M virtual components; x_k is what client k's statistics say in
+the few directions that tell clients apart, the mean over the rounds in which it took part:
 
-    v_m ~ Beta(1, alpha)                    stick-breaking fractions, m = 1..M-1
-    pi_m = v_m prod_{j<m} (1 - v_j)         mixture (the last stick takes what is left)
-    z_m ~ Normal(0, I)                      latent of component m
-    b_k ~ Categorical(pi), relaxed          assignment of client k
-    x_k ~ Normal(decode(sum_m b_km z_m), noise_variance * I)
+    b_k ~ Dirichlet(a, ..., a)               membership of client k, on the simplex
+    x_k ~ Normal(sum_m b_km z_m, (s^2 + v_k) I)
 
-Posterior family: b_k by a Gumbel-softmax of encoder logits (Jang et al. 2017; Maddison et al.
-2017), v_m by a Kumaraswamy (Nalisnick & Smyth 2017), z_m by a diagonal Gaussian.
+z_m is the decoded component m. v_k is measured: the spread of the client's statistics over rounds,
+divided by their number. a and s are learned: a small concentration a makes clients pure, a large
+one mixed, and s^2 is the variance between clients of one mixture, whose data are different samples.
+
+The encoder gives a logistic-normal posterior of b_k (Atchison & Shen 1980), which unlike the
+Gumbel-softmax of the first version is no relaxation of a hard choice: clients can be mixtures.
 """
 
 from __future__ import annotations
 
-import itertools
-from typing import NamedTuple
+import math
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-TINY = 1e-6
-"""Uniform noise and stick fractions stay this far from 0 and 1."""
-
-_EULER_GAMMA = 0.5772156649015329
-_SERIES_TERMS = 11
-_LOG_STD = (-6.0, 3.0)
-_LOG_STICK = (-4.0, 6.0)
-
-
-def sample_gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise g = -log(-log u), u ~ Uniform(0, 1)."""
-    return -(-_inside(torch.rand(shape, generator=generator)).log()).log()
+_LOG_STD = (-4.0, 1.5)
+_LOG_CONCENTRATION = (math.log(0.02), math.log(10.0))
+_LOG_NOISE = (math.log(0.03), math.log(2.0))
+_SMALLEST_SHARE = 0.02
+_START_LOG_STD = -1.0
+_PURE = 0.9
 
 
-def sample_kumaraswamy(a: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
-    """Samples v = (1 - u^(1/c))^(1/a), u ~ Uniform(0, 1), differentiable in a and c."""
-    u = _inside(torch.rand(a.shape, generator=generator))
-    return _inside(_inside(1 - u.pow(1 / c)).pow(1 / a))
+def dirichlet_log_density(log_b: Tensor, concentration: Tensor) -> Tensor:
+    """Log density of a symmetric Dirichlet, in additive log-ratio coordinates.
 
+    log Gamma(M a) - M log Gamma(a) + a sum_m log b_m. The Jacobian of the coordinates,
+    prod_m b_m, turns the usual exponent a - 1 into a.
 
-def kumaraswamy_mean(a: Tensor, c: Tensor) -> Tensor:
-    """E[v] = c B(1 + 1/a, c)."""
-    return c * _log_beta(1 + 1 / a, c).exp()
+    Parameters
+    ----------
+    log_b : Tensor
+        Logarithms of memberships, shape (..., M).
+    concentration : Tensor
+        a, a positive scalar.
 
-
-def kumaraswamy_beta_kl(a: Tensor, c: Tensor, alpha: float) -> Tensor:
-    """KL(Kumaraswamy(a, c) || Beta(1, alpha)), elementwise; Nalisnick & Smyth 2017, eq. 10.
-
-    The infinite series is cut after eleven terms, as the paper suggests. Its tail, which matters
-    for small c, is replaced by an integral, with B(x, c) ~ Gamma(c) (x + (c - 1) / 2)^-c for
-    large x.
+    Returns
+    -------
+    Tensor
+        Shape (...).
     """
-    value = (a - 1) / a * (-_EULER_GAMMA - torch.digamma(c) - 1 / c)
-    value = value + (a * c / alpha).log() - (c - 1) / c
-    if alpha == 1:  # the factor of the series is zero
-        return value
-    m = torch.arange(1, _SERIES_TERMS + 1).unsqueeze(1)
-    series = (_log_beta(m / a, c).exp() / (m + a * c)).sum(0)
-    start = _SERIES_TERMS + 0.5 + a * c / 2  # the shift that fits both factors
-    tail = (c * (a / start).log() + torch.lgamma(c)).exp() / c
-    return value + (alpha - 1) * c * (series + tail)
+    count, a = log_b.shape[-1], concentration
+    constant = torch.lgamma(count * a) - count * torch.lgamma(a)
+    return constant + a * log_b.sum(-1)
 
 
-def stick_breaking(v: Tensor) -> Tensor:
-    """Fractions v (M-1,) in (0, 1) -> mixture (M,) that sums to 1."""
-    one = v.new_ones(1)
-    return torch.cat([v, one]) * torch.cat([one, (1 - v).cumprod(0)])
+def logistic_normal_entropy(log_std: Tensor) -> Tensor:
+    """Entropy of softmax(Normal(mean, diag(std^2))), in the same coordinates as the Dirichlet's.
 
+    With log-ratios h_m - h_M the covariance is D + s_M^2 11', D = diag(s_1^2, ..., s_{M-1}^2),
+    whose determinant is prod_m s_m^2 * sum_m 1 / s_m^2 over all M.
 
-def categorical_kl(logits: Tensor, log_pi: Tensor) -> Tensor:
-    """KL(Categorical(softmax logits_k) || Categorical(pi)) per row of logits (K, M) -> (K,).
+    Parameters
+    ----------
+    log_std : Tensor
+        Shape (..., M).
 
-    From logits, because q log q has no finite gradient where a probability q underflows.
+    Returns
+    -------
+    Tensor
+        Nats, shape (...).
     """
-    log_q = F.log_softmax(logits, -1)
-    return (log_q.exp() * (log_q - log_pi)).sum(-1)
-
-
-class ElboTerms(NamedTuple):
-    """The terms of the evidence lower bound: scalars, in nats per client."""
-
-    reconstruction: Tensor
-    assignment_kl: Tensor
-    latent_kl: Tensor
-    stick_kl: Tensor
-
-    def total(self, latent_kl_weight: float) -> Tensor:
-        """Reconstruction - KL(b) - weight * KL(z) - KL(v)."""
-        divergence = self.assignment_kl + latent_kl_weight * self.latent_kl + self.stick_kl
-        return self.reconstruction - divergence
+    count = log_std.shape[-1]
+    log_determinant = 2 * log_std.sum(-1) + torch.logsumexp(-2 * log_std, -1)
+    return ((count - 1) * math.log(2 * math.pi * math.e) + log_determinant) / 2
 
 
 class FusionVAE(nn.Module):
-    """Encoder, component latents, sticks and decoder.
+    """Encoder to memberships, and components that mix linearly.
 
     Parameters
     ----------
     num_features : int
-        D, the width of a standardized statistics vector.
+        P, the number of directions.
     num_components : int
-        M, at least 2 (with one component there is nothing to infer).
-    hidden : tuple[int, ...]
-        Encoder widths from the input on; the decoder mirrors them.
-    latent : int
-        Width of a component's latent z_m.
-    alpha : float
-        Concentration of the Beta(1, alpha) stick prior; small values prefer few components.
-    noise_variance : float
-        Observation variance of a standardized feature.
+        M, at least 2.
+    hidden : int
+        Width of the encoder's hidden layer.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        num_components: int,
-        *,
-        hidden: tuple[int, ...],
-        latent: int,
-        alpha: float,
-        noise_variance: float,
-    ) -> None:
+    def __init__(self, num_features: int, num_components: int, hidden: int) -> None:
         super().__init__()
-        self.num_features = num_features
-        self.alpha = alpha
-        self.noise_variance = noise_variance
-        self.encoder = _perceptron(num_features, *hidden, num_components)
-        self.decoder = _perceptron(latent, *reversed(hidden), num_features)
-        self.component_mean = nn.Parameter(torch.randn(num_components, latent))
-        self.component_log_std = nn.Parameter(torch.full((num_components, latent), -2.0))
-        self.log_a = nn.Parameter(torch.zeros(num_components - 1))
-        self.log_c = nn.Parameter(torch.zeros(num_components - 1))
+        self.num_features, self.num_components = num_features, num_components
+        # One more input than directions: how sure x is.
+        self.encoder = nn.Sequential(
+            nn.Linear(num_features + 1, hidden), nn.Tanh(), nn.Linear(hidden, 2 * num_components)
+        )
+        self.components = nn.Parameter(torch.zeros(num_components, num_features))
+        self.log_concentration = nn.Parameter(torch.tensor(math.log(0.5)))
+        self.log_noise = nn.Parameter(torch.tensor(math.log(0.3)))
 
-    def sticks(self) -> tuple[Tensor, Tensor]:
-        """The Kumaraswamy parameters a and c, each (M-1,), in [e^-4, e^6]."""
-        return self.log_a.clamp(*_LOG_STICK).exp(), self.log_c.clamp(*_LOG_STICK).exp()
+    def encode(self, x: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of the logits of b, each (K, M).
 
-    def mixture(self) -> Tensor:
-        """Posterior mean of pi, shape (M,); the sticks are independent, so their means multiply."""
-        return stick_breaking(_inside(kumaraswamy_mean(*self.sticks())))
-
-    def assignments(self, x: Tensor) -> Tensor:
-        """q(b | x), shape (K, M), without noise."""
-        return F.softmax(self.encoder(x), -1)
-
-    def component_features(self) -> Tensor:
-        """Every component's own decoded statistics, shape (M, D), standardized units."""
-        decoded: Tensor = self.decoder(self.component_mean)
-        return decoded
-
-    def partition_loss(self, x: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-        """How far the network is from a partition of clients x (K, D) into G groups, G at most M.
-
-        Mean cross entropy of the encoder against the clients' labels (K,), plus mean squared
-        distance of the first G components' decoded statistics from the groups' centres (G, D).
+        ``x`` is (K, P), and ``variance`` (K,) holds v.
         """
-        decoded = self.decoder(self.component_mean[: len(centers)])
-        return F.cross_entropy(self.encoder(x), labels) + F.mse_loss(decoded, centers)
+        inputs = torch.cat([x, variance.sqrt().unsqueeze(1)], 1)
+        mean, log_std = self.encoder(inputs).chunk(2, -1)
+        return mean - mean.mean(1, keepdim=True), log_std.clamp(*_LOG_STD)
 
-    def elbo(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        temperature: float,
-        generator: torch.Generator,
-        clients: int | None = None,
-    ) -> ElboTerms:
-        """One-sample estimate of the evidence lower bound.
+    def memberships(self, x: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+        """Posterior mean of b, (K, M), over S draws of standard normal ``noise`` (S, 1, M)."""
+        mean, log_std = self.encode(x, variance)
+        return F.softmax(mean + log_std.exp() * noise, -1).mean(0)
+
+    def start_at(self, x: Tensor, memberships: Tensor) -> Tensor:
+        """Put the components where these memberships (K, M) want them; the logits to encode."""
+        solution = torch.linalg.lstsq(memberships, x, driver="gelsd").solution
+        residual = (x - memberships @ solution).square().mean().sqrt()
+        with torch.no_grad():
+            self.components.copy_(solution)
+            self.log_noise.copy_(residual.log().clamp(*_LOG_NOISE))
+            pure = bool(memberships.max(1).values.mean() > _PURE)
+            self.log_concentration.fill_(math.log(0.1 if pure else 0.5))
+        logits = memberships.clamp_min(_SMALLEST_SHARE).log()
+        return logits - logits.mean(1, keepdim=True)
+
+    def distance(self, x: Tensor, variance: Tensor, logits: Tensor) -> Tensor:
+        """Mean squared difference of the encoder from logits (K, M) known with little spread."""
+        mean, log_std = self.encode(x, variance)
+        return F.mse_loss(mean, logits) + (log_std - _START_LOG_STD).square().mean()
+
+    def elbo(self, x: Tensor, variance: Tensor, samples: int, generator: Generator) -> Tensor:
+        """Estimate of the evidence lower bound of every client, shape (K,), in nats.
 
         Parameters
         ----------
-        x : Tensor
-            Standardized statistics (K, D).
-        weights : Tensor
-            Client weights (K,) of mean 1: a client with twice the examples counts twice.
-        temperature : float
-            tau of the Gumbel-softmax, positive.
+        x, variance : Tensor
+            What the clients' statistics say, (K, P), and how sure that is, v (K,).
+        samples : int
+            Number of draws of b for each client.
         generator : torch.Generator
-            Source of all noise.
-        clients : int, optional
-            Number of clients that these are a sample of, who share the divergences of components
-            and sticks; K by default.
+            Source of the draws.
         """
-        logits = self.encoder(x)
-        b = F.softmax((logits + sample_gumbel(logits.shape, generator)) / temperature, -1)
-        mean, log_std = self.component_mean, self.component_log_std.clamp(*_LOG_STD)
-        std = log_std.exp()
-        z = mean + std * torch.randn(std.shape, generator=generator)
-        squared_error = (x - self.decoder(b @ z)).square().sum(-1)
-
-        a, c = self.sticks()
-        pi = stick_breaking(sample_kumaraswamy(a, c, generator))
-        assignment_kl = categorical_kl(logits, pi.clamp_min(TINY).log())
-        latent_kl = (mean.square() + std.square() - 1 - 2 * log_std).sum() / 2
-        stick_kl = kumaraswamy_beta_kl(a, c, self.alpha).sum()
-
-        clients = clients or len(x)
-        return ElboTerms(
-            reconstruction=-(weights @ squared_error) / (2 * self.noise_variance * len(x)),
-            assignment_kl=weights @ assignment_kl / len(x),
-            latent_kl=latent_kl / clients,
-            stick_kl=stick_kl / clients,
-        )
-
-
-def _perceptron(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _inside(values: Tensor) -> Tensor:
-    return values.clamp(TINY, 1 - TINY)
-
-
-def _log_beta(x: Tensor, y: Tensor) -> Tensor:
-    return torch.lgamma(x) + torch.lgamma(y) - torch.lgamma(x + y)
+        mean, log_std = self.encode(x, variance)
+        noise = torch.randn((samples, *mean.shape), generator=generator)
+        log_b = F.log_softmax(mean + log_std.exp() * noise, -1)
+        spread = (2 * self.log_noise.clamp(*_LOG_NOISE)).exp() + variance
+        error = (x - log_b.exp() @ self.components).square().sum(-1)
+        likelihood = -(error / spread + x.shape[1] * (2 * math.pi * spread).log()) / 2
+        concentration = self.log_concentration.clamp(*_LOG_CONCENTRATION).exp()
+        expected = likelihood + dirichlet_log_density(log_b, concentration)
+        return expected.mean(0) + logistic_normal_entropy(log_std)

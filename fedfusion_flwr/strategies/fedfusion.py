@@ -114,9 +114,10 @@ class FedFusion(FederatedStrategy):
         share)^balance_exponent; or as the shares of this round's examples, which is FedAvg and
         exists as a control.
     balance_exponent : float
-        rho in [0, 1] of the balanced mixture.
+        rho in [0, 1] of the balanced mixture; 1 where clients form no clear groups.
     sampling : {"random", "stratified"}
-        ``stratified`` draws cohorts in which components appear in proportion to pi.
+        ``stratified`` draws cohorts in which components appear in proportion to pi, wherever
+        clients form clear groups.
     absent : {"drop", "remember"}
         A component without clients in a round: renormalize pi over the others, or let it contribute
         its last pseudo-gradient (cf. FedVARP, Jhunjhunwala et al. 2022).
@@ -137,13 +138,13 @@ class FedFusion(FederatedStrategy):
     num_components: int = checked(8, at_least(1))
     mixture: Mixture = choice(Mixture, "balanced")
     balance_exponent: float = checked(0.5, between(0, 1))
-    sampling: Sampling = choice(Sampling, "random")
+    sampling: Sampling = choice(Sampling, "stratified")
     absent: Absent = choice(Absent, "drop")
     assignment_smoothing: float = checked(0.5, DECAY)
     vae_step: int = checked(1, at_least(1))
-    vae_steps: int = checked(60, at_least(1))
-    vae_refit_steps: int = checked(5, at_least(1))
-    vae_learning_rate: float = checked(3e-3, RATE)
+    vae_steps: int = checked(200, at_least(1))
+    vae_refit_steps: int = checked(10, at_least(1))
+    vae_learning_rate: float = checked(2e-2, RATE)
     inference: DistributionInference | None = None
     state: FedFusionState = field(init=False)
 
@@ -190,8 +191,8 @@ class FedFusion(FederatedStrategy):
             )
 
     def sample_clients(self, server_round: int, clients: list[int], size: int) -> list[int]:
-        """Random, or with the inferred components in proportion to the mixture."""
-        if self.sampling == "random" or self.state.posterior is None:
+        """Random, or with clear groups in proportion to the mixture."""
+        if self.sampling == "random" or not self._groups_are_clear():
             return super().sample_clients(server_round, clients, size)
         memory = self.state.memory
         known = self._known()
@@ -251,13 +252,13 @@ class FedFusion(FederatedStrategy):
         self._at_evaluation = self._beliefs()
 
     def personal_model(self, client: int) -> State:
-        """sum_m b_km w_m: the client's mixture of component models.
+        """sum_m b_km w_m, the client's mixture of component models, where clients form groups.
 
-        The served global model for clients unknown to the inference, and for clients whose
-        components have no model yet.
+        The served global model where they do not, for clients unknown to the inference, and for
+        clients whose components have no model yet.
         """
         row = self._at_evaluation.row.get(client)
-        if row is None:
+        if row is None or not self._groups_are_clear():
             return self.served
         models = self.state.component_models
         shares = enumerate(self._at_evaluation.assignments[row].tolist())
@@ -298,7 +299,12 @@ class FedFusion(FederatedStrategy):
         due = (self.server_round - 1) % self.vae_step == 0
         if not (newcomers or due or state.posterior is None):
             return {}
-        posterior = state.inference.fit(memory.vectors(), memory.num_examples())
+        posterior = state.inference.fit(
+            memory.vectors(),
+            memory.num_examples(),
+            rounds=memory.rounds(),
+            residuals=memory.residuals,
+        )
         state.posterior = memory.absorb(posterior)
         return {"elbo": state.posterior.elbo}
 
@@ -322,7 +328,13 @@ class FedFusion(FederatedStrategy):
             mass = examples @ here
             return mass / mass.sum()
         population = self.state.memory.num_examples() @ beliefs.assignments
-        return balanced_mixture(population, self.balance_exponent)
+        # Without groups there is nothing to balance: the clients' own shares.
+        exponent = self.balance_exponent if self._groups_are_clear() else 1.0
+        return balanced_mixture(population, exponent)
+
+    def _groups_are_clear(self) -> bool:
+        posterior = self.state.posterior
+        return posterior is not None and posterior.clear_groups
 
     def _fuse_components(self, states: list[State], here: Tensor, examples: Tensor) -> None:
         """w_m = sum_k (n_k b_km / B_m) w_k; a component absent from the round keeps its last."""

@@ -112,10 +112,10 @@ SHARES = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.8, 0.0], [0.55, 0.45, 0.0]], dty
 class SoftInference(DistributionInference):
     """Three clients in two of three components, by the table above."""
 
-    def fit(self, vectors: Tensor, num_examples: Tensor) -> FusionPosterior:
+    def fit(self, vectors: Tensor, num_examples: Tensor, **_: Any) -> FusionPosterior:
         b = SHARES[: len(vectors)]
         components = torch.zeros(3, vectors.shape[1], dtype=torch.float64)
-        return FusionPosterior(b, b.mean(0), components, 0.0)
+        return FusionPosterior(b, b.mean(0), components, 0.0, clear_groups=True)
 
 
 def test_fedfusion_serves_the_clients_mixture_of_component_models_by_hand() -> None:

@@ -156,7 +156,7 @@ def test_settings_are_logged_at_the_start(name: str, caplog: pytest.LogCaptureFi
     built(name).summary()
     assert "Valid replies: at least 1, give up after 3 failed rounds" in caplog.text
     own = {
-        "fedfusion": "Fusion: 8 components, mixture balanced (exponent 0.5), sampling random",
+        "fedfusion": "Fusion: 8 components, mixture balanced (exponent 0.5), sampling stratified",
         "fedavgm": "Server step: learning rate 1, momentum 0.5",
         "fedprox": "FedProx: mu 0.01",
         "fedbn": "FedBN: each client's own BatchNorm layers",
