@@ -107,7 +107,8 @@ def test_balancing_levels_the_groups_of_unequal_size() -> None:
 
 def test_a_cohort_is_weighted_to_the_population() -> None:
     """Exponent 1, four of nine clients: the cohort's groups weigh what they do among all nine."""
-    outcome = fuse_groups(9, rounds=12, fraction_train=4 / 9, balance_exponent=1.0)
+    settings = {"fraction_train": 4 / 9, "balance_exponent": 1.0, "sampling": "random"}
+    outcome = fuse_groups(9, rounds=12, **settings)
     strategy = outcome.strategy
     assert isinstance(strategy, FedFusion)
     assert len(strategy.state.memory.ids) == 9

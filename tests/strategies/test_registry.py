@@ -26,7 +26,7 @@ CHANGED: dict[str, Any] = {
     "num_components": 3,
     "mixture": "inferred",
     "balance_exponent": 0.25,
-    "sampling": "stratified",
+    "sampling": "random",
     "absent": "remember",
     "assignment_smoothing": 0.25,
     "vae_step": 2,
