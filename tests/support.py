@@ -204,7 +204,7 @@ def make_strategy(
     settings = {"min_train_nodes": 1, "min_available_nodes": 1, "fraction_evaluate": 0} | settings
     settings["callbacks"] = [recorder] if recorder else []
     if name == "fedfusion":
-        inference = DistributionInference(3, 0, hidden=(8,), latent=2, steps=4, refit_steps=2)
+        inference = DistributionInference(3, 0, hidden=8, steps=4, refit_steps=2)
         return FedFusion(**{"num_components": 3, "inference": inference} | settings)
     strategy, tiny = TINY[name]
     if "initial_state" in strategy.__dataclass_fields__:
