@@ -126,7 +126,11 @@ def test_a_deviation_is_the_mean_over_the_rounds() -> None:
     d - v = 12.5, 10.5, 10.5, 10.5, mean 11, deviations 0: means -3/3 and 1/3.
     """
     memory = StatisticsMemory()
-    rounds = [(7.0, [-3, 1, 1, 1]), (11.0, [-1.5, 0.5, 0.5, 0.5]), (11.0, [-1, 1 / 3, 1 / 3, 1 / 3])]
+    rounds = [
+        (7.0, [-3, 1, 1, 1]),
+        (11.0, [-1.5, 0.5, 0.5, 0.5]),
+        (11.0, [-1, 1 / 3, 1 / 3, 1 / 3]),
+    ]
     for server_round, (first, expected) in enumerate(rounds, start=1):
         remember(memory, server_round, {0: first, 1: 11.0, 2: 11.0, 3: 11.0})
         assert deviations(memory) == pytest.approx(expected)
