@@ -83,7 +83,7 @@ def test_archetypes_are_the_planted_corners(seed: int) -> None:
     found = archetypes(b @ corners, 4)
     rows, columns = linear_sum_assignment((b.T @ found).numpy(), maximize=True)
     assert rows.tolist() == [0, 1, 2, 3]
-    torch.testing.assert_close(found[:, columns], b, rtol=0, atol=0.03)
+    torch.testing.assert_close(found[:, columns], b, rtol=0, atol=0.05)
 
 
 def test_there_are_no_more_archetypes_than_clients_span() -> None:
