@@ -203,8 +203,7 @@ class DistributionInference:
         for columns in pieces(x.shape[1], COLUMNS):
             part = x[:, columns].double() - center[columns]
             components[: b.shape[1], columns] += inverse @ part
-        spare = (0, self.num_components - b.shape[1])
-        b = nn.functional.pad(b, spare)
+        b = nn.functional.pad(b, (0, self.num_components - b.shape[1]))
         return FusionPosterior(b, n @ b / n.sum(), components, elbo)
 
     def _fit_vae(self, found: Signals) -> tuple[Tensor, float, bool]:
@@ -220,10 +219,7 @@ class DistributionInference:
         seen = _Observed(found.x.float(), found.variance.float())
         if vae is None or optimizer is None or not _still_fits(vae, seen, count, labels):
             vae, optimizer = self._new_vae(seen.x.shape[1], count)
-            if labels is None:
-                start = archetypes(found.x, count)
-            else:
-                start = nn.functional.one_hot(labels).double()
+            start = archetypes(found.x, count) if labels is None else nn.functional.one_hot(labels)
             self._start(vae, optimizer, seen, start.float(), generator)
             steps = self.steps
         # Forgotten until the fit succeeds, so that a diverged network is never a warm start.

@@ -26,7 +26,8 @@ The best itself is too coarse: if one group lies far off, "this one against the 
 highest, even where the rest is several groups.
 """
 
-_HULL_STEPS = 60
+_HULL_STEPS = 100
+_HULL_TOLERANCE = 1e-6
 _ROUNDS = 20
 
 
@@ -101,14 +102,15 @@ def archetypes(x: Tensor, count: int) -> Tensor:
 
     Starts from the clients that successive projection finds (Araujo et al. 2001), then alternates
     between memberships and corners, which stay convex combinations of clients. Fewer corners where
-    the clients do not span as many.
+    the clients do not span as many. Of very many clients a sample decides on the corners.
     """
-    corners = x[_extremes(x, count)]
+    points = x[some_clients(len(x))]
+    corners = points[_extremes(points, count)]
     for _ in range(_ROUNDS):
-        b = hull_memberships(x, corners)
-        wanted = torch.linalg.lstsq(b, x, driver="gelsd").solution
-        moved = hull_memberships(wanted, x) @ x
-        done = bool((moved - corners).abs().max() < 1e-3 * x.abs().max())
+        b = hull_memberships(points, corners)
+        wanted = torch.linalg.lstsq(b, points, driver="gelsd").solution
+        moved = hull_memberships(wanted, points) @ points
+        done = bool((moved - corners).abs().max() < 1e-3 * points.abs().max())
         corners = moved
         if done:
             break
@@ -120,15 +122,17 @@ def hull_memberships(x: Tensor, corners: Tensor) -> Tensor:
 
     Accelerated projected gradient (Beck & Teboulle 2009).
     """
-    gram, target = corners @ corners.T, x @ corners.T
-    step = 1 / torch.linalg.eigvalsh(gram)[-1].clamp_min(1e-12)
-    b = ahead = torch.full_like(target, 1 / len(corners))
+    step = 1 / torch.linalg.matrix_norm(corners, 2).square().clamp_min(1e-12)
+    b = ahead = x.new_full((len(x), len(corners)), 1 / len(corners))
     momentum = 1.0
     for _ in range(_HULL_STEPS):
-        moved = project_to_simplex(ahead - step * (ahead @ gram - target))
+        moved = project_to_simplex(ahead - step * ((ahead @ corners - x) @ corners.T))
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = moved + (momentum - 1) / following * (moved - b)
+        done = bool((moved - b).abs().max() < _HULL_TOLERANCE)
         b, momentum = moved, following
+        if done:
+            break
     return b
 
 

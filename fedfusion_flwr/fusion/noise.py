@@ -116,7 +116,9 @@ def signals(features: Tensor, rounds: Tensor, residuals: Tensor | None, most: in
         Largest number of directions.
     """
     centered = features.double() - features.double().mean(0)
-    white = None if residuals is None else whitening(residuals.double())
+    # Clients that repeat themselves exactly have no noise to weight features by.
+    noisy = residuals is not None and residuals.any()
+    white = whitening(residuals.double()) if residuals is not None and noisy else None
     x = centered if white is None else centered @ white
     # A client seen more often says more about where the directions are.
     weighted = x * (rounds / rounds.mean()).sqrt().unsqueeze(1)

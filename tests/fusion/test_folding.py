@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folding of wide statistics: what it keeps, and the way back."""
+"""Folding of wide statistics: what it keeps."""
 
 from __future__ import annotations
 
@@ -41,18 +41,3 @@ def test_squared_distances_shrink_by_the_number_of_layers(width: int, seed: int)
     mean = torch.stack([f.square().sum() for f in folded]).mean()
     expected = x.square().sum() / -(-width // 64)
     assert 0.8 < float(mean / expected) < 1.2
-
-
-def test_unfolding_gives_back_the_statistics_of_the_groups() -> None:
-    """Components that were decoded as the groups' own features, and as the middle of two."""
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.randn(3, 500, generator=generator)
-    labels = torch.arange(300) % 3
-    x, scaler, folding = centers[labels], unit(500), Folding(500, 50, seed=0)
-    features = folding.features(scaler, x)
-    assignments = torch.nn.functional.one_hot(labels, 4).double()  # the fourth is empty
-    groups = features[:3]
-    decoded = torch.cat([groups, (groups[:1] + groups[1:2]) / 2])
-    back = folding.unfold(decoded, features, assignments, scaler, x)
-    wanted = torch.cat([centers, (centers[:1] + centers[1:2]) / 2]).double()
-    torch.testing.assert_close(back, wanted.clamp(-5, 5), rtol=0, atol=1e-4)

@@ -22,8 +22,7 @@ from fedfusion_flwr.fusion import (
 )
 from fedfusion_flwr.fusion import inference as inference_module
 from fedfusion_flwr.fusion.folding import Folding
-from fedfusion_flwr.fusion.initialization import starting_partition
-from fedfusion_flwr.fusion.vae import ElboTerms, FusionVAE
+from fedfusion_flwr.fusion.vae import FusionVAE
 from tests.fusion.tensors import f64
 
 pytestmark = pytest.mark.rounding
@@ -71,7 +70,7 @@ def examples(clients: int, seed: int = 0) -> Tensor:
 
 
 def small(components: int = 5, seed: int = 0, **options: object) -> DistributionInference:
-    settings = {"hidden": (32, 16), "latent": 8, "steps": 30, "refit_steps": 10, **options}
+    settings = {"steps": 60, **options}
     return DistributionInference(components, seed, **settings)  # type: ignore[arg-type]
 
 
@@ -164,7 +163,7 @@ def test_seeds_and_fits_share_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
             start.add(torch.default_generator.initial_seed())
             super().__init__(*arguments, **options)
 
-        def elbo(self, *arguments: Any) -> ElboTerms:
+        def elbo(self, *arguments: Any) -> Tensor:
             noise.add(arguments[3].initial_seed())
             return super().elbo(*arguments)
 
@@ -219,6 +218,16 @@ def test_a_refit_keeps_the_assignments_and_the_network(easy: Planted) -> None:
     assert torch.equal(main(first), main(second))
 
 
+def _on_a_line(*places: float, seed: int) -> Planted:
+    """Three groups in one direction, where turning cannot bring other groups into the old place."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(24) % 3
+    direction = np.where(np.arange(24) % 2, 1.0, -1.0)
+    centers = np.outer(places, direction)
+    x = centers[labels] + 0.05 * rng.normal(size=(24, 24))
+    return Planted(torch.as_tensor(x), torch.as_tensor(labels), torch.as_tensor(centers))
+
+
 @pytest.mark.parametrize(
     ("before", "warm"),
     [
@@ -235,22 +244,16 @@ def test_a_later_fit_is_warm_unless_the_groups_have_changed(
         "all but one": easy.x[:-1],
         "all but twelve": easy.x[:-12],
         "all but one group": easy.x[easy.labels != easy.labels.max()],
-        "other groups": planted(8, clients=24, width=24, groups=3).x,
+        "other groups": _on_a_line(0, 8, 9, seed=1).x,
     }[before]
+    if before == "other groups":
+        easy = _on_a_line(0, 1, 9, seed=0)
     inference = small()
     inference.fit(known, examples(len(known)))
     network = inference._vae
     fit = inference.fit(easy.x, examples(24))
     assert (inference._vae is network) == warm
     assert easy.agreement(fit) == 1.0
-
-
-def test_a_group_far_off_does_not_hide_two_others() -> None:
-    """Groups at 0, 1 and 9: the silhouette is best for "9 against the rest", .95, then .91."""
-    labels = torch.arange(30) % 3
-    noise = 0.08 * torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
-    found = starting_partition(torch.tensor([[0.0, 0], [1, 0], [9, 0]])[labels] + noise, 6)
-    assert adjusted_rand_score(labels, found) == 1.0
 
 
 def test_identical_clients_are_one_component_and_get_example_weights() -> None:
@@ -291,7 +294,8 @@ def test_constant_features_are_ignored_and_come_back_as_they_are(easy: Planted) 
     fit = small().fit(torch.cat([constants, 1e7 + dust, easy.x], 1), examples(24))
     assert easy.agreement(fit) == 1.0
     assert fit.components[:, :3].tolist() == [[0.0, -3.0, 1e7]] * 5
-    assert len(fit.components[:, 3].unique()) == 1
+    groups = torch.stack([dust[easy.labels == g].mean() for g in range(3)])
+    torch.testing.assert_close(easy.decoded(fit)[:, 3], 1e7 + groups, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -327,8 +331,8 @@ def test_a_diverged_fit_is_reported_and_never_a_warm_start(
     if warm:
         inference.fit(easy.x, examples(24))
 
-    def diverged(*_: object) -> ElboTerms:
-        return ElboTerms(*torch.full((4,), float("nan")))
+    def diverged(*_: object) -> Tensor:
+        return torch.full((24,), float("nan"))
 
     with monkeypatch.context() as patch:
         patch.setattr(FusionVAE, "elbo", diverged)
@@ -343,7 +347,7 @@ def test_a_posterior_that_is_not_finite_is_reported_and_forgotten(
 ) -> None:
     inference = small(steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(FusionVAE, "mixture", lambda _: torch.full((5,), float("nan")))
+        patch.setattr(FusionVAE, "memberships", lambda *_: torch.full((24, 3), float("nan")))
         with pytest.raises(InferenceError, match="posterior is not finite"):
             inference.fit(easy.x, examples(24))
     assert inference._vae is None

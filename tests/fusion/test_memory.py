@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfusion_flwr.fusion import FusionPosterior, StatisticsMemory
-from fedfusion_flwr.fusion.memory import align_components
+from fedfusion_flwr.fusion.memory import MOST_RESIDUALS, MOST_ROUNDS, align_components
 from tests.fusion.tensors import f64, many
 
 
@@ -89,7 +89,7 @@ def test_a_lopsided_cohort_does_not_shift_the_deviations() -> None:
     the known deviations they are all 50, so the centre is 50 and nothing changes; centring on 49.5
     alone would say -1/2 and 3/2.
     """
-    memory = StatisticsMemory(update_rate=1.0)
+    memory = StatisticsMemory()
     remember(memory, 1, {k: 9.0 if k < 4 else 11.0 for k in range(8)})
     assert deviations(memory) == [-1] * 4 + [1] * 4
     rows = {k: f64(v) for k, v in ((0, 49), (1, 49), (2, 49), (4, 51))}
@@ -118,17 +118,91 @@ def test_drift_of_the_global_model_cancels(levels: list[float], true: list[float
     torch.testing.assert_close(found, (v - v.mean()).float(), rtol=0, atol=rounding)
 
 
-def test_newest_deviation_counts_as_much_as_the_update_rate() -> None:
+def test_a_deviation_is_the_mean_over_the_rounds() -> None:
     """Client 0 moves from far below the others to their level.
 
     Round 1: d = 7, 11, 11, 11, mean 10: v = -3, 1, 1, 1. Round 2: d = 11 for all, so d - v = 14,
-    10, 10, 10, mean 11: newest v = 0 for all; at rate 1/4: -3 * 3/4 = -2.25 and 3/4.
+    10, 10, 10, mean 11, and newest deviations 0: means -3/2 and 1/2. Round 3: d = 11 again,
+    d - v = 12.5, 10.5, 10.5, 10.5, mean 11, deviations 0: means -3/3 and 1/3.
     """
-    memory = StatisticsMemory(update_rate=0.25)
-    remember(memory, 1, {0: 7.0, 1: 11.0, 2: 11.0, 3: 11.0})
-    assert deviations(memory) == [-3, 1, 1, 1]
-    remember(memory, 2, dict.fromkeys(range(4), 11.0))
-    assert deviations(memory) == [-2.25, 0.75, 0.75, 0.75]
+    memory = StatisticsMemory()
+    rounds = [
+        (7.0, [-3, 1, 1, 1]),
+        (11.0, [-1.5, 0.5, 0.5, 0.5]),
+        (11.0, [-1, 1 / 3, 1 / 3, 1 / 3]),
+    ]
+    for server_round, (first, expected) in enumerate(rounds, start=1):
+        remember(memory, server_round, {0: first, 1: 11.0, 2: 11.0, 3: 11.0})
+        assert deviations(memory) == pytest.approx(expected)
+    assert memory.rounds().tolist() == [3, 3, 3, 3]
+
+
+def test_a_client_that_stayed_away_keeps_its_mean_and_its_number_of_rounds() -> None:
+    memory = StatisticsMemory()
+    remember(memory, 1, dict(enumerate([-1.0, -1.0, 1.0, 1.0, 0.0])))
+    for server_round in (2, 3):
+        remember(memory, server_round, dict(enumerate([-1.0, -1.0, 1.0, 1.0])))
+    assert memory.rounds().tolist() == [3, 3, 3, 3, 1]
+    assert deviations(memory) == pytest.approx([-1, -1, 1, 1, 0])
+
+
+def test_old_rounds_fade_after_fifty() -> None:
+    """Deviations 1 for fifty rounds and then 0, in a world of one pair: 1 becomes 50/51."""
+    memory = StatisticsMemory()
+    for server_round in range(MOST_ROUNDS + 5):
+        remember(memory, server_round, {0: 1.0, 1: -1.0})
+    assert memory.rounds().tolist() == [MOST_ROUNDS] * 2
+    for visit in (1, 2):
+        remember(memory, 60 + visit, {0: 0.0, 1: 0.0})
+        assert deviations(memory)[0] == pytest.approx((50 / 51) ** visit)
+    assert memory.rounds().tolist() == [MOST_ROUNDS] * 2
+
+
+# --- residuals ------------------------------------------------------------------------------------
+
+
+def test_residuals_have_the_size_of_one_rounds_noise() -> None:
+    """A row minus the mean of T others varies as (T + 1) / T rows, so it counts sqrt(T / (T + 1)).
+
+    Round 2, T = 1: rows 3 and -3 against 1 and -1, 2 sqrt(1/2); the means become 2 and -2.
+    Round 3, T = 2: rows 5 and -5 against those, 3 sqrt(2/3).
+    """
+    memory = StatisticsMemory()
+    remember(memory, 1, {0: 1.0, 1: -1.0})
+    assert memory.residuals is None
+    remember(memory, 2, {0: 3.0, 1: -3.0})
+    assert memory.residuals is not None
+    small = 2 * 0.5**0.5
+    assert memory.residuals.flatten().tolist() == pytest.approx([small, -small])
+    remember(memory, 3, {0: 5.0, 1: -5.0})
+    large = 3 * (2 / 3) ** 0.5
+    assert memory.residuals.flatten().tolist() == pytest.approx([small, -small, large, -large])
+
+
+def test_the_newest_512_residuals_are_kept() -> None:
+    """Each of 100 clients leaves one in each round but its first; a change of sides is
+    far from 0."""
+    memory = StatisticsMemory()
+    signs = [1.0 if k < 50 else -1.0 for k in range(100)]
+    for server_round in range(1, 8):
+        remember(memory, server_round, dict(enumerate(signs)))
+        held = 0 if memory.residuals is None else len(memory.residuals)
+        assert held == min(100 * (server_round - 1), MOST_RESIDUALS)
+    remember(memory, 8, {k: -sign for k, sign in enumerate(signs)})
+    assert memory.residuals is not None
+    assert memory.residuals.dtype == torch.float32
+    changed = memory.residuals.abs().flatten() > 1
+    assert changed.tolist() == [False] * 412 + [True] * 100
+
+
+def test_a_newcomer_leaves_no_residual() -> None:
+    memory = StatisticsMemory()
+    remember(memory, 1, {0: -1.0, 1: 1.0})
+    remember(memory, 2, {2: 5.0, 3: 5.0})
+    assert memory.residuals is None
+
+
+# --- small cohorts and newcomers ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,7 +235,7 @@ def test_a_late_client_joins_on_the_scale_of_the_others() -> None:
     The four known ones say d - v = 20; the newcomer, whose deviation nobody knows, has no say and
     enters at 21 - 20 = 1.
     """
-    memory = StatisticsMemory(update_rate=1.0)
+    memory = StatisticsMemory()
     remember(memory, 1, {0: -1.0, 1: -1.0, 2: 1.0, 3: 1.0})
     remember(memory, 2, {0: 19.0, 1: 19.0, 2: 21.0, 3: 21.0, 9: 21.0})
     assert memory.ids == [0, 1, 2, 3, 9]

@@ -113,11 +113,15 @@ def test_inference_goes_on_as_it_would_have(directory: RunDirectory) -> None:
     def fresh() -> tuple[DistributionInference, StatisticsMemory]:
         return DistributionInference(4, 0, steps=20, refit_steps=5), StatisticsMemory(0.5)
 
+    def fitted(inference: DistributionInference, memory: StatisticsMemory) -> FusionPosterior:
+        rounds, residuals = memory.rounds(), memory.residuals
+        return inference.fit(memory.vectors(), examples, rounds=rounds, residuals=residuals)
+
     inference, memory = fresh()
     for server_round in (1, 2):
         rows = dict(enumerate(vectors[server_round - 1]))
         memory.remember(server_round, rows, dict.fromkeys(rows, 10))
-        memory.absorb(inference.fit(memory.vectors(), examples))
+        memory.absorb(fitted(inference, memory))
     never_ran, _ = fresh()
     through_file(directory, fresh()[0], never_ran)
     assert never_ran.num_fits == 0
@@ -125,8 +129,13 @@ def test_inference_goes_on_as_it_would_have(directory: RunDirectory) -> None:
     through_file(directory, inference, resumed)
     remembered = through_file(directory, memory, remembered)
     assert torch.equal(remembered.vectors(), memory.vectors())
-    expected = memory.absorb(inference.fit(vectors[2], examples))
-    found = remembered.absorb(resumed.fit(vectors[2], examples))
+    for known in (memory, remembered):
+        known.remember(3, dict(enumerate(vectors[2])), dict.fromkeys(range(12), 10))
+    assert memory.residuals is not None
+    assert remembered.residuals is not None
+    assert torch.equal(remembered.residuals, memory.residuals)
+    expected = memory.absorb(fitted(inference, memory))
+    found = remembered.absorb(fitted(resumed, remembered))
     assert torch.equal(found.assignments, expected.assignments)
     assert torch.equal(found.components, expected.components)
     assert found.elbo == expected.elbo
