@@ -65,10 +65,12 @@ def clear_groups(x: Tensor, most: int, earlier: int = 0) -> Tensor | None:
     best = max(scores.values(), default=0.0)
     if best < CLEAR_GROUPS:
         return None
+    # Two groups may be one far off against all others, so three need not score better than two.
+    below = {n: scores.get(n - 1, 0.0) if n > 3 else 0.0 for n in scores}
     peaks = (
         n
         for n, score in scores.items()
-        if score >= max(NEARLY_BEST * best, scores.get(n - 1, 0.0), scores.get(n + 1, 0.0))
+        if score >= max(NEARLY_BEST * best, below[n], scores.get(n + 1, 0.0))
     )
     chosen = max(peaks)
     if scores.get(earlier, 0.0) >= scores[chosen]:

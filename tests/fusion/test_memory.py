@@ -164,19 +164,42 @@ def test_old_rounds_fade_after_fifty() -> None:
 def test_residuals_have_the_size_of_one_rounds_noise() -> None:
     """A row minus the mean of T others varies as (T + 1) / T rows, so it counts sqrt(T / (T + 1)).
 
+    Their mean over the cohort of four, 0 here, is taken off, which leaves 3/4 of the variance.
     Round 2, T = 1: rows 3 and -3 against 1 and -1, 2 sqrt(1/2); the means become 2 and -2.
     Round 3, T = 2: rows 5 and -5 against those, 3 sqrt(2/3).
     """
     memory = StatisticsMemory()
-    remember(memory, 1, {0: 1.0, 1: -1.0})
+
+    def round_of(number: int, size: float) -> None:
+        remember(memory, number, {0: size, 1: -size, 2: size, 3: -size})
+
+    round_of(1, 1.0)
     assert memory.residuals is None
-    remember(memory, 2, {0: 3.0, 1: -3.0})
+    round_of(2, 3.0)
     assert memory.residuals is not None
-    small = 2 * 0.5**0.5
-    assert memory.residuals.flatten().tolist() == pytest.approx([small, -small])
-    remember(memory, 3, {0: 5.0, 1: -5.0})
-    large = 3 * (2 / 3) ** 0.5
-    assert memory.residuals.flatten().tolist() == pytest.approx([small, -small, large, -large])
+    second = 2 * (1 / 2 * 4 / 3) ** 0.5
+    expected = [second, -second] * 2
+    assert memory.residuals.flatten().tolist() == pytest.approx(expected)
+    round_of(3, 5.0)
+    third = 3 * (2 / 3 * 4 / 3) ** 0.5
+    expected += [third, -third] * 2
+    assert memory.residuals.flatten().tolist() == pytest.approx(expected)
+
+
+def test_an_error_of_the_level_is_no_residual() -> None:
+    """All four rows rise by 7: the level rose, and nobody deviates."""
+    memory = StatisticsMemory()
+    remember(memory, 1, {0: 1.0, 1: -1.0, 2: 3.0, 3: -3.0})
+    remember(memory, 2, {0: 8.0, 1: 6.0, 2: 10.0, 3: 4.0})
+    assert memory.residuals is not None
+    assert memory.residuals.flatten().tolist() == pytest.approx([0.0] * 4, abs=1e-6)
+
+
+def test_cohorts_below_four_leave_no_residuals() -> None:
+    memory = StatisticsMemory()
+    for number in (1, 2, 3):
+        remember(memory, number, {0: 1.0 * number, 1: -1.0 * number, 2: 0.0})
+    assert memory.residuals is None
 
 
 def test_the_newest_512_residuals_are_kept() -> None:

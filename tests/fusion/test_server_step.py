@@ -101,7 +101,8 @@ def test_an_average_goes_on_where_it_was_interrupted() -> None:
     for model in models[:3]:
         whole.update(model)
         first.update(model)
-    second = rebuild(capture(first), ServedAverage(0.8))
+    trees, tensors = capture({"average": first})
+    second = rebuild(trees["average"], tensors, ServedAverage(0.8))
     for model in models[3:]:
         assert values(whole.update(model)) == values(second.update(model))
 
