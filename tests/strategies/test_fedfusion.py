@@ -83,9 +83,7 @@ def test_identical_clients_are_fedavg() -> None:
 class PlantedInference(DistributionInference):
     """Answers one-hot with the true groups, so that weights can be worked out by hand."""
 
-    def fit(
-        self, vectors: torch.Tensor, num_examples: torch.Tensor, **_: Any
-    ) -> FusionPosterior:
+    def fit(self, vectors: torch.Tensor, num_examples: torch.Tensor, **_: Any) -> FusionPosterior:
         groups = torch.arange(len(vectors)) % GROUPS
         assignments = torch.eye(self.num_components, dtype=torch.float64)[groups]
         mixture = assignments.mean(0)
@@ -162,9 +160,7 @@ def test_vae_step_skips_inferences_but_not_for_newcomers() -> None:
 
 
 class BrokenInference(DistributionInference):
-    def fit(
-        self, vectors: torch.Tensor, num_examples: torch.Tensor, **_: Any
-    ) -> Any:
+    def fit(self, vectors: torch.Tensor, num_examples: torch.Tensor, **_: Any) -> Any:
         raise InferenceError("the loss is not finite at step 1 of 2")
 
 
@@ -179,9 +175,7 @@ def test_failed_inference_falls_back_to_example_weights_and_says_so() -> None:
 class BreakingInference(PlantedInference):
     """Fails from its second fit on."""
 
-    def fit(
-        self, vectors: torch.Tensor, num_examples: torch.Tensor, **_: Any
-    ) -> FusionPosterior:
+    def fit(self, vectors: torch.Tensor, num_examples: torch.Tensor, **_: Any) -> FusionPosterior:
         self.num_fits += 1
         if self.num_fits > 1:
             raise InferenceError("the loss is not finite at step 1 of 2")
