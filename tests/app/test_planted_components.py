@@ -80,7 +80,7 @@ def test_assignments_are_scored_also_after_a_resumption(tmp_path: Path) -> None:
     check_scores(tmp_path / "whole")
     with pytest.raises(Killed):
         go_dying(tmp_path / "cut", dies_in=4, **MIXED)
-    go_dying(tmp_path / "cut", **MIXED, **{"resume-from": str(tmp_path / "cut")})
+    go_dying(tmp_path / "cut", **MIXED | {"resume-from": str(tmp_path / "cut")})
     check_scores(tmp_path / "cut")
 
 

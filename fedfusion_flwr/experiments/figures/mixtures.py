@@ -59,7 +59,8 @@ def mixtures_picture(
 
 def _stack(ax: Axes, mixtures: np.ndarray, count: int) -> None:
     """One column a client; the components from ``count`` on are spare and drawn as one."""
-    bottom, bar = np.zeros(len(mixtures)), {"width": 1.0, "edgecolor": "white", "linewidth": 0.4}
+    bottom = np.zeros(len(mixtures))
+    bar: Any = {"width": 1.0, "edgecolor": "white", "linewidth": 0.4}
 
     def add(shares: np.ndarray, **look: Any) -> None:
         ax.bar(range(len(shares)), shares, bottom=bottom, **bar, **look)
