@@ -41,7 +41,7 @@ from fedfusion_flwr.experiments.rows import Row, append_row, identity, read_rows
 from fedfusion_flwr.federation.replies import ClientReply
 from fedfusion_flwr.federation.round import Update
 from fedfusion_flwr.fusion import DistributionInference
-from fedfusion_flwr.fusion.initialization import archetypes
+from fedfusion_flwr.fusion.initialization import archetypes, clear_groups
 from fedfusion_flwr.fusion.noise import FEWEST_RESIDUALS, Signals, signals
 from fedfusion_flwr.fusion.standardizer import Standardizer
 from fedfusion_flwr.randomness import derived_seed
@@ -175,12 +175,20 @@ def corners(x: Tensor) -> Tensor:
     return archetypes(x, x.shape[1] + 1) if x.shape[1] else torch.ones(len(x), 1).double()
 
 
+def vae_start(known: Remembered) -> Tensor:
+    """What the VAE goes on from: clear groups, and archetypes where none are clear."""
+    x = whitened(known).x
+    labels = clear_groups(x, MOST) if x.shape[1] else None
+    return corners(x) if labels is None else hard(labels.numpy())
+
+
 def smoothed_k_means(known: Remembered) -> Tensor:
     """As the first version did it: nothing is known of the noise."""
     return k_means(Standardizer.of(known.smoothed).standardize(known.smoothed))
 
 
 AT_ONCE: dict[str, Callable[[Remembered], Tensor]] = {
+    "its start alone": vae_start,
     "k-means": smoothed_k_means,
     "k-means, whitened": lambda known: k_means(whitened(known).x),
     "Gaussian mixture": lambda known: gaussian_mixture(whitened(known)),
