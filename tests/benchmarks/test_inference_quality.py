@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import inference_quality as quality
+from benchmarks import inferences
 from fedfusion_flwr.app.local import run_locally
 from fedfusion_flwr.experiments.rows import read_rows
 from fedfusion_flwr.fusion.noise import Signals
@@ -21,7 +22,7 @@ METHOD = (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="
 def test_scores_by_hand_in_the_best_numbering() -> None:
     planted = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     found = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.75, 0.25, 0.0]])
-    shown = quality.scores(found, planted, torch.tensor([1.0, 1.0, 2.0]))
+    shown = inferences.scores(found, planted, torch.tensor([1.0, 1.0, 2.0]))
     # Component 2 is the planted 0 and 0 the planted 1: a quarter of the third client is left.
     assert shown["b-error"] == pytest.approx(0.25 / 3)
     # Of all examples the third client has half.
@@ -31,7 +32,7 @@ def test_scores_by_hand_in_the_best_numbering() -> None:
 
 def test_knowing_nothing_of_pure_clients() -> None:
     planted = torch.eye(4).repeat(2, 1)
-    shown = quality.scores(torch.full((8, 4), 0.25), planted, torch.ones(8))
+    shown = inferences.scores(torch.full((8, 4), 0.25), planted, torch.ones(8))
     assert shown["b-error"] == 0.75
     assert (shown["pi-error"], shown["occupied"], shown["planted"]) == (0.0, 1, 4)
 
@@ -44,11 +45,11 @@ def test_each_inference_finds_clear_groups() -> None:
     clear = Signals(x, torch.eye(2).double(), torch.full((30,), 0.25))
     planted = torch.eye(3, dtype=torch.float64)[labels]
     for b, error in (
-        (quality.k_means(x), 0.0),
-        (quality.gaussian_mixture(clear), 1e-6),
-        (quality.corners(x), 0.1),
+        (inferences.k_means(x), 0.0),
+        (inferences.gaussian_mixture(clear), 1e-6),
+        (inferences.corners(x), 0.1),
     ):
-        assert quality.scores(b, planted, torch.ones(30).double())["b-error"] <= error
+        assert inferences.scores(b, planted, torch.ones(30).double())["b-error"] <= error
 
 
 @pytest.mark.usefixtures("small")
