@@ -180,11 +180,12 @@ def table(rows: list[Row]) -> str:
 def summary(rows: list[Row]) -> str:
     """Markdown: the errors of b alone, a line for each job."""
     found = means(rows)
-    lines = [f"| | {' | '.join(INFERENCES)} |", "|---" * (1 + len(INFERENCES)) + "|"]
+    lines = [f"| job | seeds | {' | '.join(INFERENCES)} |", "|---" * (2 + len(INFERENCES)) + "|"]
     for job in JOBS:
-        if any(row["job"] == job for row in rows):
+        seeds = len([row for row in rows if row["job"] == job])
+        if seeds:
             errors = [_errors(found, job, name) for name in INFERENCES]
-            lines.append(f"| {job} | {' | '.join(errors)} |")
+            lines.append(f"| {job} | {seeds} | {' | '.join(errors)} |")
     return "\n".join(lines)
 
 
