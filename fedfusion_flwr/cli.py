@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="run a suite of runs and make its tables")
     compare.set_defaults(run=_compare)
-    compare.add_argument("suite", help="quick, small, paper, or the path of your own .toml file")
+    shipped = "quick, small, method, paper, deep, or the path of your own .toml file"
+    compare.add_argument("suite", help=shipped)
     _add_output(compare, "results/<name of the suite>")
     _add_data_root(compare)
     compare.add_argument(

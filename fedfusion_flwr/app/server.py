@@ -158,8 +158,8 @@ class _Records:
         self.best, self.history = BestModel(directory, config.best_metric), RunSummary()
         parts: dict[str, object] = {"best": self.best, "history": self.history}
         self.callbacks: list[RoundCallback] = []
-        if cut.main_components is not None:
-            recovery = ComponentRecovery(cut.main_components)
+        if cut.mixtures is not None:
+            recovery = ComponentRecovery(cut.mixtures)
             parts["recovery"] = recovery
             self.callbacks.append(recovery)
         self.checkpointer = Checkpointer(directory, config, strategy, parts, self.archive.write)

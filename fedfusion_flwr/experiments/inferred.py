@@ -45,10 +45,11 @@ class Inferred:
     """The inference of a run; see `FusionArchive` for the shapes.
 
     ``statistics`` is None in runs that did not record it; ``planted`` holds -1 where the true
-    component is not known. What `drawn` gives has ``maps``, client positions (K, 2) by method, and
-    of ``components`` and ``statistics`` only what the pictures show: the last round, and
-    ``channels``, numbers (S,) of the channels that are left; None stands for all. ``digest`` is
-    the run's, where it was kept.
+    component is not known, and ``planted_mixtures`` (K, M of the partition) NaN; it is None where
+    nothing is planted or the run did not record it. What `drawn` gives has ``maps``, client
+    positions (K, 2) by method, and of ``components`` and ``statistics`` only what the pictures
+    show: the last round, and ``channels``, numbers (S,) of the channels that are left; None stands
+    for all. ``digest`` is the run's, where it was kept.
     """
 
     rounds: np.ndarray
@@ -59,6 +60,7 @@ class Inferred:
     components: np.ndarray
     planted: np.ndarray
     statistics: np.ndarray | None = None
+    planted_mixtures: np.ndarray | None = None
     channels: np.ndarray | None = None
     digest: np.ndarray | None = None
     maps: dict[str, np.ndarray] = field(default_factory=dict)

@@ -31,9 +31,10 @@ COSTS = ("bytes-down", "bytes-up", "client-steps", "extra-forward-examples", "se
 CENTRALIZED = "centralized"
 VARIATIONS = ("hyper-parameters", "ablation")
 """Groups whose runs differ from each other in their config, not in their strategy alone."""
-_MEASURED = (*METRICS, "personalized-prior-accuracy", "personalized-loss", *RECOVERY)
+_SCORES = (*RECOVERY, "assignment-error", "occupied-groups")
+_MEASURED = (*METRICS, "personalized-prior-accuracy", "personalized-loss", *_SCORES)
 _DIGITS = 6
-_METRIC_DIGITS = {"global-loss": 8, "personalized-loss": 8, **dict.fromkeys(RECOVERY, 5)}
+_METRIC_DIGITS = {"global-loss": 8, "personalized-loss": 8, **dict.fromkeys(_SCORES, 5)}
 """Others have all their digits: whether two strategies are equal must not depend on rounding."""
 _ABOUT = ("python", "torch", "flwr", "commit", "machine")
 _EVERY_ROW = ("cell", *SETTING[1:], "strategy", "seed", "config", "metrics")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 from flwr.app import ArrayRecord
 from torch import Tensor
 
@@ -88,7 +89,8 @@ class RoundReport:
 
     ``metrics`` are the numbers of the round by kebab-case name, ``seconds`` the time by phase,
     ``clusters`` the cluster (or main component) of every client that has one, ``planted`` the true
-    one if known, and ``model`` the served global model after the round.
+    one and ``planted_mixtures`` the true mixture (M,) if known, and ``model`` the served global
+    model after the round.
     """
 
     server_round: int
@@ -99,6 +101,7 @@ class RoundReport:
     fusion: FusionSnapshot | None = None
     clusters: dict[int, int] = field(default_factory=dict)
     planted: dict[int, int] = field(default_factory=dict)
+    planted_mixtures: dict[int, np.ndarray] = field(default_factory=dict)
     model: State = field(default_factory=dict)
     _since: float = field(default_factory=time.monotonic, init=False, repr=False, compare=False)
 

@@ -54,8 +54,9 @@ class FusionArchive:
 
     ``rounds`` (R,), ``clients`` (K,), ``assignments`` (R, K, M), ``mixture`` (R, M) as used,
     ``inferred_mixture`` (R, M), ``weights`` (R, K), ``components`` (R, M, D). Of the last round
-    only: ``statistics`` (K, D), the inputs of the inference, in the units of ``components``; and
-    ``planted`` (K,), the true main component, -1 if unknown.
+    only: ``statistics`` (K, D), the inputs of the inference, in the units of ``components``;
+    ``planted`` (K,), the true main component, -1 if unknown; and, if components are planted,
+    ``planted_mixtures`` (K, M of the partition), the true mixtures, NaN if unknown.
 
     During a run the file may lack up to `ARCHIVE_GROWTH` of the rounds; `write` adds them.
     """
@@ -66,6 +67,7 @@ class FusionArchive:
         """One of each round with an inference, with its clients' rows in their order."""
         self.statistics: np.ndarray | None = None
         self.planted: dict[int, int] = {}
+        self.planted_mixtures: dict[int, np.ndarray] = {}
         self._written = 0
 
     def on_round_end(self, report: RoundReport) -> None:
@@ -86,7 +88,7 @@ class FusionArchive:
         )
         # Statistics may be wide: those of earlier rounds are dropped.
         self.statistics = None if fusion.statistics is None else fusion.statistics.numpy()
-        self.planted = report.planted
+        self.planted, self.planted_mixtures = report.planted, report.planted_mixtures
         if len(self.rows) - self._written > ARCHIVE_GROWTH * self._written:
             self.write()
 
@@ -105,6 +107,11 @@ class FusionArchive:
         if self.statistics is not None:
             arrays["statistics"] = padded(self.rows[-1], self.statistics, np.float32)
         arrays["planted"] = np.array([self.planted.get(client, -1) for client in clients.tolist()])
+        if self.planted_mixtures:
+            unknown = np.full_like(next(iter(self.planted_mixtures.values())), np.nan)
+            arrays["planted_mixtures"] = np.stack(
+                [self.planted_mixtures.get(client, unknown) for client in clients.tolist()]
+            )
         arrays["rounds"] = np.array([row["round"] for row in self.rows])
         arrays["clients"] = clients
         for name in _BY_CLIENT:
@@ -122,6 +129,14 @@ class FusionArchive:
             return
         with np.load(path) as stored:
             arrays = dict(stored)
+        clients = arrays["clients"].tolist()
+        planted = zip(clients, arrays["planted"].tolist(), strict=True)
+        self.planted = {client: component for client, component in planted if component >= 0}
+        if "planted_mixtures" in arrays:
+            mixtures = zip(clients, arrays["planted_mixtures"], strict=True)
+            self.planted_mixtures = {
+                client: mixture for client, mixture in mixtures if not np.isnan(mixture).any()
+            }
         for r in np.flatnonzero(arrays["rounds"] <= server_round):
             known = ~np.isnan(arrays["weights"][r])
             row = {"round": int(arrays["rounds"][r]), "clients": arrays["clients"][known]}

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.runs import rows, run_in_process
+from fedfusion_flwr.config import RunConfig
+from fedfusion_flwr.data import partition_for
+from tests.runs import Killed, go_dying, rows, run_in_process
 
 pytestmark = pytest.mark.rounding
 
@@ -41,3 +44,48 @@ def test_planted_components_are_recovered(tmp_path: Path) -> None:
         scores.append([row["adjusted-rand-index"] for row in rows(folder, "metrics.jsonl")[5:]])
     assert np.shape(scores) == (len(SEEDS), 8)
     assert np.mean(scores) >= 0.9, scores
+
+
+MIXED = {**CONFIG, "component-mixing": 0.6, "num-server-rounds": 4, "checkpoint-every": 2}
+
+
+def check_scores(folder: Path) -> None:
+    """The scores of every round are those of ``fusion.npz``, found by trying all orders."""
+    with np.load(folder / "fusion.npz") as stored:
+        told = {name: stored[name] for name in stored.files}
+    mixtures = partition_for(RunConfig.from_run_config(MIXED)).mixtures
+    assert mixtures is not None
+    planted = told["planted_mixtures"]
+    # Clients may be numbered in another order than partitions.
+    assert sorted(planted.tolist()) == sorted(mixtures.tolist())
+    np.testing.assert_array_equal(planted.argmax(1), told["planted"])
+    wide = np.pad(planted, ((0, 0), (0, 1)))
+    by_round = {row["round"]: row for row in rows(folder, "metrics.jsonl")}
+    assert told["rounds"].tolist() == [1, 2, 3, 4]
+    for server_round, b in zip(told["rounds"].tolist(), told["assignments"], strict=True):
+        errors = [
+            np.mean([sum(max(p - q, 0) for p, q in zip(*pair, strict=True)) for pair in pairs])
+            for order in permutations(range(4))
+            for pairs in [list(zip(wide, b[:, order], strict=True))]
+        ]
+        row = by_round[server_round]
+        assert row["assignment-error"] == pytest.approx(min(errors))
+        clusters = [told["planted"][b.argmax(1) == m].tolist() for m in range(4)]
+        occupied = {group for of in clusters for group in of if 2 * of.count(group) > len(of)}
+        assert row["occupied-groups"] == len(occupied)
+
+
+def test_assignments_are_scored_also_after_a_resumption(tmp_path: Path) -> None:
+    run_in_process({**MIXED, "output-dir": str(tmp_path / "whole")})
+    check_scores(tmp_path / "whole")
+    with pytest.raises(Killed):
+        go_dying(tmp_path / "cut", dies_in=4, **MIXED)
+    go_dying(tmp_path / "cut", **MIXED | {"resume-from": str(tmp_path / "cut")})
+    check_scores(tmp_path / "cut")
+
+
+def test_other_strategies_have_occupied_groups_but_no_assignment_error(tmp_path: Path) -> None:
+    run_in_process({**MIXED, "strategy": "ifca", "output-dir": str(tmp_path)})
+    for row in rows(tmp_path, "metrics.jsonl")[1:]:
+        assert 0 <= row["occupied-groups"] <= 3
+        assert "assignment-error" not in row

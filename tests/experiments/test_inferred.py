@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedfusion_flwr.experiments.figures.mixtures import mixtures_picture
 from fedfusion_flwr.experiments.inferred import (
     LEAST_CLIENTS,
     MOST_CHANNELS,
     Inferred,
+    keep_inferred,
     matched,
     positions,
     true_components,
 )
+from fedfusion_flwr.experiments.results import Setting
 
 
 def archive(path: Path, **changed: Any) -> Inferred:
@@ -56,6 +60,34 @@ def test_runs_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
     assert run.statistics is None
     assert not run.is_planted
     assert run.order.tolist() == [0, 2, 1]
+
+
+def test_mixtures_are_drawn_side_by_side(tmp_path: Path) -> None:
+    """Also from what is kept of a run: clients by planted group, components by the best fit."""
+    archive(tmp_path, planted_mixtures=np.array([[0.1, 0.9], [1.0, 0.0], [0.3, 0.7]]))
+    keep_inferred(tmp_path, tmp_path / "kept.npz", "digest")
+    run = Inferred.read(tmp_path / "kept.npz")
+    assert run.planted_mixtures is not None
+    picture = mixtures_picture(Setting("", "d", "m", "p"), "title", run, run.planted_mixtures)
+    # Planted 0 is inferred 2 and planted 1 is 0; inferred 1 is spare. Clients in the order 1, 0, 4.
+    expected = [
+        [1, 0, 2, 1.0, 1.0], [1, 1, 0, 0.0, 0.0], [1, 2, 1, 0.0, 0.0],
+        [0, 0, 2, 0.1, 0.005], [0, 1, 0, 0.9, 0.995], [0, 2, 1, 0.0, 0.0],
+        [4, 0, 2, 0.3, 0.005], [4, 1, 0, 0.7, 0.995], [4, 2, 1, 0.0, 0.0],
+    ]  # fmt: skip
+    names = ["client", "component", "matched", "planted", "inferred"]
+    frame = pd.DataFrame(expected, columns=names)
+    pd.testing.assert_frame_equal(picture.numbers, frame, check_dtype=False)
+    # (0 + .095 + .295) / 3
+    assert "Mean total variation between above and below: 0.13." in picture.caption
+
+
+def test_planted_components_that_no_component_stands_for(tmp_path: Path) -> None:
+    run = archive(tmp_path, assignments=np.ones((2, 3, 1)), planted_mixtures=np.eye(2)[[1, 0, 1]])
+    picture = mixtures_picture(Setting("", "d", "m", "p"), "title", run, np.eye(2)[[1, 0, 1]])
+    # The one component fits planted 1, which has two of the three clients.
+    assert picture.numbers["matched"].isna().tolist() == [True, False] * 3
+    assert picture.numbers["inferred"].tolist() == [0.0, 1.0] * 3
 
 
 def test_matched_by_hand() -> None:

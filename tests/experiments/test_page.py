@@ -101,6 +101,16 @@ def test_inference_is_what_the_run_recorded(real_suite: Path) -> None:
         assert int(row["planted"]) == told["planted"][k]
     # Six clients in two planted groups of three.
     assert sorted(told["planted"]) == [0, 0, 0, 1, 1, 1]
+    rows = read_csv(real_suite, "inferred-mixtures")
+    for row in rows:
+        k = told["clients"].tolist().index(int(row["client"]))
+        m = int(row["component"])
+        planted = told["planted_mixtures"][k]
+        assert float(row["planted"]) == (planted[m] if m < len(planted) else 0)
+        b = told["assignments"][-1, k]
+        assert float(row["inferred"]) == (b[int(row["matched"])] if row["matched"] else 0)
+    assert sum(float(row["planted"]) for row in rows) == 6
+    assert sum(float(row["inferred"]) for row in rows) == pytest.approx(6)
     rows = read_csv(real_suite, "inferred-components")
     assert len(rows) % (4 * 48) == 0
     for row in rows[:: len(rows) // 7]:

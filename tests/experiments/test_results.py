@@ -16,7 +16,14 @@ from fedfusion_flwr.experiments.results import COSTS, compact, rounded, rounds_t
 from fedfusion_flwr.experiments.rows import identity
 from tests.experiments.folders import metrics
 
-NAMES = ("global-accuracy", "global-loss", "personalized-loss", "adjusted-rand-index", *COSTS)
+NAMES = (
+    "global-accuracy",
+    "global-loss",
+    "personalized-loss",
+    "adjusted-rand-index",
+    "assignment-error",
+    *COSTS,
+)
 VALUES = st.one_of(st.none(), st.integers(0, 3).map(float), st.floats(0, 1e9, width=32))
 ROUNDS = st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES), min_size=1, max_size=8)
 

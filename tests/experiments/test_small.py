@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite `small` runs for hours: does every strategy of it run at all?"""
+"""The suites `small` and `method` run for hours: does every strategy of them run at all?"""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ TINY: dict[str, Any] = {
 
 
 CASES = {
-    f"{cell.strategy} with {cell.model}": (cell.model, cell.config)
-    for cell in load_suite("small").cells({})
+    f"{suite}: {cell.strategy} with {cell.model}": (cell.model, cell.config)
+    for suite in ("small", "method")
+    for cell in load_suite(suite).cells({})
     if cell.dataset != "cifar10"
 }
 """Every strategy with LeNet and BiLSTM, once. The backbones are too dear, and tested elsewhere."""

@@ -149,7 +149,7 @@ def test_rounds_of_equal_gradient_steps(strategy: str, keys: dict[str, Any], rou
     assert with_equal_steps(config.to_run_config())["num-server-rounds"] == rounds
 
 
-@pytest.mark.parametrize("name", ["quick", "small", "deep", "paper"])
+@pytest.mark.parametrize("name", ["quick", "small", "method", "deep", "paper"])
 def test_shipped_suites(name: str) -> None:
     suite = load_suite(name)
     assert suite.name == name
@@ -168,11 +168,30 @@ def test_shipped_suites(name: str) -> None:
             assert set(strategies) <= set(suite.tuning.candidates)
 
 
+def test_the_suite_on_the_methods_parts_compares_like_with_like() -> None:
+    cells = load_suite("method").cells({})
+    assert all(cell.served for cell in cells)
+    assert {cell.config["learning-rate"] for cell in cells} == {RunConfig().learning_rate}
+    settings: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
+    for cell in cells:
+        of_setting = settings.setdefault((cell.dataset, cell.partition, cell.seed), {})
+        of_setting[cell.strategy] = cell.config
+    assert {seed for *_, seed in settings} == set(range(5))
+    for configs in settings.values():
+        assert {"fedavg", "fedavgm", "fedfusion", "fedavgm + calibration"} <= configs.keys()
+        # No part of the method is in the control.
+        control = {**configs["fedavgm"], "average-decay": 0.8, "label-calibration": 0.5}
+        assert control == configs["fedavgm + calibration + average"]
+        assert configs["fedavgm"]["average-decay"] == 0.0
+        rounds = {config["num-server-rounds"] for config in configs.values()}
+        assert len(rounds) == 1
+
+
 def test_a_suite_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(SMALL)
     assert load_suite(str(path)).name == "mine"
-    with pytest.raises(SuiteError, match=r"no suite 'smal': use one of deep, paper, quick, small"):
+    with pytest.raises(SuiteError, match="'smal': use one of deep, method, paper, quick, small"):
         load_suite("smal")
 
 

@@ -55,7 +55,7 @@ def federation(name: str, client: FakeClient, count: int, folder: Path) -> Outco
     recorder, directory = Recorder(), RunDirectory(folder)
     strategy = make_strategy(name, recorder, fraction_evaluate=1.0, evaluate_every=2)
     strategy.callbacks += [
-        ComponentRecovery(np.arange(HONEST + 1) % 2),
+        ComponentRecovery(np.eye(2)[np.arange(HONEST + 1) % 2]),
         RunLog(directory),
         FusionArchive(directory),
         BestModel(directory, "personalized-accuracy"),

@@ -224,6 +224,30 @@ def test_archive_keeps_the_newest_statistics_and_what_was_planted(directory: Run
     assert all("statistics" not in row for row in archive.rows)
 
 
+def test_archive_holds_planted_mixtures_in_the_order_of_its_clients(
+    directory: RunDirectory,
+) -> None:
+    archive = FusionArchive(directory)
+    mixtures = {5: np.array([0.1, 0.7, 0.2]), 0: np.array([1.0, 0.0, 0.0])}
+    planted = RoundReport(1, fusion=snapshot([0, 2, 5]), planted={5: 1, 0: 0})
+    planted.planted_mixtures = mixtures
+    archive.on_round_end(planted)
+    expected = [[1, 0, 0], [np.nan] * 3, [0.1, 0.7, 0.2]]
+    np.testing.assert_array_equal(archived(directory)["planted_mixtures"], expected)
+    # A run that is resumed has them before its first round.
+    resumed = FusionArchive(directory)
+    resumed.rewind(1)
+    resumed.write()
+    np.testing.assert_array_equal(archived(directory)["planted_mixtures"], expected)
+    assert archived(directory)["planted"].tolist() == [0, -1, 1]
+
+
+def test_archive_has_no_planted_mixtures_where_nothing_is_planted(directory: RunDirectory) -> None:
+    run_through(FusionArchive(directory), 1, 2)
+    assert "planted_mixtures" not in archived(directory)
+    FusionArchive(directory).rewind(1)
+
+
 def test_a_long_run_rewrites_the_archive_rarely(directory: RunDirectory) -> None:
     archive = FusionArchive(directory)
     written: list[int] = []

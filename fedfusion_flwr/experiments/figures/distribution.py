@@ -13,6 +13,7 @@ from pandas import DataFrame, Series
 from fedfusion_flwr.experiments import inferred
 from fedfusion_flwr.experiments.figures import draw
 from fedfusion_flwr.experiments.figures.curves import recovery_picture
+from fedfusion_flwr.experiments.figures.mixtures import mixtures_picture
 from fedfusion_flwr.experiments.results import Results, Setting
 
 
@@ -44,6 +45,8 @@ def _run_pictures(
     setting: Setting, title: str, run: inferred.Inferred, missing: list[str]
 ) -> list[draw.Picture]:
     drawn = [_assignments(setting, title, run), _mixture(setting, title, run)]
+    if run.is_planted and run.planted_mixtures is not None:
+        drawn.insert(1, mixtures_picture(setting, title, run, run.planted_mixtures))
     if run.statistics is None:
         missing.append(f"{title}: fusion.npz holds no statistics; new runs record them.")
         return drawn
