@@ -152,7 +152,10 @@ class FedFusion(FederatedStrategy):
     vae_learning_rate: float = checked(2e-2, RATE)
     inference: DistributionInference | None = None
     state: FedFusionState = field(init=False)
-    _coupled: CoupledRound | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._coupled: CoupledRound | None = None
 
     def initial(self) -> FedFusionState:
         """Nothing is known about the clients yet."""
