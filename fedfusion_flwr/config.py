@@ -54,6 +54,7 @@ ComponentSizes = Literal["balanced", "long-tailed"]
 ComponentTransform = Literal["none", "rotate"]
 Normalization = Literal["batch", "group", "layer", "none"]
 LocalNormalization = Literal["batch", "fused"]
+EvaluationNormalization = Literal["received", "own"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 Sampling = Literal["random", "stratified"]
@@ -124,6 +125,7 @@ class RunConfig:
     fraction_train: float = checked(1.0, FRACTION)
     fraction_evaluate: float = checked(1.0, between(0, 1))
     evaluate_every: int = checked(10, at_least(1))
+    evaluation_normalization: EvaluationNormalization = choice(EvaluationNormalization, "received")
     finetune_steps: int = checked(0, at_least(0))
     central_evaluate_every: int = checked(1, at_least(1))
     sampling: Sampling = choice(Sampling, "stratified")
@@ -136,6 +138,8 @@ class RunConfig:
     statistics_noise: float = checked(0.0, between(0, 10))
     assignment_smoothing: float = checked(0.5, DECAY)
     absent: Absent = choice(Absent, "drop")
+    component_coupling: float = checked(0.0, between(0, 1))
+    coupled_rounds: int = checked(0, at_least(0))
     vae_step: int = checked(1, at_least(1))
     vae_steps: int = checked(200, at_least(1))
     vae_refit_steps: int = checked(10, at_least(1))

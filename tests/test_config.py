@@ -72,6 +72,7 @@ WORDS: list[tuple[str, Value, str]] = [
     ("normalization", "instance", "'batch', 'group', 'layer', 'none'"),
     ("precision", "fp16", "'fp32', 'bf16'"),
     ("local-normalization", "group", "'batch', 'fused'"),
+    ("evaluation-normalization", "mine", "'received', 'own'"),
     ("device", "gpu", "'auto', 'cpu', 'cuda'"),
     ("sampling", "uniform", "'random', 'stratified'"),
     ("mixture", "even", "'inferred', 'balanced', 'counts'"),
@@ -85,7 +86,7 @@ WORDS: list[tuple[str, Value, str]] = [
 ]
 FIGURES: list[tuple[Value, str, str]] = [
     (-1, "at least 0", "seed checkpoint-every patience train-examples test-examples warmup-rounds"),
-    (-1, "at least 0", "min-available-clients local-steps finetune-steps"),
+    (-1, "at least 0", "min-available-clients local-steps finetune-steps coupled-rounds"),
     (0, "at least 1", "num-server-rounds text-length num-clients classes-per-client vae-step"),
     (0, "at least 1", "shards-per-client planted-components normalization-groups local-epochs"),
     (0, "at least 1", "threads-per-client evaluate-every central-evaluate-every num-components"),
@@ -104,7 +105,7 @@ FIGURES: list[tuple[Value, str, str]] = [
     (-0.5, "greater than 0", "dirichlet-alpha server-learning-rate node-timeout"),
     (1.01, "at most 1", "fraction-train max-client-weight"),
     (-0.1, "from 0 to 1", "fraction-evaluate"),
-    (1.1, "from 0 to 1", "fraction-evaluate balance-exponent"),
+    (1.1, "from 0 to 1", "fraction-evaluate balance-exponent component-coupling"),
     (-0.1, "from 0 to 10", "statistics-noise"),
     (0.5, "0, or at least 1", "max-examples-ratio"),
     (-0.5, "at least 0, or -1 for the strategy's own", "label-calibration"),

@@ -75,6 +75,7 @@ def _evaluate(work: LocalWork) -> RecordDict:
         raise FedFusionError("this client has no validation examples; raise validation-fraction")
     reported: dict[str, float] = {protocol.NUM_EXAMPLES: len(work.data.x_validation)}
     reported |= work.choose()
+    work.normalize_for_evaluation()
     if work.config.finetune_steps:
         work.fit("finetune", steps=work.config.finetune_steps, augmentation="finetune-augmentation")
     found = evaluate_with_prior(

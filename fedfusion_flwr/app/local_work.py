@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedfusion_flwr import protocol
-from fedfusion_flwr.app.training import TrainingResult, least_loss, train
+from fedfusion_flwr.app.training import (
+    TrainingResult,
+    least_loss,
+    measure_running_statistics,
+    train,
+)
 from fedfusion_flwr.calibration import label_log_prior
 from fedfusion_flwr.computation import choose_device, place_model
 from fedfusion_flwr.config import RunConfig
@@ -107,6 +112,15 @@ class LocalWork:
         chosen = least_loss(self.model, self.received, self.data.x, self.data.y)
         examples = len(self.received) * len(self.data.x)
         return {protocol.CLUSTER: chosen, protocol.FORWARD_EXAMPLES: examples}
+
+    def normalize_for_evaluation(self) -> None:
+        """Give BatchNorm layers the statistics that ``evaluation-normalization`` asks for.
+
+        With "own" these are the moments of the client's training data under the loaded parameters,
+        which stay. A client with fewer than two examples keeps the received statistics.
+        """
+        if self.config.evaluation_normalization == "own" and len(self.data.x) > 1:
+            measure_running_statistics(self.model, self.data.x, batch_statistics=True)
 
     def fit(
         self,

@@ -279,17 +279,28 @@ def least_loss(
     return chosen
 
 
-def measure_running_statistics(model: nn.Module, x: Tensor, frozen: Collection[str] = ()) -> None:
-    """Set every BatchNorm's running statistics to the moments of its input on x.
+def measure_running_statistics(
+    model: nn.Module, x: Tensor, frozen: Collection[str] = (), *, batch_statistics: bool = False
+) -> None:
+    """Set every BatchNorm's running statistics to the moments of its input on x, in one pass.
 
     Those named in ``frozen`` stay. While being measured, the layers normalize with their old
-    statistics, as they did in training.
+    statistics, as in training with fused normalization; with ``batch_statistics`` with those of
+    each part of x, so that a layer's moments belong to the new statistics of the layers before it.
+    Leaves the model in eval mode.
     """
     layers = moving_batchnorms(model, frozen)
     model.eval()
+    for layer in layers.values():
+        layer.train(batch_statistics)
+    parts: Sequence[Tensor] = torch.split(x, EVALUATION_BATCH)
+    if batch_statistics:
+        # Every part is spread over all of x, whose order may be that of the classes.
+        parts = [x[i :: len(parts)] for i in range(len(parts))]
     with collected_moments(layers) as moments, torch.no_grad():
-        for rows in torch.split(x, EVALUATION_BATCH):
+        for rows in parts:
             model(rows)
+    model.eval()
     for name, layer in layers.items():
         mean, variance = moments[name].result()
         unbiased = moments[name].count / max(moments[name].count - 1, 1)

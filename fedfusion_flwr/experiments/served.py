@@ -138,7 +138,8 @@ def measure_served(config: Mapping[str, Any], strategy: FederatedStrategy) -> Ro
     Returns
     -------
     Row
-        ``served``: the model that serves the client, argmax f(x); ``served-prior``: the same with
+        ``served``: the model that serves the client, argmax f(x), normalized as
+        ``evaluation-normalization`` says; ``served-prior``: the same with
         its own label prior, argmax f(x) + log q_k; ``served-epoch-prior``: also after one epoch on
         its training data, with the run's loss and optimizer. Each has ``mean`` over the clients and
         ``worst``, its least, in [0, 1]. If this cannot be measured, only ``missing``, the reason.
@@ -159,7 +160,8 @@ def _measured(config: RunConfig, strategy: FederatedStrategy) -> Row:
     strategy.prepare_evaluation()
     models = [strategy.personal_model(client) for client in clients]
     log_priors: dict[int, Tensor] = {}
-    alike: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[int, ...], list[int]] = {}
+    alone = config.evaluation_normalization == "own"
 
     def ready(client: int) -> tuple[LocalWork, int]:
         """The client with its model loaded, and the number of the model that it chose."""
@@ -171,7 +173,9 @@ def _measured(config: RunConfig, strategy: FederatedStrategy) -> Row:
             }
         )
         work = LocalWork.prepare(config, client, settings, models[client])
-        return work, work.choose().get(protocol.CLUSTER, 0)
+        choice = work.choose().get(protocol.CLUSTER, 0)
+        work.normalize_for_evaluation()
+        return work, choice
 
     def scored(work: LocalWork, those: list[int]) -> Served:
         priors = torch.stack([log_priors[client] for client in those])
@@ -180,7 +184,8 @@ def _measured(config: RunConfig, strategy: FederatedStrategy) -> Row:
     for client in clients:
         work, choice = ready(client)
         log_priors[client] = work.log_prior
-        alike.setdefault((id(models[client]), choice), []).append(client)
+        key = (id(models[client]), choice, *([client] if alone else []))
+        alike.setdefault(key, []).append(client)
     found = np.full((3, len(shares)), np.nan)
     for those in alike.values():
         found[:2, those] = scored(ready(those[0])[0], those)

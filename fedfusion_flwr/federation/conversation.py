@@ -112,7 +112,10 @@ class Conversation(Algorithm):
             self._count_failure(str(why), good)
             return self.round.record, MetricRecord(dict(report.metrics))
         self.progress.failed_rounds = 0
-        self.progress.average.update(update.model)
+        average = self.progress.average
+        if update.model is not self.current or not average.state:
+            # A model that stays is not averaged again.
+            average.update(update.model)
         report.clients = update.rows + report.clients
         report.metrics |= {**update.metrics, "server-aggregations": 1.0}
         report.clusters, report.fusion = update.clusters, update.fusion

@@ -26,7 +26,7 @@ from fedfusion_flwr.config_rules import DECAY, RATE, at_least, between, checked,
 from fedfusion_flwr.errors import ArgumentError
 from fedfusion_flwr.federation.bookkeeping import Timer
 from fedfusion_flwr.federation.replies import ClientReply, weights_by_examples
-from fedfusion_flwr.federation.round import FusionSnapshot, State, Update
+from fedfusion_flwr.federation.round import Exchange, FusionSnapshot, State, Update
 from fedfusion_flwr.federation.sampling import stratified_cohort
 from fedfusion_flwr.federation.strategy import FederatedStrategy
 from fedfusion_flwr.fusion import (
@@ -38,7 +38,6 @@ from fedfusion_flwr.fusion import (
     StatisticsMemory,
     balanced_mixture,
     client_weights,
-    component_coefficients,
     inhabited,
     prune_assignments,
 )
@@ -46,6 +45,7 @@ from fedfusion_flwr.fusion.absent import AbsentComponents
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes, normalization_layers
 from fedfusion_flwr.models import ModelError
 from fedfusion_flwr.randomness import derived_seed, numpy_generator
+from fedfusion_flwr.strategies.coupling import CoupledRound, fuse_components, mixed_model
 
 
 @dataclass
@@ -67,7 +67,7 @@ class FedFusionState:
     width : int or None
         Length of a client's statistics.
     component_models : dict[int, State]
-        w_m of the last round in which clients evaluated.
+        w_m of the last round in which clients evaluated or component models trained on.
     """
 
     inference: DistributionInference
@@ -127,6 +127,10 @@ class FedFusion(FederatedStrategy):
         Number of rounds from one inference to the next; a new client triggers one, too.
     vae_steps, vae_refit_steps, vae_learning_rate
         Settings of the default inference; see `DistributionInference`.
+    component_coupling, coupled_rounds : float, int
+        In the last ``coupled_rounds`` rounds, where groups are clear, clients start from
+        (1 - component_coupling) w + component_coupling w_m, and only component models change; see
+        `coupling.CoupledRound`. 0 in either leaves all rounds to the global model.
     inference : DistributionInference or None
         Replaces the default inference; its number of components must be ``num_components``.
     """
@@ -140,6 +144,8 @@ class FedFusion(FederatedStrategy):
     balance_exponent: float = checked(0.5, between(0, 1))
     sampling: Sampling = choice(Sampling, "stratified")
     absent: Absent = choice(Absent, "drop")
+    component_coupling: float = checked(0.0, between(0, 1))
+    coupled_rounds: int = checked(0, at_least(0))
     assignment_smoothing: float = checked(0.5, DECAY)
     vae_step: int = checked(1, at_least(1))
     vae_steps: int = checked(200, at_least(1))
@@ -147,6 +153,10 @@ class FedFusion(FederatedStrategy):
     vae_learning_rate: float = checked(2e-2, RATE)
     inference: DistributionInference | None = None
     state: FedFusionState = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._coupled: CoupledRound | None = None
 
     def initial(self) -> FedFusionState:
         """Nothing is known about the clients yet."""
@@ -202,8 +212,29 @@ class FedFusion(FederatedStrategy):
         mixture = self.state.mixture.tolist()
         return stratified_cohort(clients, size, component_of, mixture, generator)
 
+    def prepare_round(self, clients: list[int], exchange: Exchange) -> None:
+        """Whether the component models train on in this round, in place of the shared one."""
+        self._coupled = None
+        if self._may_couple(self.server_round) and self._groups_are_clear():
+            beliefs = self._beliefs()
+            shares = dict(zip(beliefs.clients, beliefs.assignments.tolist(), strict=True))
+            models, coupling = self.state.component_models, self.component_coupling
+            self._coupled = CoupledRound(self, shares, models, coupling)
+
+    def sent_to(self, client: int) -> State:
+        """The global model; in a coupled round on the way from it to the client's components."""
+        return self._coupled.start_of(client) if self._coupled else self.current
+
+    def _may_couple(self, server_round: int) -> bool:
+        """Whether it is one of the last rounds, which ``coupled_rounds`` counts."""
+        last = self.num_rounds - self.coupled_rounds < server_round <= self.num_rounds
+        return self.component_coupling > 0 and last
+
     def advance(self, replies: list[ClientReply]) -> Update:
         """Infer, choose the mixture, weigh this round's clients, and fuse."""
+        if self._coupled:
+            # Groups are known by now; statistics from other starting models do not compare.
+            return self._coupled.advance(replies)
         with Timer() as timer:
             try:
                 metrics = self._infer(replies)
@@ -233,8 +264,12 @@ class FedFusion(FederatedStrategy):
         )
         # From here on the round counts.
         states = [reply.state for reply in replies]
-        if self.evaluates(self.server_round):
-            self._fuse_components(states, here, examples)
+        couples_next = self._may_couple(self.server_round + 1)
+        if self.evaluates(self.server_round) or couples_next:
+            if couples_next:
+                # A component absent from this round starts from the shared model, not an old one.
+                self.state.component_models.clear()
+            self.state.component_models |= fuse_components(self, replies, here, examples)
         if self.absent == "remember":
             self.state.absent.remember(states, here, examples, self.current)
         own_share = 1 - sum(share for _, share in stand_ins)
@@ -260,16 +295,11 @@ class FedFusion(FederatedStrategy):
         row = self._at_evaluation.row.get(client)
         if row is None or not self._groups_are_clear():
             return self.served
-        models = self.state.component_models
-        shares = enumerate(self._at_evaluation.assignments[row].tolist())
-        parts = {m: share for m, share in shares if share and m in models}
-        if len(parts) <= 1:
-            return next((models[m] for m in parts), self.served)
-        weights = torch.tensor(list(parts.values()), dtype=torch.float64)
-        return self.fuse((models[m] for m in parts), weights / weights.sum())
+        shares = self._at_evaluation.assignments[row].tolist()
+        return mixed_model(self, self.served, self.state.component_models, shares)
 
     def models(self) -> dict[str, State]:
-        """The component models of the last round in which clients evaluated, ``m0``, ``m1``, ..."""
+        """The component models, ``m0``, ``m1``, ..."""
         return {f"m{m}": state for m, state in sorted(self.state.component_models.items())}
 
     def num_channels(self) -> int | None:
@@ -336,12 +366,6 @@ class FedFusion(FederatedStrategy):
         posterior = self.state.posterior
         return posterior is not None and posterior.clear_groups
 
-    def _fuse_components(self, states: list[State], here: Tensor, examples: Tensor) -> None:
-        """w_m = sum_k (n_k b_km / B_m) w_k; a component absent from the round keeps its last."""
-        coefficients = component_coefficients(here, examples)
-        for component in torch.nonzero(inhabited(here)).flatten().tolist():
-            self.state.component_models[component] = self.fuse(states, coefficients[component])
-
     def _statistics(self, reply: ClientReply) -> NormalizationStatistics:
         return reply.statistics or self._read(reply.state)
 
@@ -370,6 +394,11 @@ class FedFusion(FederatedStrategy):
         yield (
             f"Fusion: {self.num_components} components, mixture {mixture}, sampling {self.sampling}"
         )
+        if self.component_coupling and self.coupled_rounds:
+            yield (
+                f"Component models: train on in the last {self.coupled_rounds} rounds, coupling "
+                f"{self.component_coupling:g}"
+            )
 
 
 def _with(update: Update, metrics: dict[str, float]) -> Update:

@@ -142,6 +142,11 @@ class FusionArchive:
             row = {"round": int(arrays["rounds"][r]), "clients": arrays["clients"][known]}
             row |= {name: arrays[name][r, known] for name in _BY_CLIENT}
             self.rows.append(row | {name: arrays[name][r] for name in _BY_ROUND})
+            if r == len(arrays["rounds"]) - 1:
+                # No later round may have an inference, so these are kept, too.
+                self.statistics = arrays["statistics"][known] if "statistics" in arrays else None
+                clients, planted = arrays["clients"].tolist(), arrays["planted"].tolist()
+                self.planted = dict(zip(clients, planted, strict=True))
 
 
 @dataclass(frozen=True)

@@ -206,3 +206,61 @@ def test_finetuning_serves_clients_better_and_leaves_the_global_model_alone(
     assert len(digests) == 1
     losses = [rows(folder)[-1]["personalized-loss"] for folder in folders.values()]
     assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_own_statistics_are_those_of_the_training_data_under_the_received_parameters(
+    base: dict[str, Any], steps: int
+) -> None:
+    """By hand: one pass of PyTorch's own cumulative average; fine-tuning starts from there."""
+    config = {**base, "evaluation-normalization": "own", "finetune-steps": steps}
+    metrics = ask(config, "evaluate").content.metric_records["metrics"]
+    parsed = RunConfig.from_run_config(config)
+    state = model_for(parsed, data_for(parsed)).state_dict()
+    work = LocalWork.prepare(parsed, 1, {"server-round": 1}, copy.deepcopy(state))  # type: ignore[arg-type]
+    layers = [m for m in work.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.momentum = None
+        layer.reset_running_stats()
+    with torch.no_grad():
+        work.model.train()(work.data.x)
+    for layer in layers:
+        layer.momentum = 0.1
+    if steps:
+        work.fit("finetune", steps=steps)
+    else:
+        for name, value in work.model.named_parameters():
+            assert torch.equal(value, state[name])
+    with torch.no_grad():
+        logits = work.model.eval()(work.data.x_validation)
+    loss = float(torch.nn.functional.cross_entropy(logits, work.data.y_validation))
+    assert metrics["personalized-loss"] == pytest.approx(loss, rel=1e-4)
+    received = ask({**config, "evaluation-normalization": "received"}, "evaluate")
+    assert received.content.metric_records["metrics"]["personalized-loss"] != pytest.approx(loss)
+
+
+def test_own_statistics_change_nothing_without_batchnorm(base: dict[str, Any]) -> None:
+    losses = [
+        ask(
+            {**base, "normalization": "group", "evaluation-normalization": which}, "evaluate"
+        ).content.metric_records["metrics"]["personalized-loss"]
+        for which in ("received", "own")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbn", "ifca", "fedfusion"])
+def test_own_statistics_are_only_for_the_evaluation(
+    base: dict[str, Any], tmp_path: Path, strategy: str
+) -> None:
+    keys = {"strategy": strategy, "num-clusters": 2, "vae-steps": 5, "num-components": 2}
+    folders = {which: tmp_path / which for which in ("received", "own")}
+    digests = {
+        run_in_process(
+            {**base, **keys, "output-dir": str(folder), "evaluation-normalization": which}
+        ).digest
+        for which, folder in folders.items()
+    }
+    assert len(digests) == 1
+    losses = {rows(folder)[-1]["personalized-loss"] for folder in folders.values()}
+    assert len(losses) == 2

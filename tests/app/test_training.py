@@ -236,6 +236,27 @@ def test_frozen_normalization_uses_its_own_statistics() -> None:
     assert torch.allclose(seen[0], torch.ones(1, 2))
 
 
+def test_statistics_under_the_served_parameters_belong_together() -> None:
+    """1,100 sorted examples: the first layer's are all inputs' moments, in which the parts agree.
+
+    Those of the second are of what the first, normalized by its new statistics, passes on.
+    """
+    x = torch.linspace(-1, 3, 1100).unsqueeze(1) * torch.tensor([1.0, -2.0])
+    first, second = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([2.0, 3.0]))
+        first.bias.copy_(torch.tensor([5.0, -1.0]))
+        first.running_mean.fill_(40.0)  # type: ignore[union-attr]
+    model = nn.Sequential(first, second)
+    measure_running_statistics(model, x, batch_statistics=True)
+    assert torch.allclose(first.running_mean, x.mean(0))  # type: ignore[arg-type]
+    assert torch.allclose(first.running_var, x.var(0))  # type: ignore[arg-type]
+    assert torch.allclose(second.running_mean, first.bias, atol=1e-4)  # type: ignore[arg-type]
+    assert torch.allclose(second.running_var, first.weight**2, rtol=2e-3)  # type: ignore[arg-type]
+    assert not model.training
+    assert not first.training
+
+
 def test_measured_statistics_of_images() -> None:
     layer = nn.BatchNorm2d(3)
     x = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0)) * 2 + 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedfusion_flwr import RunConfig, label_log_prior
 from fedfusion_flwr.app.local import IN_PROCESS, run_locally
-from fedfusion_flwr.app.training import evaluate
+from fedfusion_flwr.app.training import evaluate, measure_running_statistics
 from fedfusion_flwr.data import data_for, local_data, partition_for
 from fedfusion_flwr.experiments import served
 from fedfusion_flwr.experiments.federated import run_cell
@@ -185,6 +185,26 @@ def test_the_epoch_has_the_loss_of_the_run(base: dict[str, Any], tmp_path: Path)
     calibrated = measure_served({**base, **keys, "label-calibration": 1.0}, outcome.strategy)
     assert calibrated["served-prior"] == plain["served-prior"]
     assert calibrated["served-epoch-prior"] != plain["served-epoch-prior"]
+
+
+def test_clients_are_scored_with_their_own_statistics(base: dict[str, Any], tmp_path: Path) -> None:
+    """As by hand: load the model, measure on the client's training data, count."""
+    keys = {**base, "component-transform": "rotate", "output-dir": str(tmp_path)}
+    outcome = run_locally(keys)
+    own = {**keys, "evaluation-normalization": "own"}
+    config = RunConfig.from_run_config(own)
+    data, shares, views = data_for(config), client_shares(config), views_of_test_set(config)
+    model, accuracies = model_for(config, data), []
+    for client in range(CLIENTS):
+        model.load_state_dict(outcome.strategy.served)
+        measure_running_statistics(model, local_data(config, client).x, batch_statistics=True)
+        uniform = torch.zeros(1, 4)
+        found = served_accuracy(model, views, data.y_test, shares[[client]], uniform)
+        accuracies.append(found.plain[0])
+    found = measure_served(own, outcome.strategy)
+    assert found["served"]["mean"] == pytest.approx(np.mean(accuracies), abs=1e-5)
+    assert found["served"]["worst"] == pytest.approx(min(accuracies), abs=1e-5)
+    assert found != measure_served(keys, outcome.strategy)
 
 
 def test_clients_that_share_a_model_are_scored_at_once(

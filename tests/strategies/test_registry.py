@@ -28,6 +28,8 @@ CHANGED: dict[str, Any] = {
     "balance_exponent": 0.25,
     "sampling": "random",
     "absent": "remember",
+    "component_coupling": 0.25,
+    "coupled_rounds": 2,
     "assignment_smoothing": 0.25,
     "vae_step": 2,
     "vae_steps": 7,
