@@ -143,7 +143,7 @@ def test_ablation(tmp_path: Path) -> None:
         for share in (1.0, 0.2)
         for strategy, accuracy, config in (
             ("fedfusion", 0.5, {"fraction_train": share}),
-            ("fedfusion", 0.6, {"fraction_train": share, "sampling": "stratified"}),
+            ("fedfusion", 0.6, {"fraction_train": share, "sampling": "random"}),
             ("fedfusion", 0.7, {"fraction_train": share, "statistics_source": "probe"}),
             (
                 "fedavgm",
@@ -162,8 +162,8 @@ def test_ablation(tmp_path: Path) -> None:
     assert [(row["variant"], row["seed"], row["accuracy"]) for row in rows] == [
         ("fedfusion", "0", "0.5"),
         ("fedfusion", "1", "0.5"),
-        ("fedfusion + sampling stratified", "0", "0.6"),
-        ("fedfusion + sampling stratified", "1", "0.6"),
+        ("fedfusion + sampling random", "0", "0.6"),
+        ("fedfusion + sampling random", "1", "0.6"),
         ("fedfusion + statistics-source probe", "0", "0.7"),
         ("fedfusion + statistics-source probe", "1", "0.7"),
         ("fedavgm", "0", "0.4"),

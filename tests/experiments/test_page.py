@@ -59,7 +59,10 @@ def test_every_picture_is_there_three_times(real_suite: Path) -> None:
              ("svg", "png", "csv")}  # fmt: skip
     assert stems["svg"] == stems["png"]
     assert stems["csv"] - stems["svg"] == {"accuracy-table-global", "accuracy-table-personalized"}
-    assert {re.sub("-fashion-mnist.*", "", stem) for stem in stems["svg"]} == PICTURES
+    assert {re.sub("-fashion-mnist.*", "", stem) for stem in stems["svg"]} == {
+        *PICTURES,
+        "inferred-mixtures",
+    }
     for path in figures.glob("*.png"):
         with Image.open(path) as image:
             image.load()
