@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import one_hot
 
 from fedfusion_flwr.fusion.initialization import archetypes, clear_groups
 from fedfusion_flwr.fusion.noise import FEWEST_RESIDUALS, Signals, signals
 from fedfusion_flwr.fusion.standardizer import Standardizer
+from fedfusion_flwr.tracking.recovery import assignment_error, renumbered
 
 MOST = 8
 """Components that an inference may find, as many as FedFusion's default."""
@@ -120,16 +120,12 @@ AT_ONCE: dict[str, Callable[[Remembered], Tensor]] = {
 
 def scores(b: Tensor, planted: Tensor, examples: Tensor) -> dict[str, float]:
     """How near memberships b (K, M) of clients with ``examples`` (K,) are to those planted."""
-    width = max(b.shape[1], planted.shape[1])
-    found, true = (pad(m, (0, width - m.shape[1])) for m in (b, planted))
-    distances = (found.unsqueeze(2) - true.unsqueeze(1)).abs().mean(0) / 2
-    _, order = linear_sum_assignment(distances.T.numpy())
-    found = found[:, order]
-    share = examples / examples.sum()
-    main, groups = found.argmax(1).numpy(), true.argmax(1).numpy()
+    true, found, _ = renumbered(planted.double().numpy(), b.double().numpy())
+    share = (examples / examples.sum()).double().numpy()
+    main, groups = found.argmax(1), true.argmax(1)
     return {
-        "b-error": float((found - true).abs().sum(1).mean() / 2),
-        "pi-error": float((share @ (found - true)).abs().sum() / 2),
+        "b-error": assignment_error(true, found),
+        "pi-error": float(np.abs(share @ (found - true)).sum() / 2),
         "occupied": len(np.unique(main)),
         "planted": len(np.unique(groups)),
         "adjusted-rand-index": float(adjusted_rand_score(groups, main)),

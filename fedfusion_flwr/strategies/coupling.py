@@ -106,7 +106,8 @@ class CoupledRound:
             raise KeepOldModel("no component's fused model was plausible")
         self.models |= fused
         main = {client: row.index(max(row)) for client, row in self.shares.items()}
-        rows = [reply.row(assignment=self._row(reply.client)) for reply in replies]
+        shown = {client: rounded(row) for client, row in self.shares.items()}
+        rows = [reply.row(assignment=shown.get(reply.client)) for reply in replies]
         metrics = {
             "fusion-fallback": 0.0,
             "components-occupied": float(len(set(main.values()))),
@@ -131,9 +132,10 @@ class CoupledRound:
                 fused[component] = model
         return fused
 
-    def _row(self, client: int) -> list[float] | None:
-        shares = self.shares.get(client)
-        return None if shares is None else [round(share, 6) for share in shares]
+
+def rounded(row: Sequence[float]) -> list[float]:
+    """A client's row of b, as rows of a round show it."""
+    return [round(share, 6) for share in row]
 
 
 def fuse_components(

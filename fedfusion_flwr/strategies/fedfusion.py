@@ -45,7 +45,7 @@ from fedfusion_flwr.fusion.absent import AbsentComponents
 from fedfusion_flwr.fusion.statistics import batchnorm_prefixes, normalization_layers
 from fedfusion_flwr.models import ModelError
 from fedfusion_flwr.randomness import derived_seed, numpy_generator
-from fedfusion_flwr.strategies.coupling import CoupledRound, fuse_components, mixed_model
+from fedfusion_flwr.strategies.coupling import CoupledRound, fuse_components, mixed_model, rounded
 
 
 @dataclass
@@ -258,7 +258,9 @@ class FedFusion(FederatedStrategy):
             ghosts, shares = self.state.absent.recall(here, mixture, self.current)
             stand_ins = list(zip(ghosts, shares, strict=True))
             metrics["components-remembered"] = float(len(ghosts))
-        assignments = {r.client: _rounded(self.state.memory, r.client) for r in replies}
+        clients = [reply.client for reply in replies]
+        smoothed = self.state.memory.assignments(clients).tolist()
+        assignments = {i: rounded(row) for i, row in zip(clients, smoothed, strict=True)}
         update = self.weighted_update(
             replies, weights, stand_ins=stand_ins, assignments=assignments
         )
@@ -403,8 +405,3 @@ class FedFusion(FederatedStrategy):
 
 def _with(update: Update, metrics: dict[str, float]) -> Update:
     return dataclasses.replace(update, metrics={**update.metrics, **metrics})
-
-
-def _rounded(memory: StatisticsMemory, client: int) -> list[float]:
-    """The client's smoothed assignment, as rows show it."""
-    return [round(value, 6) for value in memory.assignments([client])[0].tolist()]

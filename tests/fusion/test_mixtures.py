@@ -8,13 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fedfusion_flwr.fusion import DistributionInference, FusionPosterior, StatisticsMemory
 from fedfusion_flwr.fusion import inference as inference_module
+from fedfusion_flwr.tracking.recovery import assignment_error
 
 pytestmark = pytest.mark.rounding
 
@@ -65,11 +64,7 @@ def infer(memory: StatisticsMemory, seed: int) -> FusionPosterior:
 
 def total_variation(found: Tensor, true: Tensor) -> float:
     """Mean over the clients, with components matched for the least."""
-    width = max(found.shape[1], true.shape[1])
-    first, second = (pad(b.double(), (0, width - b.shape[1])) for b in (found, true))
-    cost = torch.cdist(first.T, second.T, p=1)
-    rows, columns = linear_sum_assignment(cost.numpy())
-    return float(cost[rows, columns].sum()) / 2 / len(true)
+    return assignment_error(true.numpy(), found.numpy())
 
 
 @pytest.mark.parametrize("concentration", [0.3, 0.6])
